@@ -1,0 +1,110 @@
+//! What control asks of proxies during a change, and what they answer. Plain data: they may be far apart.
+
+use serde::{Deserialize, Serialize};
+
+use crate::session::Pin;
+use crate::switchover::OnTimeout;
+
+/// A session in the lists that people read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedSession {
+    pub id: u64,
+    pub user: String,
+    pub database: String,
+    pub application_name: String,
+}
+
+/// A session and why it cannot be moved now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocker {
+    pub session: NamedSession,
+    pub reasons: Vec<Reason>,
+}
+
+/// Why a session cannot be moved now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    Pinned(Pin),
+    /// A transaction or a request has not ended.
+    Busy { what: String },
+    /// Its state could not be read, or not be restored.
+    Failed { error: String },
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Reason::Pinned(pin) => pin.fmt(f),
+            Reason::Busy { what } => f.write_str(what),
+            Reason::Failed { error } => f.write_str(error),
+        }
+    }
+}
+
+/// One thing asked of a proxy. Each is answered by one [`Report`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Attach every session to `to` beforehand, beside its server, while its client goes on.
+    Prepare { app: String, to: String },
+    /// Only look: who would be pinned?
+    Inspect { app: String },
+    /// Hold every session at its next safe point, until `deadline_ms` from now.
+    Hold { app: String, deadline_ms: u64 },
+    /// Read the state of every held session. Those that cannot be moved are told if `on_timeout` says so.
+    Capture { app: String, on_timeout: OnTimeout },
+    /// Attach every held session to `to` and prove that it is the same.
+    Attach { app: String, to: String },
+    /// Let every held session go on, and new logins to `to`.
+    Release { app: String, to: String },
+}
+
+/// What a proxy answers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Sessions that the order reached.
+    pub sessions: u64,
+    /// Sessions for which it is done.
+    pub done: u64,
+    /// Sessions for which it is not, and why.
+    pub blockers: Vec<Blocker>,
+    /// Sessions that were ended with an error.
+    pub told: u64,
+    /// Process ids of the servers' backends that the sessions own; whoever else is connected is an outsider.
+    pub backends: Vec<i32>,
+    /// How long sessions were held, in milliseconds, when they are released.
+    pub pauses: Option<Pauses>,
+    /// Why nothing was done at all.
+    pub error: Option<String>,
+}
+
+/// How long sessions were held, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Pauses {
+    pub p50: f64,
+    pub p99: f64,
+    pub max: f64,
+}
+
+impl Pauses {
+    /// Percentiles by nearest rank; none of an empty list.
+    pub fn of(mut pauses: Vec<f64>) -> Option<Pauses> {
+        pauses.sort_by(f64::total_cmp);
+        let rank = |percent: usize| pauses.get((pauses.len() * percent).div_ceil(100).saturating_sub(1));
+        Some(Pauses { p50: *rank(50)?, p99: *rank(99)?, max: *pauses.last()? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_by_nearest_rank() {
+        let pauses = Pauses::of((1..=200).map(f64::from).collect()).unwrap();
+        assert_eq!((pauses.p50, pauses.p99, pauses.max), (100.0, 198.0, 200.0));
+        assert_eq!(Pauses::of(Vec::new()), None);
+        assert_eq!(Pauses::of(vec![7.0]).unwrap().p99, 7.0);
+    }
+}

@@ -1,0 +1,230 @@
+//! Applications, their cells, the states of cells, and the epoch.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The number of a grant to take writes. It only grows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Epoch(pub u64);
+
+impl Epoch {
+    pub fn next(self) -> Epoch {
+        Epoch(self.0.checked_add(1).expect("2^64 grants are never given"))
+    }
+}
+
+impl std::fmt::Display for Epoch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a cell may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CellState {
+    /// Reads and writes.
+    Active,
+    /// Still active, taking no new work: running transactions end.
+    Draining,
+    /// Reads only.
+    Fenced,
+    /// Fenced, and being made a standby of the active cell.
+    Recovering,
+    /// Neither reads nor writes; monitoring and replication by rule.
+    Passive,
+    /// Passive, and being made the primary.
+    Promoting,
+}
+
+impl CellState {
+    pub const ALL: [CellState; 6] = [
+        CellState::Active,
+        CellState::Draining,
+        CellState::Fenced,
+        CellState::Recovering,
+        CellState::Passive,
+        CellState::Promoting,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            CellState::Active => "active",
+            CellState::Draining => "draining",
+            CellState::Fenced => "fenced",
+            CellState::Recovering => "recovering",
+            CellState::Passive => "passive",
+            CellState::Promoting => "promoting",
+        }
+    }
+
+    /// Whether the cell may take writes in its epoch.
+    pub fn takes_writes(self) -> bool {
+        matches!(self, CellState::Active | CellState::Draining)
+    }
+
+    /// The only way from one state to another.
+    ///
+    /// # Errors
+    /// There is no such way; above all none from fenced to active.
+    pub fn become_state(self, next: CellState) -> Result<CellState, IllegalChange> {
+        use CellState::{Active, Draining, Fenced, Passive, Promoting, Recovering};
+        match (self, next) {
+            (Active, Draining | Fenced)
+            // A switchover that is given up before its point of no return.
+            | (Draining, Active | Fenced)
+            | (Fenced, Recovering)
+            | (Recovering, Passive)
+            | (Passive, Promoting)
+            | (Promoting, Active | Fenced) => Ok(next),
+            (from, to) => Err(IllegalChange { from, to }),
+        }
+    }
+}
+
+impl std::fmt::Display for CellState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("a cell that is {from} cannot become {to}")]
+pub struct IllegalChange {
+    pub from: CellState,
+    pub to: CellState,
+}
+
+/// An application's cells as the store holds them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Application {
+    pub epoch: Epoch,
+    pub cells: BTreeMap<String, CellState>,
+    /// The execution that is changing it; at most one at a time.
+    pub execution: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum CellError {
+    #[error("application has no cell `{cell}`; its cells are {known}")]
+    Unknown { cell: String, known: String },
+    #[error(transparent)]
+    Illegal(#[from] IllegalChange),
+    #[error("cell `{active}` takes writes in epoch {epoch}, so `{cell}` cannot become {to}")]
+    TwoActive { active: String, cell: String, to: CellState, epoch: Epoch },
+}
+
+impl Application {
+    /// A new application: one active cell, the others passive, the first epoch.
+    pub fn new(active: &str, cells: impl IntoIterator<Item = String>) -> Application {
+        let state = |name: &str| if name == active { CellState::Active } else { CellState::Passive };
+        let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
+        Application { epoch: Epoch(1), cells, execution: None }
+    }
+
+    /// The cell that takes writes, if one does.
+    pub fn active(&self) -> Option<&str> {
+        self.cells.iter().find(|(_, state)| state.takes_writes()).map(|(name, _)| name.as_str())
+    }
+
+    /// # Errors
+    /// There is no such cell.
+    pub fn state(&self, cell: &str) -> Result<CellState, CellError> {
+        self.cells.get(cell).copied().ok_or_else(|| {
+            let known: Vec<&str> = self.cells.keys().map(String::as_str).collect();
+            CellError::Unknown { cell: cell.into(), known: known.join(", ") }
+        })
+    }
+
+    /// Changes one cell's state. A new grant to take writes begins a new epoch.
+    ///
+    /// # Errors
+    /// The change is illegal, or another cell takes writes.
+    pub fn change(&mut self, cell: &str, to: CellState) -> Result<(), CellError> {
+        let from = self.state(cell)?;
+        let next = from.become_state(to)?;
+        // From `promoting` on a cell holds the grant, so no other may hold it from then on.
+        let grants = |state: CellState| state.takes_writes() || state == CellState::Promoting;
+        let other = self.cells.iter().find(|(name, state)| *name != cell && grants(**state));
+        if let (true, Some((active, _))) = (grants(next), other) {
+            let (active, cell) = (active.clone(), cell.to_owned());
+            return Err(CellError::TwoActive { active, cell, to, epoch: self.epoch });
+        }
+        if grants(next) && !grants(from) {
+            self.epoch = self.epoch.next();
+        }
+        self.cells.insert(cell.into(), next);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A new state or a new way between states shows here as a changed table.
+    #[test]
+    fn the_ways_between_states_are_these() {
+        let mut table = String::new();
+        for from in CellState::ALL {
+            for to in CellState::ALL {
+                table.push(if from.become_state(to).is_ok() { 'x' } else { '.' });
+            }
+            table.push_str(&format!(" {from}\n"));
+        }
+        assert_eq!(
+            table,
+            "\
+.xx... active
+x.x... draining
+...x.. fenced
+....x. recovering
+.....x passive
+x.x... promoting
+"
+        );
+    }
+
+    #[test]
+    fn a_switchover_gives_the_next_epoch() {
+        let mut app = Application::new("a", ["a".into(), "b".into()]);
+        app.change("a", CellState::Draining).unwrap();
+        let error = app.change("b", CellState::Promoting).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "cell `a` takes writes in epoch 1, so `b` cannot become promoting"
+        );
+        app.change("a", CellState::Fenced).unwrap();
+        app.change("b", CellState::Promoting).unwrap();
+        app.change("b", CellState::Active).unwrap();
+        assert_eq!((app.epoch, app.active()), (Epoch(2), Some("b")));
+        assert!(app.change("a", CellState::Active).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn at_most_one_cell_takes_writes_and_epochs_only_grow(
+            changes in proptest::collection::vec((0usize..3, 0usize..6), 0..200)
+        ) {
+            let names = ["a", "b", "c"];
+            let mut app = Application::new("a", names.map(String::from));
+            for (cell, state) in changes {
+                let before = app.clone();
+                let result = app.change(names[cell], CellState::ALL[state]);
+                prop_assert!(app.epoch >= before.epoch);
+                prop_assert!(app.cells.values().filter(|state| state.takes_writes()).count() <= 1);
+                if result.is_err() {
+                    prop_assert_eq!(&app, &before);
+                }
+                let granted = |app: &Application| app.cells.iter().find(|(_, s)| s.takes_writes()
+                    || **s == CellState::Promoting).map(|(n, _)| n.clone());
+                if granted(&app).is_some() && granted(&app) != granted(&before) {
+                    prop_assert!(app.epoch > before.epoch);
+                }
+            }
+        }
+    }
+}

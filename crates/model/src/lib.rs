@@ -1,0 +1,25 @@
+//! Every decision of Holdfast, pure: events in, actions out.
+//!
+//! This crate does no I/O, reads no clock and starts no task; its Cargo.toml could not let it, and its
+//! `clippy.toml` bans what the standard library would offer. Whatever runs here can be recorded and replayed.
+//!
+//! # Layout, in reading order
+//! - [`session`]: the session as a value: where its protocol stands, what its snapshot holds, what pins it,
+//!   how it is replayed.
+//! - [`sql`]: the little that is read from statement text.
+//! - [`cell`]: applications, cells, their states and the epoch.
+//! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
+//! - [`barrier`]: what control asks of proxies, and what they answer.
+//! - [`persisted`]: the shapes that the store keeps.
+
+#![forbid(unsafe_code)]
+
+pub mod session;
+pub mod sql;
+pub mod lsn;
+pub mod cell;
+pub mod switchover;
+pub mod barrier;
+pub mod persisted;
+
+pub use lsn::Lsn;

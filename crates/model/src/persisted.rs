@@ -1,0 +1,182 @@
+//! The shapes that the store keeps, and their keys. A field that is added later has a default.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cell::{CellError, CellState, Epoch};
+use crate::switchover::{Ending, OnTimeout, Stage};
+
+pub use crate::cell::Application;
+
+/// Log entries that one execution keeps; a switchover writes about twenty.
+pub const LOG_LEN_MAX: usize = 1_000;
+
+pub fn application_key(app: &str) -> String {
+    format!("app/{app}")
+}
+
+/// Executions sort by their number.
+pub fn execution_key(app: &str, id: u64) -> String {
+    format!("execution/{app}/{id:020}")
+}
+
+pub fn execution_prefix(app: &str) -> String {
+    format!("execution/{app}/")
+}
+
+/// One run of a switchover: what was asked, and what has happened so far.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Execution {
+    pub id: u64,
+    pub app: String,
+    pub from: String,
+    pub to: String,
+    /// The epoch before it; the grant makes it the next one.
+    pub epoch: Epoch,
+    pub deadline_ms: u64,
+    pub on_timeout: OnTimeout,
+    /// Milliseconds since 1970, for people; never used to decide.
+    pub started_at_ms: u64,
+    pub stage: Stage,
+    /// The LSN that the target must reach before the grant.
+    pub lsn: Option<crate::Lsn>,
+    pub ending: Option<Ending>,
+    /// Why it was given up or stands still.
+    pub reason: Option<String>,
+    pub log: Vec<LogEntry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LogEntry {
+    pub at_ms: u64,
+    pub stage: Stage,
+    pub event: LogEvent,
+    pub text: String,
+    /// How long the stage took, when it has ended.
+    pub took_ms: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogEvent {
+    Started,
+    Done,
+    Failed,
+}
+
+impl Execution {
+    pub fn record(&mut self, entry: LogEntry) {
+        if self.log.len() < LOG_LEN_MAX {
+            self.log.push(entry);
+        }
+    }
+}
+
+impl Application {
+    /// The change of cells that goes with the begin of a stage, in the same transaction as its record.
+    ///
+    /// # Errors
+    /// The cells are not in the states that the stage follows.
+    pub fn enter(&mut self, stage: Stage, from: &str, to: &str) -> Result<(), CellError> {
+        match stage {
+            Stage::Hold => self.change(from, CellState::Draining),
+            Stage::Grant => {
+                self.change(from, CellState::Fenced)?;
+                self.change(to, CellState::Promoting)
+            }
+            // Entered again after a crash, the cell is recovering already.
+            Stage::Rejoin if self.state(from)? == CellState::Recovering => Ok(()),
+            Stage::Rejoin => self.change(from, CellState::Recovering),
+            Stage::Prepare
+            | Stage::Fence
+            | Stage::Capture
+            | Stage::CatchUp
+            | Stage::Promote
+            | Stage::Attach
+            | Stage::Release
+            | Stage::Revert => Ok(()),
+        }
+    }
+
+    /// The change of cells that goes with the end of a stage.
+    ///
+    /// # Errors
+    /// The cells are not in the states that the stage follows.
+    pub fn leave(&mut self, stage: Stage, from: &str, to: &str) -> Result<(), CellError> {
+        match stage {
+            Stage::Promote if self.state(to)? == CellState::Active => Ok(()),
+            Stage::Promote => self.change(to, CellState::Active),
+            Stage::Rejoin => self.change(from, CellState::Passive),
+            Stage::Revert if self.state(from)? == CellState::Draining => self.change(from, CellState::Active),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the grant of an execution has been made: the epoch is no longer the one before it.
+    pub fn granted(&self, execution: &Execution) -> bool {
+        self.epoch > execution.epoch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::switchover::{Next, Outcome, next, resume};
+
+    fn run(app: &mut Application, mut stage: Stage) -> Ending {
+        loop {
+            app.enter(stage, "a", "b").unwrap();
+            app.leave(stage, "a", "b").unwrap();
+            match next(stage, Outcome::Done) {
+                Next::Go(after) => stage = after,
+                Next::End(ending) => return ending,
+            }
+        }
+    }
+
+    fn application() -> Application {
+        Application::new("a", ["a".into(), "b".into()])
+    }
+
+    #[test]
+    fn a_switchover_takes_the_cells_along() {
+        let mut app = application();
+        assert_eq!(run(&mut app, Stage::Prepare), Ending::Completed);
+        assert_eq!((app.active(), app.epoch), (Some("b"), Epoch(2)));
+        assert_eq!(app.cells["a"], CellState::Passive);
+    }
+
+    #[test]
+    fn a_crash_at_any_stage_ends_with_one_active_cell() {
+        let order = [
+            Stage::Prepare,
+            Stage::Hold,
+            Stage::Fence,
+            Stage::Capture,
+            Stage::CatchUp,
+            Stage::Grant,
+            Stage::Promote,
+            Stage::Attach,
+            Stage::Release,
+            Stage::Rejoin,
+        ];
+        for crash in 0..order.len() {
+            for after_leave in [false, true] {
+                let mut app = application();
+                let before = app.epoch;
+                for stage in &order[..=crash] {
+                    app.enter(*stage, "a", "b").unwrap();
+                    if *stage != order[crash] || after_leave {
+                        app.leave(*stage, "a", "b").unwrap();
+                    }
+                }
+                if order[crash] == Stage::Rejoin && after_leave {
+                    continue;
+                }
+                let granted = app.epoch > before;
+                let ending = run(&mut app, resume(order[crash], granted));
+                let (active, ended) = if granted { ("b", Ending::Completed) } else { ("a", Ending::Aborted) };
+                assert_eq!((app.active(), ending), (Some(active), ended), "crash at {}", order[crash]);
+            }
+        }
+    }
+}

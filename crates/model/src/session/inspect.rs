@@ -1,0 +1,282 @@
+//! What statement text and command tags hint at.
+//!
+//! Most state is read from the server's catalogs when a session is captured, whatever put it there. This file
+//! is about the little that no catalog shows: custom settings, whose names must be known to be asked for, and
+//! things inside the server process. A hint never decides that a session is clean by itself; it names what to
+//! ask for, or pins.
+
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
+
+use aho_corasick::{AhoCorasick, MatchKind};
+
+use super::pin::Pin;
+use crate::sql::{self, Kind, Token, Tokens};
+
+/// Longest statement text that a pin shows.
+const SHOWN_LEN_MAX: usize = 80;
+/// Custom settings that one session may be known to use.
+pub const CUSTOM_NAMES_MAX: usize = 256;
+/// Longest custom name that is believed.
+const NAME_LEN_MAX: usize = 128;
+
+/// Words that raise a question, in the order of [`Word`].
+const WORDS: [&str; 7] = [
+    "set_config",
+    "setseed",
+    "dblink",
+    "pg_backup_start",
+    "pg_start_backup",
+    "pg_replication_origin_session_setup",
+    "load",
+];
+
+static FINDER: LazyLock<AhoCorasick> = LazyLock::new(|| {
+    AhoCorasick::builder()
+        .ascii_case_insensitive(true)
+        .match_kind(MatchKind::LeftmostLongest)
+        .build(WORDS)
+        .expect("seven short words make an automaton")
+});
+
+/// Bytes of a long text that are looked at again with its next part, so that no word hides at the seam.
+pub const OVERLAP: usize = 64;
+
+/// What a session's statements hint at. Empty for almost every session, and then without memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// Custom settings that were named.
+    pub custom: BTreeSet<String>,
+    /// Pins that only text can show; they stay until the session ends.
+    pub pins: BTreeSet<Pin>,
+}
+
+impl Hints {
+    pub fn is_empty(&self) -> bool {
+        self.custom.is_empty() && self.pins.is_empty()
+    }
+
+    fn learn(&mut self, name: String, sql: &[u8]) {
+        if self.custom.len() < CUSTOM_NAMES_MAX && name.len() <= NAME_LEN_MAX {
+            self.custom.insert(name);
+        } else {
+            self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+        }
+    }
+
+    /// Looks at the text of a statement, or at part of a long one.
+    #[inline]
+    pub fn on_statement(&mut self, sql: &[u8]) {
+        if begins_with_set(sql) || (FINDER.is_match(sql) | has_several(sql)) {
+            self.look_closely(sql);
+        }
+    }
+
+    /// A command has completed. LOAD leaves nothing in any catalog before PostgreSQL 18.
+    #[inline]
+    pub fn on_command_tag(&mut self, tag: &[u8]) {
+        if tag.starts_with(b"LOAD") {
+            self.pins.insert(Pin::Library);
+        }
+    }
+
+    #[cold]
+    fn look_closely(&mut self, sql: &[u8]) {
+        let tokens: Vec<Token<'_>> = Tokens::new(sql).collect();
+        let shown = || sql::shown(sql, SHOWN_LEN_MAX);
+        for (at, token) in tokens.iter().enumerate() {
+            if token.is_word("set") {
+                self.on_set(&tokens[at + 1..], sql);
+            }
+            if token.kind == Kind::Text || token.kind == Kind::Unclear {
+                // A function body, a DO block or a text that cannot be read: words inside count, too.
+                self.on_opaque(token.text, sql);
+            }
+            let Some(name) = sql::name_of(token) else { continue };
+            match name.as_str() {
+                "set_config" => self.on_set_config(&tokens[at + 1..], sql),
+                "setseed" => drop(self.pins.insert(Pin::Seed { statement: shown() })),
+                "pg_backup_start" | "pg_start_backup" => {
+                    self.pins.insert(Pin::BackupMode { statement: shown() });
+                }
+                "pg_replication_origin_session_setup" => {
+                    self.pins.insert(Pin::ReplicationOrigin);
+                }
+                "load" if at == 0 || tokens[at - 1].kind == Kind::Semicolon => {
+                    self.pins.insert(Pin::Library);
+                }
+                name if name.starts_with("dblink") => {
+                    self.pins.insert(Pin::Dblink { statement: shown() });
+                }
+                _ => (),
+            }
+        }
+    }
+
+    /// `SET [SESSION | LOCAL] a.b { = | TO } ...`: a name with a dot is a custom setting.
+    fn on_set(&mut self, after: &[Token<'_>], sql: &[u8]) {
+        let skip = after.iter().take_while(|t| t.is_word("session") || t.is_word("local")).count();
+        let name = &after[skip.min(after.len())..];
+        let [first, dot, rest @ ..] = name else { return };
+        if !dot.is_other(b'.') {
+            return;
+        }
+        let mut parts = vec![sql::name_of(first)];
+        let mut rest = std::iter::once(dot).chain(rest);
+        while let Some(token) = rest.next()
+            && token.is_other(b'.')
+        {
+            parts.push(rest.next().and_then(sql::name_of));
+        }
+        match parts.into_iter().collect::<Option<Vec<String>>>() {
+            Some(parts) => self.learn(parts.join("."), sql),
+            None => drop(self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) })),
+        }
+    }
+
+    /// `set_config('a.b', ...)`: a literal name is learned, a name without a dot is in the catalogs.
+    fn on_set_config(&mut self, after: &[Token<'_>], sql: &[u8]) {
+        let [open, name, comma, ..] = after else { return };
+        if !open.is_other(b'(') {
+            return;
+        }
+        let literal = if comma.is_other(b',') || comma.is_other(b':') { sql::literal_of(name) } else { None };
+        match literal {
+            Some(name) if name.contains('.') => self.learn(name.to_lowercase(), sql),
+            Some(_) => (),
+            None => {
+                self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+            }
+        }
+    }
+
+    fn on_opaque(&mut self, text: &[u8], sql: &[u8]) {
+        let body = match text {
+            [b'$', ..] => {
+                let tag_len = text[1..].iter().position(|b| *b == b'$').map_or(0, |at| at + 2);
+                text.get(tag_len..text.len().saturating_sub(tag_len)).unwrap_or_default()
+            }
+            // The text of a plain literal is code only for EXECUTE; words in it are hints all the same.
+            [b'\'', body @ .., b'\''] => body,
+            _ => {
+                if FINDER.is_match(text) {
+                    self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+                }
+                return;
+            }
+        };
+        if body.len() < sql.len() && (FINDER.is_match(body) || contains_set(body)) {
+            self.look_closely(body);
+        }
+    }
+}
+
+/// The first word is SET, after white space, comments or semicolons.
+#[inline]
+fn begins_with_set(sql: &[u8]) -> bool {
+    let start = sql.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(sql.len());
+    match sql.get(start..) {
+        Some([b's' | b'S', b'e' | b'E', b't' | b'T', next, ..]) => !next.is_ascii_alphanumeric(),
+        Some([b'-', b'-', ..] | [b'/', b'*', ..] | [b';', ..]) => contains_set(&sql[start..]),
+        _ => false,
+    }
+}
+
+/// The text may hold a SET behind its first statement or in a body, next to a name with a dot.
+#[inline]
+fn has_several(sql: &[u8]) -> bool {
+    sql.iter().any(|b| matches!(b, b';' | b'$')) && contains_set(sql)
+}
+
+fn contains_set(sql: &[u8]) -> bool {
+    sql.windows(4).any(|w| w[..3].eq_ignore_ascii_case(b"set") && !w[3].is_ascii_alphanumeric() && w[3] != b'_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hints(sql: &str) -> Hints {
+        let mut hints = Hints::default();
+        hints.on_statement(sql.as_bytes());
+        hints
+    }
+
+    #[track_caller]
+    fn learns(sql: &str, names: &[&str]) {
+        let hints = hints(sql);
+        assert_eq!(hints.custom.iter().map(String::as_str).collect::<Vec<_>>(), names, "{sql}");
+        assert!(hints.pins.is_empty(), "{sql}: {:?}", hints.pins);
+    }
+
+    #[track_caller]
+    fn pins(sql: &str, code: &str) {
+        let hints = hints(sql);
+        let codes: Vec<_> = hints.pins.iter().map(Pin::code).collect();
+        assert_eq!(codes, [code], "{sql}");
+    }
+
+    #[test]
+    fn ordinary_statements_hint_at_nothing() {
+        learns("select abalance from pgbench_accounts where aid = 1", &[]);
+        learns("update t set a.b = 1", &[]);
+        learns("set search_path = a, b; select 1", &[]);
+        learns("select * from a.setup where x = 'set'", &[]);
+        learns("select upload, payload from downloads", &[]);
+    }
+
+    #[test]
+    fn names_of_custom_settings_are_learned() {
+        learns("set app.user_id = '7'", &["app.user_id"]);
+        learns("  SET SESSION App.User TO 7", &["app.user"]);
+        learns("/* tag */ set local \"App\".x = 1", &["App.x"]);
+        learns("begin; set a.b.c = 1; commit", &["a.b.c"]);
+        learns("select set_config('app.tenant', $1, false)", &["app.tenant"]);
+        learns("select pg_catalog.set_config('app.tenant'::text, $1, false)", &["app.tenant"]);
+        learns("select set_config('work_mem', '1MB', false)", &[]);
+        learns("do $$ begin set app.x = 1; perform set_config('app.y', '1', false); end $$", &["app.x", "app.y"]);
+        learns("do 'begin set app.x = 1; end'", &["app.x"]);
+    }
+
+    #[test]
+    fn computed_names_pin() {
+        pins("select set_config($1, $2, false)", "custom_settings");
+        pins("select set_config('app.' || name, '1', false) from t", "custom_settings");
+        pins("select 'a\\', set_config(x, y, false)", "custom_settings");
+    }
+
+    #[test]
+    fn state_inside_the_server_pins() {
+        pins("select setseed(0.5)", "seed");
+        pins("SELECT public.dblink_connect('c', 'dbname=x')", "dblink");
+        pins("select pg_backup_start('x')", "backup_mode");
+        pins("select pg_replication_origin_session_setup('x')", "replication_origin");
+        pins("LOAD 'auto_explain'", "library");
+    }
+
+    #[test]
+    fn a_command_tag_of_load_pins_wherever_it_ran() {
+        let mut hints = Hints::default();
+        hints.on_command_tag(b"SELECT 1");
+        assert!(hints.is_empty());
+        hints.on_command_tag(b"LOAD");
+        assert_eq!(hints.pins.len(), 1);
+    }
+
+    #[test]
+    fn a_pin_does_not_show_the_secrets_of_its_statement() {
+        let hints = hints("select dblink_connect('host=x password=sesame')");
+        assert!(!format!("{hints:?}").contains("sesame"));
+    }
+
+    #[test]
+    fn names_are_limited() {
+        let mut hints = Hints::default();
+        for n in 0..CUSTOM_NAMES_MAX {
+            hints.on_statement(format!("set a.n{n} = 1").as_bytes());
+        }
+        assert!(hints.pins.is_empty());
+        hints.on_statement(b"set a.one_too_many = 1");
+        assert_eq!((hints.custom.len(), hints.pins.len()), (CUSTOM_NAMES_MAX, 1));
+    }
+}

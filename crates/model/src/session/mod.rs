@@ -1,0 +1,19 @@
+//! The session as a value. A server connection is only where it happens to be attached.
+//!
+//! - [`protocol`]: counts what was asked and what was answered, and so knows when nothing is under way.
+//! - [`inspect`]: what statement text and command tags hint at; hints raise questions, catalogs give answers.
+//! - [`capture`]: the questions put to the server, and the snapshot read from the answers.
+//! - [`snapshot`]: the captured state, and what differs between two of them.
+//! - [`replay`]: the statements that make a fresh server session equal to a snapshot.
+//! - [`pin`]: why a session cannot be moved, in words.
+
+pub mod protocol;
+pub mod inspect;
+pub mod capture;
+pub mod snapshot;
+pub mod replay;
+pub mod pin;
+
+pub use pin::Pin;
+pub use protocol::Protocol;
+pub use snapshot::Snapshot;

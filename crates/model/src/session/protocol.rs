@@ -1,0 +1,309 @@
+//! Where a session's protocol stands: every request that the server will answer, in order, one byte each.
+//!
+//! A session may be taken from its server only where nothing is under way. Looking at the last ReadyForQuery is
+//! not enough: with pipelining it may answer an earlier Sync, and after an error the server skips messages that
+//! were sent before it. So each request is queued when it is passed on and taken off when it is answered, and
+//! an error takes off all that the server skips (manual, "Extended Query" and "Pipelining").
+
+use std::collections::VecDeque;
+
+use wire::backend::TxStatus;
+
+/// Requests that may await an answer. At this many the client is not read until the server has answered some.
+pub const REQUESTS_MAX: usize = 65_536;
+
+/// A request that the server has not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Request {
+    Query,
+    FunctionCall,
+    Sync,
+    ParseNamed,
+    ParseUnnamed,
+    Bind,
+    DescribeStatement,
+    DescribePortal,
+    Execute,
+    Close,
+    CloseUnnamed,
+    /// CopyDone or CopyFail, which end a COPY FROM STDIN and are not answered themselves.
+    CopyEnd,
+}
+
+/// What the server keeps under the empty statement name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unnamed {
+    Absent,
+    /// The last Parse without a name that was passed on.
+    Last,
+    /// An earlier one: a later Parse was skipped after an error. Its text is no longer known.
+    Earlier,
+}
+
+/// What the relay must do after a message of the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Note {
+    Nothing,
+    /// Keep the text of this Parse: it is the unnamed statement if it succeeds.
+    KeepUnnamed,
+}
+
+/// Where a session's protocol stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Protocol {
+    requests: VecDeque<Request>,
+    status: TxStatus,
+    unnamed: Unnamed,
+    /// Extended-query messages were passed on since the last Sync.
+    batch_open: bool,
+    /// The server ignores everything until the next Sync.
+    skipping: bool,
+    copy_in: bool,
+    /// Data of the running COPY FROM STDIN was passed on.
+    copy_data: bool,
+    out_of_step: bool,
+}
+
+impl Default for Protocol {
+    fn default() -> Protocol {
+        Protocol::new()
+    }
+}
+
+impl Protocol {
+    /// A session right after its login.
+    pub fn new() -> Protocol {
+        Protocol {
+            requests: VecDeque::new(),
+            status: TxStatus::Idle,
+            unnamed: Unnamed::Absent,
+            batch_open: false,
+            skipping: false,
+            copy_in: false,
+            copy_data: false,
+            out_of_step: false,
+        }
+    }
+
+    /// Nothing is under way and no transaction is open: the session may be taken from its server.
+    #[inline]
+    pub fn is_safe_point(&self) -> bool {
+        self.is_quiet() && self.status == TxStatus::Idle
+    }
+
+    /// Nothing is under way; a transaction may be open.
+    #[inline]
+    pub fn is_quiet(&self) -> bool {
+        self.requests.is_empty() && !self.batch_open && !self.skipping && !self.out_of_step
+    }
+
+    /// A request is running, so that a cancel request has something to cancel.
+    pub fn is_running(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    /// The queue of requests is at its limit.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.requests.len() >= REQUESTS_MAX
+    }
+
+    /// The server answered what was not asked, so the count is worth nothing from then on.
+    pub fn is_out_of_step(&self) -> bool {
+        self.out_of_step
+    }
+
+    pub fn status(&self) -> TxStatus {
+        self.status
+    }
+
+    pub fn unnamed(&self) -> Unnamed {
+        self.unnamed
+    }
+
+    /// A message of the client is passed on. `first` is the first byte of its body: the kind of a Describe or
+    /// Close, or the zero that ends an empty name. `second` is the byte after it.
+    #[inline]
+    pub fn on_frontend(&mut self, tag: u8, first: Option<u8>, second: Option<u8>) -> Note {
+        if self.skipping && tag != b'S' {
+            return Note::Nothing;
+        }
+        let request = match tag {
+            b'Q' => Request::Query,
+            b'F' => Request::FunctionCall,
+            b'S' => {
+                self.batch_open = false;
+                self.skipping = false;
+                self.requests.push_back(Request::Sync);
+                return Note::Nothing;
+            }
+            b'P' if first == Some(0) => Request::ParseUnnamed,
+            b'P' => Request::ParseNamed,
+            b'B' => Request::Bind,
+            b'D' if first == Some(b'S') => Request::DescribeStatement,
+            b'D' => Request::DescribePortal,
+            b'E' => Request::Execute,
+            b'C' if first == Some(b'S') && second == Some(0) => Request::CloseUnnamed,
+            b'C' => Request::Close,
+            b'c' | b'f' => {
+                if self.copy_in {
+                    self.requests.push_back(Request::CopyEnd);
+                }
+                return Note::Nothing;
+            }
+            b'd' => {
+                self.copy_data = self.copy_in;
+                return Note::Nothing;
+            }
+            // Flush asks for answers and has none; Terminate ends everything.
+            _ => return Note::Nothing,
+        };
+        self.batch_open |= !matches!(request, Request::Query | Request::FunctionCall);
+        self.requests.push_back(request);
+        if request == Request::ParseUnnamed { Note::KeepUnnamed } else { Note::Nothing }
+    }
+
+    /// A message of the server is passed on. `status` is the byte of a ReadyForQuery.
+    #[inline]
+    pub fn on_backend(&mut self, tag: u8, status: Option<TxStatus>) {
+        match tag {
+            // Rows, notices, parameters and notifications answer nothing by themselves.
+            b'D' | b'd' | b'N' | b'S' | b'A' | b't' | b'c' | b'K' | b'V' => (),
+            b'Z' => self.on_ready(status),
+            b'1' => match self.requests.front() {
+                Some(Request::ParseNamed) => self.answered(),
+                Some(Request::ParseUnnamed) => {
+                    self.answered();
+                    // If another is on its way, that one's text was kept over this one's.
+                    let last = !self.requests.contains(&Request::ParseUnnamed);
+                    self.unnamed = if last { Unnamed::Last } else { Unnamed::Earlier };
+                }
+                _ => self.out_of_step = true,
+            },
+            b'2' => self.answers(Request::Bind),
+            b'3' => match self.requests.front() {
+                Some(Request::Close) => self.answered(),
+                Some(Request::CloseUnnamed) => {
+                    self.answered();
+                    self.unnamed = Unnamed::Absent;
+                }
+                _ => self.out_of_step = true,
+            },
+            b'T' | b'n' => match self.requests.front() {
+                Some(Request::DescribeStatement | Request::DescribePortal) => self.answered(),
+                Some(Request::Query) => (),
+                _ => self.out_of_step = true,
+            },
+            b'C' | b'I' | b's' => match self.requests.front() {
+                Some(Request::Execute) => {
+                    self.answered();
+                    self.end_copy_in();
+                }
+                Some(Request::Query) => self.copy_in = false,
+                _ => self.out_of_step = true,
+            },
+            b'G' => {
+                self.copy_in = true;
+                self.copy_data = false;
+            }
+            b'E' => self.on_error(),
+            _ => (),
+        }
+    }
+
+    fn answered(&mut self) {
+        self.requests.pop_front();
+    }
+
+    fn answers(&mut self, request: Request) {
+        if self.requests.front() == Some(&request) {
+            self.answered();
+        } else {
+            self.out_of_step = true;
+        }
+    }
+
+    fn on_ready(&mut self, status: Option<TxStatus>) {
+        match self.requests.front() {
+            Some(Request::Query) => {
+                self.answered();
+                // A simple query drops the unnamed statement before it runs (`exec_simple_query`).
+                self.unnamed = Unnamed::Absent;
+            }
+            Some(Request::FunctionCall | Request::Sync) => self.answered(),
+            _ => self.out_of_step = true,
+        }
+        // A COPY that failed under a simple query leaves its end unanswered.
+        while self.requests.front() == Some(&Request::CopyEnd) {
+            self.answered();
+        }
+        self.copy_in = false;
+        match status {
+            Some(status) => self.status = status,
+            None => self.out_of_step = true,
+        }
+    }
+
+    /// A COPY FROM STDIN of the extended protocol has ended. The server ignored each Sync that came before its
+    /// end (`CopyGetData`), so those are answered by nothing.
+    fn end_copy_in(&mut self) {
+        if !self.copy_in {
+            return;
+        }
+        self.copy_in = false;
+        if let Some(end) = self.requests.iter().position(|request| *request == Request::CopyEnd) {
+            self.requests.drain(..=end);
+        }
+        // The client owes a Sync that the server does not ignore.
+        self.batch_open = !self.requests.contains(&Request::Sync);
+    }
+
+    fn on_error(&mut self) {
+        match self.requests.front() {
+            // The ReadyForQuery that follows answers these. With none, the error ends the connection.
+            None | Some(Request::Query | Request::FunctionCall | Request::Sync) => {
+                self.copy_in = false;
+                return;
+            }
+            Some(Request::ParseUnnamed) => self.unnamed = Unnamed::Absent,
+            Some(_) => (),
+        }
+        if self.copy_in {
+            self.copy_in = false;
+            if self.copy_data {
+                // Whatever Sync stood before the data was read and ignored before the data was.
+                while matches!(self.requests.get(1), Some(Request::Sync)) {
+                    self.requests.remove(1);
+                }
+            }
+        }
+        while let Some(request) = self.requests.pop_front() {
+            match request {
+                Request::Sync => {
+                    self.requests.push_front(Request::Sync);
+                    return;
+                }
+                Request::ParseUnnamed if self.unnamed != Unnamed::Absent => {
+                    self.unnamed = Unnamed::Earlier;
+                }
+                _ => (),
+            }
+        }
+        self.skipping = true;
+    }
+
+    /// The session stands on another server, where it has what [`Unnamed::Last`] names, or nothing.
+    pub fn on_attached(&mut self) {
+        assert!(self.is_safe_point(), "a session is attached only where nothing is under way");
+    }
+
+    /// Memory of the queue is given back once a session is idle.
+    pub fn shrink(&mut self) {
+        if self.requests.is_empty() && self.requests.capacity() > 64 {
+            self.requests = VecDeque::new();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

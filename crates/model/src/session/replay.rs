@@ -1,0 +1,148 @@
+//! The statements that make a fresh server session equal to a snapshot.
+//!
+//! Order matters: settings first, then the session's user, then its role, because each may take away the right
+//! to do the one before; then what is named under them.
+
+use super::snapshot::{Prepared, Snapshot};
+use crate::sql;
+
+/// One thing to do on the new server, in the order given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// A statement of ours, with what it restores.
+    Run { what: String, sql: String, params: Vec<String> },
+    /// A SQL-level PREPARE, run as the client wrote it.
+    Prepare { name: String, sql: String },
+    /// A protocol-level Parse.
+    Parse { name: String, sql: String, types: Vec<u32> },
+}
+
+/// Which servers a step can run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Also on a standby, so before the switch.
+    Standby,
+    /// Only on a primary: LISTEN is refused in recovery (25006).
+    Primary,
+}
+
+/// The steps of a phase that take a session from what its login gave, `from`, to `to`.
+pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase) -> Vec<Step> {
+    match phase {
+        Phase::Standby => on_standby(from, to),
+        Phase::Primary => listen(from, to),
+    }
+}
+
+fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut set = |what: String, name: &str, value: &str| {
+        steps.push(Step::Run {
+            what,
+            sql: "SELECT pg_catalog.set_config($1, $2, false)".into(),
+            params: vec![name.into(), value.into()],
+        });
+    };
+    // temp_buffers can be set only before temporary tables are used, so nothing of ours may come before it.
+    for (name, setting) in &to.settings {
+        if from.settings.get(name).map(|s| &s.value) != Some(&setting.value) {
+            set(format!("setting {name}"), name, &setting.value);
+        }
+    }
+    for (name, value) in &to.custom {
+        if from.custom.get(name) != Some(value) {
+            set(format!("setting {name}"), name, value);
+        }
+    }
+    if from.session_user != to.session_user {
+        set("session authorization".into(), "session_authorization", &to.session_user);
+    }
+    if from.role != to.role {
+        set("role".into(), "role", &to.role);
+    }
+    for (name, prepared) in &to.prepared {
+        if from.prepared.get(name) != Some(prepared) {
+            steps.push(prepare(name, prepared));
+        }
+    }
+    for (lock, count) in &to.locks {
+        let function = if lock.shared { "pg_try_advisory_lock_shared" } else { "pg_try_advisory_lock" };
+        for _ in from.locks.get(lock).copied().unwrap_or(0)..*count {
+            // Not getting it must be an error, so that it is not overlooked.
+            let sql = format!(
+                "SELECT CASE WHEN pg_catalog.{function}({}) THEN 1 ELSE 1 OPERATOR(pg_catalog./) 0 END",
+                lock.arguments()
+            );
+            steps.push(Step::Run {
+                what: format!("advisory lock ({})", lock.arguments()),
+                sql,
+                params: Vec::new(),
+            });
+        }
+    }
+    steps
+}
+
+fn prepare(name: &str, prepared: &Prepared) -> Step {
+    if prepared.from_sql {
+        Step::Prepare { name: name.into(), sql: prepared.text.clone() }
+    } else {
+        Step::Parse { name: name.into(), sql: prepared.text.clone(), types: prepared.types.clone() }
+    }
+}
+
+fn listen(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
+    let missing = to.channels.difference(&from.channels);
+    missing
+        .map(|channel| Step::Run {
+            what: format!("listening on `{channel}`"),
+            sql: format!("LISTEN {}", sql::quote_name(channel)),
+            params: Vec::new(),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::snapshot::{AdvisoryLock, Setting};
+    use super::*;
+
+    #[test]
+    fn steps_come_in_the_order_that_rights_allow() {
+        let from = Snapshot { role: "none".into(), session_user: "root".into(), ..Snapshot::default() };
+        let mut to = Snapshot { role: "reader".into(), session_user: "app".into(), ..Snapshot::default() };
+        to.settings.insert("geqo".into(), Setting { value: "off".into(), set_in_session: true });
+        to.custom.insert("app.x".into(), "1".into());
+        let prepared = |from_sql| Prepared { text: "t".into(), from_sql, types: vec![23] };
+        to.prepared.insert("a".into(), prepared(false));
+        to.prepared.insert("b".into(), prepared(true));
+        to.locks.insert(AdvisoryLock { classid: 0, objid: 1, objsubid: 1, shared: true }, 2);
+        to.channels.insert("Jobs".into());
+        let what = |phase| -> Vec<String> {
+            let steps = steps(&from, &to, phase);
+            steps
+                .into_iter()
+                .map(|step| match step {
+                    Step::Run { what, .. } => what,
+                    Step::Prepare { name, .. } => format!("prepare {name}"),
+                    Step::Parse { name, .. } => format!("parse {name}"),
+                })
+                .collect()
+        };
+        assert_eq!(
+            what(Phase::Standby),
+            [
+                "setting geqo",
+                "setting app.x",
+                "session authorization",
+                "role",
+                "parse a",
+                "prepare b",
+                "advisory lock ('1'::pg_catalog.int8)",
+                "advisory lock ('1'::pg_catalog.int8)"
+            ]
+        );
+        assert_eq!(what(Phase::Primary), ["listening on `Jobs`"]);
+        assert_eq!(steps(&to, &to, Phase::Standby), []);
+    }
+}

@@ -1,0 +1,184 @@
+//! The captured state of a session, and what differs between two of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::pin::Pin;
+
+/// Statements, locks and settings that one session may hold to be moved.
+pub const ENTRIES_MAX: usize = 10_000;
+
+/// State of a session outside any transaction, as its server's catalogs show it.
+///
+/// Two sessions with equal snapshots answer alike; that is what a move proves before it lets go of the old one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Settings that do not come from the server's own configuration, by name, in the units of `pg_settings`.
+    pub settings: BTreeMap<String, Setting>,
+    /// Custom settings, of the names that were asked for; those never set are absent.
+    pub custom: BTreeMap<String, String>,
+    /// `session_user`.
+    pub session_user: String,
+    /// `role`, `none` unless SET ROLE.
+    pub role: String,
+    pub prepared: BTreeMap<String, Prepared>,
+    pub channels: BTreeSet<String>,
+    /// Session-level advisory locks, and how many times each is held.
+    pub locks: BTreeMap<AdvisoryLock, u32>,
+}
+
+/// A setting's value and where it came from (`pg_settings.source`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    pub value: String,
+    pub set_in_session: bool,
+}
+
+/// A named prepared statement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// As `pg_prepared_statements.statement`: for SQL-level ones the whole query string of the PREPARE.
+    pub text: String,
+    pub from_sql: bool,
+    /// OIDs of the parameters' types. They are the same on a physical copy.
+    pub types: Vec<u32>,
+}
+
+/// The key and mode of an advisory lock, as `pg_locks` shows them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AdvisoryLock {
+    pub classid: u32,
+    pub objid: u32,
+    /// 1: one bigint key; 2: two int keys.
+    pub objsubid: u16,
+    pub shared: bool,
+}
+
+impl AdvisoryLock {
+    /// The arguments that lock it, as SQL.
+    pub fn arguments(&self) -> String {
+        match self.objsubid {
+            1 => {
+                let key = (u64::from(self.classid) << 32 | u64::from(self.objid)).cast_signed();
+                // The literal needs its quotes: `-9223372036854775808` alone is a numeric.
+                format!("'{key}'::pg_catalog.int8")
+            }
+            _ => {
+                let (first, second) = (self.classid.cast_signed(), self.objid.cast_signed());
+                format!("'{first}'::pg_catalog.int4, '{second}'::pg_catalog.int4")
+            }
+        }
+    }
+}
+
+impl Snapshot {
+    /// How many entries there are in all.
+    pub fn len(&self) -> usize {
+        self.settings.len()
+            + self.custom.len()
+            + self.prepared.len()
+            + self.channels.len()
+            + self.locks.values().map(|count| usize::try_from(*count).unwrap_or(usize::MAX)).sum::<usize>()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Everything in which `there` is not this session. Empty means identical.
+    ///
+    /// Whether a setting was set in the session or came with the login matters to RESET only, and only for
+    /// settings that differ from what the new login gives; so values are compared, and names on both sides.
+    pub fn differences(&self, there: &Snapshot) -> Vec<Pin> {
+        let mut pins = Vec::new();
+        let mut differs = |what: String, here: Option<String>, there: Option<String>| {
+            if here != there {
+                let or_none = |value: Option<String>| value.unwrap_or_else(|| "(none)".into());
+                pins.push(Pin::Differs { what, here: or_none(here), there: or_none(there) });
+            }
+        };
+        differs("session_user".into(), Some(self.session_user.clone()), Some(there.session_user.clone()));
+        differs("role".into(), Some(self.role.clone()), Some(there.role.clone()));
+        both(&self.settings, &there.settings, |name, a, b| {
+            let value = |setting: Option<&Setting>| setting.map(|s| s.value.clone());
+            differs(format!("setting {name}"), value(a), value(b));
+        });
+        both(&self.custom, &there.custom, |name, a, b| {
+            // Values of custom settings may be secrets, so they are not shown.
+            let same = a == b;
+            let shown = |present: bool| Some(if same { "same" } else if present { "set" } else { "other" }.into());
+            if !same {
+                differs(format!("setting {name}"), shown(true), shown(false));
+            }
+        });
+        both(&self.prepared, &there.prepared, |name, a, b| {
+            let shown = |p: Option<&Prepared>| p.map(|p| format!("{} types {:?}", crate::sql::shown(p.text.as_bytes(), 60), p.types));
+            if a != b {
+                let (a, b) = (shown(a), shown(b));
+                let b = if a == b { Some("another text".into()) } else { b };
+                differs(format!("prepared statement {name}"), a, b);
+            }
+        });
+        let channels = |set: &BTreeSet<String>| Some(set.iter().cloned().collect::<Vec<_>>().join(","));
+        differs("listened channels".into(), channels(&self.channels), channels(&there.channels));
+        both(&self.locks, &there.locks, |lock, a, b| {
+            let shown = |count: Option<&u32>| count.map(u32::to_string);
+            differs(format!("advisory lock ({})", lock.arguments()), shown(a), shown(b));
+        });
+        pins
+    }
+}
+
+/// Calls `each` for every key of either map.
+fn both<K: Ord + Clone, V>(
+    a: &BTreeMap<K, V>,
+    b: &BTreeMap<K, V>,
+    mut each: impl FnMut(&K, Option<&V>, Option<&V>),
+) {
+    let keys: BTreeSet<&K> = a.keys().chain(b.keys()).collect();
+    keys.into_iter().for_each(|key| each(key, a.get(key), b.get(key)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lock_keys_are_read_back_with_their_sign() {
+        let lock = |classid, objid, objsubid| AdvisoryLock { classid, objid, objsubid, shared: false };
+        assert_eq!(lock(0, 42, 1).arguments(), "'42'::pg_catalog.int8");
+        assert_eq!(lock(0x8000_0000, 0, 1).arguments(), "'-9223372036854775808'::pg_catalog.int8");
+        let two = "'-1'::pg_catalog.int4, '7'::pg_catalog.int4";
+        assert_eq!(lock(u32::MAX, 7, 2).arguments(), two);
+    }
+
+    #[test]
+    fn equal_snapshots_do_not_differ_and_others_say_how() {
+        let setting = |value: &str| Setting { value: value.into(), set_in_session: true };
+        let mut here = Snapshot { role: "none".into(), session_user: "app".into(), ..Snapshot::default() };
+        here.settings.insert("work_mem".into(), setting("4096"));
+        let mut there = here.clone();
+        there.settings.get_mut("work_mem").unwrap().set_in_session = false;
+        assert_eq!(here.differences(&there), []);
+        there.settings.insert("work_mem".into(), setting("8192"));
+        there.settings.insert("geqo".into(), setting("off"));
+        there.role = "reader".into();
+        let shown: Vec<String> = here.differences(&there).iter().map(Pin::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "role is `none` here and `reader` on the other server",
+                "setting geqo is `(none)` here and `off` on the other server",
+                "setting work_mem is `4096` here and `8192` on the other server",
+            ]
+        );
+    }
+
+    #[test]
+    fn values_of_custom_settings_are_not_shown() {
+        let mut here = Snapshot::default();
+        here.custom.insert("app.token".into(), "sesame".into());
+        let pins = here.differences(&Snapshot::default());
+        assert_eq!(pins.len(), 1);
+        assert!(!format!("{pins:?}").contains("sesame"));
+    }
+}
