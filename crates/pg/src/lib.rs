@@ -1,1 +1,26 @@
+//! What several shells need from a real PostgreSQL server.
+//!
+//! # Layout, in reading order
+//! - [`address`]: where a server listens.
+//! - [`stream`]: a socket, plain or TLS, that can be taken apart and put together again.
+//! - [`connect`]: TLS negotiation and login.
+//! - [`connection`]: messages and queries on a connection.
+//! - [`admin`]: Holdfast's own connection to a server: safe `search_path`, own timeouts.
+//! - [`instance`]: a server's programs and its data directory on this machine.
+//!
+//! Every wait has a deadline that the caller gives. SQL of ours names everything in full or runs with
+//! `search_path = pg_catalog`.
 
+#![forbid(unsafe_code)]
+
+pub mod address;
+pub mod stream;
+pub mod connect;
+pub mod connection;
+pub mod admin;
+pub mod instance;
+
+pub use address::Address;
+pub use connect::{ConnectError, Login, Target};
+pub use connection::{Connection, QueryError};
+pub use stream::Stream;

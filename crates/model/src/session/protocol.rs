@@ -97,6 +97,27 @@ impl Protocol {
         self.requests.is_empty() && !self.batch_open && !self.skipping && !self.out_of_step
     }
 
+    /// While a move is wanted, whether a message with `tag` must wait at its boundary: nothing new is begun, and
+    /// a pipeline is let run dry, because its end may be a safe point.
+    #[inline]
+    pub fn must_wait(&self, tag: u8) -> bool {
+        let begins = matches!(tag, b'Q' | b'P' | b'B' | b'E' | b'D' | b'C' | b'F' | b'S' | b'H');
+        let between = !self.batch_open && !self.skipping && !self.copy_in;
+        begins && between && (!self.requests.is_empty() || self.status == TxStatus::Idle)
+    }
+
+    /// What is under way, in words, for those who wait for it.
+    pub fn occupation(&self) -> &'static str {
+        match (self.out_of_step, self.requests.is_empty(), self.batch_open || self.skipping, self.status) {
+            (true, ..) => "answers are out of step",
+            (_, false, ..) => "a request is running",
+            (_, _, true, _) => "a pipeline is open without its Sync",
+            (_, _, _, TxStatus::InTransaction) => "a transaction is open",
+            (_, _, _, TxStatus::Failed) => "a failed transaction is open",
+            (_, _, _, TxStatus::Idle) => "idle",
+        }
+    }
+
     /// A request is running, so that a cancel request has something to cancel.
     pub fn is_running(&self) -> bool {
         !self.requests.is_empty()
@@ -290,11 +311,6 @@ impl Protocol {
             }
         }
         self.skipping = true;
-    }
-
-    /// The session stands on another server, where it has what [`Unnamed::Last`] names, or nothing.
-    pub fn on_attached(&mut self) {
-        assert!(self.is_safe_point(), "a session is attached only where nothing is under way");
     }
 
     /// Memory of the queue is given back once a session is idle.

@@ -1,0 +1,134 @@
+//! Holdfast's own connection to a server: safe `search_path`, own timeouts, and the questions that switching
+//! and watching need.
+
+use std::time::Duration;
+
+use model::Lsn;
+use tokio::time::timeout;
+use wire::scram::{Credential, Verifier};
+
+use crate::connect::{ConnectError, Login, Target};
+use crate::connection::{Connection, QueryError};
+
+/// Who Holdfast is on a server.
+#[derive(Debug, Clone)]
+pub struct AdminLogin {
+    pub user: String,
+    pub database: String,
+    pub credential: Option<Credential>,
+}
+
+impl AdminLogin {
+    fn login(&self) -> Login {
+        let param = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
+        let options = "-c search_path=pg_catalog -c statement_timeout=30s -c lock_timeout=5s \
+            -c idle_in_transaction_session_timeout=60s -c default_transaction_read_only=off \
+            -c synchronous_commit=local -c row_security=off";
+        Login {
+            params: vec![
+                param("user", &self.user),
+                param("database", &self.database),
+                param("application_name", "holdfast"),
+                param("client_encoding", "UTF8"),
+                param("options", options),
+            ],
+            credential: self.credential.clone(),
+        }
+    }
+}
+
+/// An open admin connection.
+#[derive(Debug)]
+pub struct Admin {
+    pub connection: Connection,
+    wait: Duration,
+}
+
+/// Where a server stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerStatus {
+    pub in_recovery: bool,
+    /// On a primary the end of the WAL that is written out, on a standby what is replayed.
+    pub lsn: Lsn,
+    pub version: u32,
+    pub system_identifier: String,
+    /// On a standby: its walreceiver streams.
+    pub streaming: bool,
+}
+
+impl Admin {
+    /// # Errors
+    /// The server cannot be reached or refuses the login.
+    pub async fn connect(target: &Target, login: &AdminLogin) -> Result<Admin, ConnectError> {
+        let connection = target.login(&login.login()).await?;
+        Ok(Admin { connection, wait: Duration::from_secs(35) })
+    }
+
+    /// Runs a query of one statement and gives its rows.
+    ///
+    /// # Errors
+    /// The server refuses it, the connection is lost, or no answer comes in time.
+    pub async fn rows(&mut self, sql: &str) -> Result<Vec<crate::connection::Row>, QueryError> {
+        timeout(self.wait, self.connection.rows(sql)).await.unwrap_or(Err(QueryError::Timeout(self.wait)))
+    }
+
+    /// # Errors
+    /// As [`Admin::rows`].
+    pub async fn value(&mut self, sql: &str) -> Result<Option<String>, QueryError> {
+        timeout(self.wait, self.connection.value(sql)).await.unwrap_or(Err(QueryError::Timeout(self.wait)))
+    }
+
+    /// # Errors
+    /// As [`Admin::rows`].
+    pub async fn status(&mut self) -> Result<ServerStatus, QueryError> {
+        let sql = "SELECT pg_is_in_recovery(), \
+            CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, \
+            current_setting('server_version_num'), (SELECT system_identifier FROM pg_control_system()), \
+            EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')";
+        let rows = self.rows(sql).await?;
+        let cell = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref).unwrap_or("");
+        Ok(ServerStatus {
+            in_recovery: cell(0) == "t",
+            lsn: Lsn::read(cell(1)).unwrap_or_default(),
+            version: cell(2).parse().unwrap_or(0),
+            system_identifier: cell(3).to_owned(),
+            streaming: cell(4) == "t",
+        })
+    }
+
+    /// The end of the WAL that is flushed: what a standby must have.
+    ///
+    /// # Errors
+    /// As [`Admin::rows`], or the server answers with no position.
+    pub async fn flush_lsn(&mut self) -> Result<Lsn, QueryError> {
+        // The insert position is behind everything that any session has written, committed or not.
+        let text = self.value("SELECT pg_current_wal_insert_lsn()").await?;
+        text.as_deref().and_then(Lsn::read).ok_or(QueryError::Unexpected(b'D'))
+    }
+
+    /// # Errors
+    /// As [`Admin::rows`].
+    pub async fn replayed_lsn(&mut self) -> Result<Lsn, QueryError> {
+        let text = self.value("SELECT pg_last_wal_replay_lsn()").await?;
+        text.as_deref().and_then(Lsn::read).ok_or(QueryError::Unexpected(b'D'))
+    }
+
+    /// The SCRAM verifier of a role, if it may log in with a password and has one of that kind.
+    ///
+    /// # Errors
+    /// As [`Admin::rows`].
+    pub async fn verifier(&mut self, query: &str, user: &str) -> Result<Option<Verifier>, QueryError> {
+        let mut out = Vec::new();
+        Connection::add_statement(&mut out, "", query, &[user]);
+        wire::frontend::sync(&mut out);
+        let ask = async {
+            self.connection.send(&out).await?;
+            self.connection.answers().await
+        };
+        let answers = timeout(self.wait, ask).await.unwrap_or(Err(QueryError::Timeout(self.wait)))?;
+        let row = answers.into_iter().next().and_then(|answer| answer.rows.into_iter().next());
+        // As pgbouncer's auth_query: the user, then the password.
+        let password = row.and_then(|row| row.into_iter().nth(1)).flatten();
+        Ok(password.as_deref().and_then(Verifier::read))
+    }
+}

@@ -1,0 +1,262 @@
+//! Messages and queries on a logged-in connection.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use thiserror::Error;
+use wire::backend::{Backend, TxStatus};
+use wire::frame::{self, FrameError, Side};
+use wire::frontend::{self, Target};
+use wire::Malformed;
+use wire::sqlstate::SqlState;
+
+use crate::connect::view;
+use crate::stream::Stream;
+
+/// Largest single message that is read whole. Rows of ours are far smaller; statement texts may not be.
+pub const MESSAGE_LEN_MAX: usize = 64 * 1024 * 1024;
+/// Notices that are kept for the client; more are dropped.
+const NOTICES_LEN_MAX: usize = 64 * 1024;
+
+#[derive(Debug, Error)]
+pub enum QueryError {
+    #[error("connection was lost")]
+    Io(#[source] io::Error),
+    #[error("server sent what is not the protocol")]
+    Frame(#[source] FrameError),
+    #[error("server sent a malformed message")]
+    Malformed(#[source] Malformed),
+    #[error("server sent an unexpected message `{}`", char::from(*.0))]
+    Unexpected(u8),
+    #[error("server sent a message of more than {MESSAGE_LEN_MAX} bytes")]
+    TooLong,
+    #[error("{message} ({sqlstate})")]
+    Server { sqlstate: SqlState, message: String },
+    #[error("no answer within {0:?}")]
+    Timeout(std::time::Duration),
+}
+
+impl QueryError {
+    pub fn sqlstate(&self) -> Option<SqlState> {
+        match self {
+            QueryError::Server { sqlstate, .. } => Some(*sqlstate),
+            _ => None,
+        }
+    }
+}
+
+/// One message of the server, whole.
+#[derive(Debug, Clone)]
+pub struct Message {
+    pub tag: u8,
+    pub body: Vec<u8>,
+}
+
+impl Message {
+    /// # Errors
+    /// The body is not what the tag announces.
+    pub fn view(&self) -> Result<Backend<'_>, QueryError> {
+        view(self.tag, &self.body)
+    }
+
+    /// The message as it came.
+    pub fn raw(&self) -> Vec<u8> {
+        let len = u32::try_from(self.body.len() + 4).unwrap_or(u32::MAX);
+        let mut raw = vec![self.tag];
+        raw.extend_from_slice(&len.to_be_bytes());
+        raw.extend_from_slice(&self.body);
+        raw
+    }
+}
+
+/// A row as text; binary results are never asked for.
+pub type Row = Vec<Option<String>>;
+
+/// The answer to one statement.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Answer {
+    pub rows: Vec<Row>,
+    pub tag: String,
+    /// Texts of INFO messages.
+    pub infos: Vec<String>,
+}
+
+/// A logged-in connection.
+#[derive(Debug)]
+pub struct Connection {
+    pub stream: Stream,
+    /// Plaintext that is not a whole message yet.
+    buffer: Vec<u8>,
+    at: usize,
+    pub pid: i32,
+    pub secret: Vec<u8>,
+    /// Parameters as the server reported them last.
+    pub params: BTreeMap<String, String>,
+    /// The hash that SCRAM binds to, of the server's certificate.
+    pub end_point: Option<Vec<u8>>,
+    /// Messages for the client that came while we asked for something else: notices and notifications.
+    pub aside: Vec<u8>,
+    pub status: TxStatus,
+}
+
+impl Connection {
+    pub fn new(stream: Stream, received: Vec<u8>, end_point: Option<Vec<u8>>) -> Connection {
+        Connection {
+            stream,
+            buffer: received,
+            at: 0,
+            pid: 0,
+            secret: Vec::new(),
+            params: BTreeMap::new(),
+            end_point,
+            aside: Vec::new(),
+            status: TxStatus::Idle,
+        }
+    }
+
+    /// Takes the connection apart: the stream, and bytes that were received and not looked at.
+    pub fn into_stream(self) -> (Stream, Vec<u8>) {
+        let unread = self.buffer.get(self.at..).unwrap_or_default().to_vec();
+        (self.stream, unread)
+    }
+
+    /// # Errors
+    /// The connection is lost.
+    pub async fn send(&mut self, bytes: &[u8]) -> Result<(), QueryError> {
+        self.stream.write_all(bytes).await.map_err(QueryError::Io)
+    }
+
+    /// The next message. Parameters are noted on the way.
+    ///
+    /// # Errors
+    /// The connection is lost or does not carry the protocol.
+    pub async fn receive(&mut self) -> Result<Message, QueryError> {
+        loop {
+            let rest = self.buffer.get(self.at..).unwrap_or_default();
+            if let Some((tag, body, len)) = frame::whole(Side::Backend, rest).map_err(QueryError::Frame)? {
+                let message = Message { tag, body: body.to_vec() };
+                self.at += len;
+                if self.at == self.buffer.len() {
+                    self.buffer.clear();
+                    self.at = 0;
+                }
+                self.note(&message)?;
+                return Ok(message);
+            }
+            if rest.len() > MESSAGE_LEN_MAX {
+                return Err(QueryError::TooLong);
+            }
+            self.buffer.drain(..self.at);
+            self.at = 0;
+            if self.stream.read(&mut self.buffer).await.map_err(QueryError::Io)? == 0 {
+                return Err(QueryError::Io(io::ErrorKind::UnexpectedEof.into()));
+            }
+        }
+    }
+
+    fn note(&mut self, message: &Message) -> Result<(), QueryError> {
+        match message.tag {
+            b'S' => {
+                if let Backend::ParameterStatus { name, value } = message.view()? {
+                    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                    self.params.insert(text(name), text(value));
+                }
+            }
+            b'Z' => {
+                if let Backend::Ready(status) = message.view()? {
+                    self.status = status;
+                }
+            }
+            _ => (),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn keep_notice(&mut self, message: &Message) {
+        if self.aside.len() + message.body.len() <= NOTICES_LEN_MAX {
+            self.aside.extend_from_slice(&message.raw());
+        }
+    }
+
+    pub(crate) async fn wait_closed(&mut self) {
+        let mut ignored = Vec::new();
+        while self.stream.read(&mut ignored).await.is_ok_and(|len| len > 0) {
+            ignored.clear();
+        }
+    }
+
+    /// Runs a simple query and gives the answer of each of its statements.
+    ///
+    /// # Errors
+    /// The connection is lost, or the server refuses a statement; the others have been run or skipped as it
+    /// does.
+    pub async fn query(&mut self, sql: &str) -> Result<Vec<Answer>, QueryError> {
+        let mut out = Vec::new();
+        frontend::query(&mut out, sql.as_bytes());
+        self.send(&out).await?;
+        self.answers().await
+    }
+
+    /// Rows of a query of one statement.
+    ///
+    /// # Errors
+    /// As [`Connection::query`].
+    pub async fn rows(&mut self, sql: &str) -> Result<Vec<Row>, QueryError> {
+        Ok(self.query(sql).await?.into_iter().next().unwrap_or_default().rows)
+    }
+
+    /// The first column of the first row.
+    ///
+    /// # Errors
+    /// As [`Connection::query`].
+    pub async fn value(&mut self, sql: &str) -> Result<Option<String>, QueryError> {
+        let rows = self.rows(sql).await?;
+        Ok(rows.into_iter().next().and_then(|row| row.into_iter().next()).flatten())
+    }
+
+    /// Answers up to ReadyForQuery. On an error the rest is read as well, so that the connection is in step.
+    ///
+    /// # Errors
+    /// As [`Connection::query`].
+    pub async fn answers(&mut self) -> Result<Vec<Answer>, QueryError> {
+        let (mut answers, mut current, mut error) = (Vec::new(), Answer::default(), None);
+        loop {
+            let message = self.receive().await?;
+            match message.view()? {
+                Backend::DataRow(values) => {
+                    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                    current.rows.push(values.into_iter().map(|value| value.map(text)).collect());
+                }
+                Backend::CommandComplete { tag } => {
+                    current.tag = String::from_utf8_lossy(tag).into_owned();
+                    answers.push(std::mem::take(&mut current));
+                }
+                Backend::EmptyQuery => answers.push(std::mem::take(&mut current)),
+                Backend::Notice(fields) => match fields.field(b'V') {
+                    Some(b"INFO") => current.infos.push(fields.message()),
+                    _ => self.keep_notice(&message),
+                },
+                Backend::Notification { .. } => self.keep_notice(&message),
+                Backend::Error(fields) => {
+                    let sqlstate = fields.sqlstate().unwrap_or(SqlState::INTERNAL_ERROR);
+                    error.get_or_insert(QueryError::Server { sqlstate, message: fields.message() });
+                }
+                Backend::Ready(_) => return error.map_or(Ok(answers), Err),
+                Backend::CopyIn(_) | Backend::CopyBoth(_) => {
+                    return Err(QueryError::Unexpected(message.tag));
+                }
+                _ => (),
+            }
+        }
+    }
+
+    /// Appends one statement to a pipeline, under a name so that the unnamed statement is left alone.
+    pub fn add_statement(out: &mut Vec<u8>, name: &str, sql: &str, params: &[&str]) {
+        let name = name.as_bytes();
+        frontend::parse(out, name, sql.as_bytes(), &[]);
+        let params: Vec<Option<&[u8]>> = params.iter().map(|param| Some(param.as_bytes())).collect();
+        frontend::bind_text(out, b"", name, &params);
+        frontend::execute(out, b"", 0);
+        frontend::close(out, Target::Statement(name));
+    }
+}

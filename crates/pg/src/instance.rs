@@ -1,0 +1,265 @@
+//! A server's programs and its data directory on this machine.
+//!
+//! PostgreSQL refuses to run as root, so as root everything here runs as the owner of the data directory.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+/// Files that belong to one server and not to its data; pg_rewind would overwrite them with the source's.
+const OWN_FILES: [&str; 4] = ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
+/// Output of a program that is kept for its error.
+const OUTPUT_LEN_MAX: usize = 4_000;
+
+#[derive(Debug, Error)]
+pub enum InstanceError {
+    #[error("`{program}` is not in `{bin_dir}`")]
+    NoProgram { program: &'static str, bin_dir: PathBuf },
+    #[error("`{program}` cannot be run")]
+    Run { program: String, source: std::io::Error },
+    #[error("`{program}` did not end within {limit:?}")]
+    Timeout { program: String, limit: Duration },
+    #[error("`{program}` ended with {status}: {output}")]
+    Failed { program: String, status: String, output: String },
+    #[error("`{path}` cannot be {what}")]
+    File { path: PathBuf, what: &'static str, source: std::io::Error },
+}
+
+/// The uid and gid that programs run as; none to stay who we are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunAs {
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// A server that this process may start and stop.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    pub bin_dir: PathBuf,
+    pub data_dir: PathBuf,
+    pub run_as: Option<RunAs>,
+    /// Further options of the server's command line.
+    pub options: Vec<String>,
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
+}
+
+/// The directory of the newest server programs on this machine: Debian's layout, or what is on the PATH.
+pub fn find_bin_dir() -> Option<PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").ok().into_iter().flatten().flatten();
+    let mut found: Vec<(u32, PathBuf)> = versions
+        .filter_map(|entry| {
+            let major = entry.file_name().to_str()?.parse().ok()?;
+            let bin = entry.path().join("bin");
+            bin.join("pg_ctl").exists().then_some((major, bin))
+        })
+        .collect();
+    found.sort();
+    let on_path = || {
+        let path = std::env::var_os("PATH")?;
+        std::env::split_paths(&path).find(|dir| dir.join("pg_ctl").exists() && dir.join("initdb").exists())
+    };
+    found.pop().map(|(_, bin)| bin).or_else(on_path)
+}
+
+impl Instance {
+    /// A server by its directories. As root its programs run as the owner of the data directory.
+    ///
+    /// # Errors
+    /// The data directory does not exist.
+    pub fn of(bin_dir: &Path, data_dir: &Path) -> Result<Instance, InstanceError> {
+        let owner = std::fs::metadata(data_dir).map_err(|source| InstanceError::File {
+            path: data_dir.to_owned(),
+            what: "read",
+            source,
+        })?;
+        let run_as = is_root().then(|| RunAs { uid: owner.uid(), gid: owner.gid() });
+        Ok(Instance { bin_dir: bin_dir.to_owned(), data_dir: data_dir.to_owned(), run_as, options: Vec::new() })
+    }
+
+    /// Runs one of the server's programs to its end.
+    ///
+    /// # Errors
+    /// It is missing, takes longer than `limit`, or fails; then with the end of its output.
+    pub async fn run(&self, program: &'static str, args: &[&str], limit: Duration) -> Result<String, InstanceError> {
+        let path = self.bin_dir.join(program);
+        if !path.exists() {
+            return Err(InstanceError::NoProgram { program, bin_dir: self.bin_dir.clone() });
+        }
+        let shown = || format!("{program} {}", args.first().copied().unwrap_or_default());
+        let mut command = Command::new(path);
+        command.args(args).stdin(Stdio::null()).kill_on_drop(true).current_dir("/");
+        // libpq's variables of whoever started us have no business here.
+        command.env_clear().env("PATH", "/usr/bin:/bin").env("LC_ALL", "C");
+        if let Some(RunAs { uid, gid }) = self.run_as {
+            command.uid(uid).gid(gid);
+        }
+        // A server started by pg_ctl would keep a pipe open for ever, so output goes to a file.
+        let log = self.scratch_file(program)?;
+        let file = |what| move |source| InstanceError::File { path: PathBuf::from(program), what, source };
+        let out = std::fs::File::create(&log).map_err(file("created"))?;
+        command.stdout(out.try_clone().map_err(file("shared"))?).stderr(out);
+        let ended = match timeout(limit, command.status()).await {
+            Ok(ended) => ended.map_err(|source| InstanceError::Run { program: shown(), source }),
+            Err(_) => Err(InstanceError::Timeout { program: shown(), limit }),
+        };
+        let output = std::fs::read(&log).unwrap_or_default();
+        let _ = std::fs::remove_file(&log);
+        let status = ended?;
+        let start = output.len().saturating_sub(OUTPUT_LEN_MAX);
+        let output = String::from_utf8_lossy(output.get(start..).unwrap_or_default()).trim().to_owned();
+        if status.success() {
+            Ok(output)
+        } else {
+            Err(InstanceError::Failed { program: shown(), status: status.to_string(), output })
+        }
+    }
+
+    fn scratch_file(&self, program: &str) -> Result<PathBuf, InstanceError> {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let next = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("holdfast-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)
+            .and_then(|()| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)))
+            .map_err(|source| InstanceError::File { path: dir.clone(), what: "created", source })?;
+        Ok(dir.join(format!("{program}-{next}.log")))
+    }
+
+    fn data(&self) -> &str {
+        self.data_dir.to_str().unwrap_or_default()
+    }
+
+    /// Starts the server and waits until it accepts connections. Nothing happens if it runs.
+    ///
+    /// # Errors
+    /// It does not start within `limit`.
+    pub async fn start(&self, limit: Duration) -> Result<(), InstanceError> {
+        if self.is_running() {
+            return Ok(());
+        }
+        let log = self.data_dir.join("server.log");
+        let seconds = limit.as_secs().max(1).to_string();
+        let options = self.options.join(" ");
+        let log = log.to_str().unwrap_or_default().to_owned();
+        let mut args = vec!["start", "-D", self.data(), "-w", "-t", &seconds, "-l", &log];
+        if !options.is_empty() {
+            args.extend(["-o", &options]);
+        }
+        self.run("pg_ctl", &args, limit + Duration::from_secs(5)).await.map(drop)
+    }
+
+    /// Stops the server and waits for it: `fast` ends sessions, `immediate` as a crash would.
+    ///
+    /// # Errors
+    /// It does not stop within `limit`.
+    pub async fn stop(&self, mode: &str, limit: Duration) -> Result<(), InstanceError> {
+        if !self.is_running() {
+            return Ok(());
+        }
+        let seconds = limit.as_secs().max(1).to_string();
+        let args = ["stop", "-D", self.data(), "-w", "-t", &seconds, "-m", mode];
+        self.run("pg_ctl", &args, limit + Duration::from_secs(5)).await.map(drop)
+    }
+
+    /// The postmaster's pid, while it lives.
+    pub fn pid(&self) -> Option<u32> {
+        let text = std::fs::read_to_string(self.data_dir.join("postmaster.pid")).ok()?;
+        let pid: u32 = text.lines().next()?.trim().parse().ok()?;
+        Path::new(&format!("/proc/{pid}")).exists().then_some(pid)
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.pid().is_some()
+    }
+
+    /// Makes a new data directory.
+    ///
+    /// # Errors
+    /// initdb fails.
+    pub async fn init(&self, superuser: &str) -> Result<(), InstanceError> {
+        let args = [
+            "-D",
+            self.data(),
+            "-U",
+            superuser,
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+            "--data-checksums",
+        ];
+        self.run("initdb", &args, Duration::from_secs(120)).await.map(drop)
+    }
+
+    /// Copies a running server as a standby of it.
+    ///
+    /// # Errors
+    /// pg_basebackup fails.
+    pub async fn clone_from(&self, primary_conninfo: &str) -> Result<(), InstanceError> {
+        let args = ["-D", self.data(), "-d", primary_conninfo, "-R", "-X", "stream", "-c", "fast"];
+        self.run("pg_basebackup", &args, Duration::from_secs(3_600)).await.map(drop)
+    }
+
+    /// Takes back what was written after the histories parted. The server's own files stay its own.
+    ///
+    /// # Errors
+    /// pg_rewind fails; then the directory may be unusable and must be copied anew.
+    pub async fn rewind(&self, source_conninfo: &str) -> Result<String, InstanceError> {
+        let kept: Vec<(PathBuf, Option<Vec<u8>>)> =
+            OWN_FILES.iter().map(|name| self.data_dir.join(name)).map(|path| {
+                let bytes = std::fs::read(&path).ok();
+                (path, bytes)
+            }).collect();
+        let args = ["-D", self.data(), "--source-server", source_conninfo];
+        let result = self.run("pg_rewind", &args, Duration::from_secs(3_600)).await;
+        for (path, bytes) in kept {
+            match bytes {
+                Some(bytes) => self.write(&path, &bytes)?,
+                None => drop(std::fs::remove_file(&path)),
+            }
+        }
+        result
+    }
+
+    /// Tells the server to be a standby of `primary_conninfo` from its next start.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn make_standby(&self, primary_conninfo: &str) -> Result<(), InstanceError> {
+        let auto = self.data_dir.join("postgresql.auto.conf");
+        let text = std::fs::read_to_string(&auto).unwrap_or_default();
+        let kept = text.lines().filter(|line| {
+            let name = line.split('=').next().unwrap_or_default().trim();
+            !matches!(name, "primary_conninfo" | "default_transaction_read_only")
+        });
+        let mut text: String = kept.map(|line| format!("{line}\n")).collect();
+        let quoted = primary_conninfo.replace('\'', "''");
+        text.push_str(&format!("primary_conninfo = '{quoted}'\n"));
+        self.write(&auto, text.as_bytes())?;
+        self.write(&self.data_dir.join("standby.signal"), b"")
+    }
+
+    /// Replaces a file as a whole, durably, owned by the server's user.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), InstanceError> {
+        use std::io::Write;
+        let error = |source| InstanceError::File { path: path.to_owned(), what: "written", source };
+        let temporary = path.with_extension("holdfast-new");
+        let mut file = std::fs::File::create(&temporary).map_err(error)?;
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(error)?;
+        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600)).map_err(error)?;
+        if let Some(RunAs { uid, gid }) = self.run_as {
+            std::os::unix::fs::chown(&temporary, Some(uid), Some(gid)).map_err(error)?;
+        }
+        std::fs::rename(&temporary, path).map_err(error)?;
+        std::fs::File::open(&self.data_dir).and_then(|dir| dir.sync_all()).map_err(error)
+    }
+}

@@ -1,0 +1,80 @@
+//! What the proxy is told. The binary validates it; here everything is what it says.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use pg::Target;
+use pg::admin::AdminLogin;
+use pg::stream::Keepalive;
+use tls::ServerTls;
+
+#[derive(Debug, Clone)]
+pub struct ProxyConfig {
+    pub listen: Vec<SocketAddr>,
+    /// None: clients are answered `N` when they ask for TLS.
+    pub tls: Option<ServerTls>,
+    /// Clients without TLS are refused.
+    pub tls_required: bool,
+    pub limits: Limits,
+    pub keepalive: Keepalive,
+    pub apps: Vec<AppConfig>,
+    /// Users who may open the admin database; they prove themselves as everywhere.
+    pub admin_users: Vec<String>,
+    /// Engine threads. One is the leanest; more are for many cores.
+    pub engines: usize,
+}
+
+/// Every queue and every wait has an end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Clients at once; one more is refused (53300).
+    pub clients_max: usize,
+    /// Logins under way at once; more wait in the listener's backlog.
+    pub logins_max: usize,
+    /// From the first byte to the first ReadyForQuery.
+    pub login_timeout: Duration,
+    /// A session that sends nothing for so long is ended (57P05); zero for never.
+    pub idle_timeout: Duration,
+    /// Sessions that are read or attached at the same time during a move.
+    pub moves_at_once: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            clients_max: 10_000,
+            logins_max: 256,
+            login_timeout: Duration::from_secs(60),
+            idle_timeout: Duration::ZERO,
+            moves_at_once: 16,
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct AppConfig {
+    pub name: String,
+    /// Databases that belong to it; empty for all.
+    pub databases: Vec<String>,
+    pub cells: BTreeMap<String, Target>,
+    pub auth: AuthConfig,
+    /// How Holdfast itself logs in, for the verifiers of clients.
+    pub admin: AdminLogin,
+}
+
+#[derive(Debug, Clone)]
+pub enum AuthConfig {
+    /// SCRAM against the verifier that this query reads from the server.
+    Scram { query: String },
+    /// Nobody is checked. For development.
+    Trust,
+    /// Users and passwords, or verifiers, in a file. For development.
+    File(PathBuf),
+}
+
+/// Reads a verifier by the user's name; needs a role that may read `pg_authid`.
+pub const AUTH_QUERY: &str = "SELECT rolname, CASE WHEN rolvaliduntil < pg_catalog.now() THEN NULL \
+    ELSE rolpassword END FROM pg_catalog.pg_authid \
+    WHERE rolname OPERATOR(pg_catalog.=) $1::pg_catalog.text AND rolcanlogin";

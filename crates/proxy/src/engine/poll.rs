@@ -1,0 +1,569 @@
+//! The engine on epoll: one registration a socket, edge-triggered; a short read means that no more is there.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tls::Opened;
+use wire::backend::Report;
+use wire::sqlstate::SqlState;
+
+use super::sys::{self, Epoll, Event};
+use super::{CancelTo, Clock, Command, EngineHandle, Out, Want};
+use crate::app::App;
+use crate::relay::Fault;
+use crate::session::{Leg, Session, terminate, write_some};
+
+/// Bytes read at once; also what one session may move before the others have their turn.
+const READ_LEN: usize = 64 * 1024;
+/// Room for a carried part of a message before what is read.
+const BUFFER_LEN: usize = 4 * READ_LEN;
+/// Turns of one session before the others have theirs.
+const TURNS_MAX: usize = 4;
+/// Between looks at idle sessions.
+const TICK_MS: i32 = 1_000;
+const WAKE: u64 = u64::MAX;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Client,
+    Server,
+}
+
+struct Slot {
+    session: Box<Session>,
+    /// Who wants the session.
+    out: Option<Out>,
+    /// It is in the list of sessions that have more to do.
+    queued: bool,
+}
+
+pub(super) struct Engine {
+    handle: Arc<EngineHandle>,
+    epoll: Epoll,
+    slots: Vec<Option<Slot>>,
+    /// Generations tell an event of a session from one of its successor in the same slot.
+    generations: Vec<u32>,
+    free: Vec<usize>,
+    by_id: HashMap<u64, usize>,
+    ready: Vec<usize>,
+    buffers: Buffers,
+    idle_timeout_s: u32,
+    clock: Clock,
+    last_tick: u32,
+    /// Applications whose sessions are wanted, those included that come in later.
+    wants: Vec<(Arc<App>, Out)>,
+}
+
+/// Shared by all sessions of the engine, so that an idle one has none.
+struct Buffers {
+    plain: Vec<u8>,
+    cipher: Vec<u8>,
+    sealed: Vec<u8>,
+}
+
+/// Why a session leaves the engine.
+enum End {
+    Client,
+    Server,
+    Fault(Fault),
+    Lost(io::Error),
+}
+
+fn token(slot: usize, generation: u32, side: Side) -> u64 {
+    let side = u64::from(side == Side::Server);
+    u64::try_from(slot).unwrap_or(0) << 32 | u64::from(generation & 0x7fff_ffff) << 1 | side
+}
+
+impl Engine {
+    pub(super) fn new(
+        handle: Arc<EngineHandle>,
+        idle_timeout_s: u32,
+        clock: Clock,
+    ) -> io::Result<Engine> {
+        let epoll = Epoll::new()?;
+        epoll.add(handle.wake.as_raw_fd(), WAKE)?;
+        let buffers =
+            Buffers { plain: vec![0; BUFFER_LEN], cipher: vec![0; BUFFER_LEN], sealed: Vec::new() };
+        Ok(Engine {
+            handle,
+            epoll,
+            slots: Vec::new(),
+            generations: Vec::new(),
+            free: Vec::new(),
+            by_id: HashMap::new(),
+            ready: Vec::new(),
+            buffers,
+            idle_timeout_s,
+            clock,
+            last_tick: 0,
+            wants: Vec::new(),
+        })
+    }
+
+    pub(super) fn run(mut self) {
+        let mut events: Vec<Event> = Vec::with_capacity(sys::EVENTS_MAX);
+        loop {
+            let timeout = if self.ready.is_empty() { TICK_MS } else { 0 };
+            if let Err(error) = self.epoll.wait(timeout, &mut events) {
+                tracing::error!(%error, "epoll does not work, the engine ends");
+                return;
+            }
+            for event in events.drain(..) {
+                if event.token == WAKE {
+                    sys::drain(self.handle.wake.as_raw_fd());
+                } else {
+                    self.on_event(event);
+                }
+            }
+            for slot in std::mem::take(&mut self.ready) {
+                if let Some(Some(entry)) = self.slots.get_mut(slot) {
+                    entry.queued = false;
+                    self.drive(slot);
+                }
+            }
+            for command in self.handle.take() {
+                if !self.on_command(command) {
+                    return;
+                }
+            }
+            self.tick();
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        let slot = usize::try_from(event.token >> 32).unwrap_or(usize::MAX);
+        let generation = u32::try_from(event.token >> 1 & 0x7fff_ffff).unwrap_or(0);
+        if self.generations.get(slot).is_none_or(|current| current & 0x7fff_ffff != generation) {
+            return;
+        }
+        let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
+        let leg = if event.token & 1 == 1 { &mut entry.session.server } else { &mut entry.session.client };
+        leg.readable |= event.readable;
+        leg.eof |= event.closing;
+        if !entry.queued {
+            entry.queued = true;
+            self.ready.push(slot);
+        }
+    }
+
+    fn on_command(&mut self, command: Command) -> bool {
+        match command {
+            Command::Add(session) => self.add(session),
+            Command::Want(want, out) => {
+                if let Want::App(app) = &want {
+                    self.wants.push((app.clone(), out.clone()));
+                }
+                for slot in self.matching(&want) {
+                    if let Some(Some(entry)) = self.slots.get_mut(slot) {
+                        entry.session.wanted = true;
+                        entry.out = Some(out.clone());
+                        self.hand_out(slot);
+                    }
+                }
+            }
+            Command::Unwant(want) => {
+                if let Want::App(app) = &want {
+                    self.wants.retain(|(wanted, _)| !Arc::ptr_eq(wanted, app));
+                }
+                for slot in self.matching(&want) {
+                    if let Some(Some(entry)) = self.slots.get_mut(slot) {
+                        entry.session.wanted = false;
+                        entry.out = None;
+                        entry.session.client.readable = true;
+                        self.drive(slot);
+                    }
+                }
+            }
+            Command::End(want, report) => {
+                for slot in self.matching(&want) {
+                    if let Some(entry) = self.take_out(slot) {
+                        entry.session.tell_and_end(&report);
+                    }
+                }
+            }
+            Command::Cancel(id, reply) => {
+                let slot = self.by_id.get(&id).and_then(|slot| self.slots.get(*slot)?.as_ref());
+                let running = slot.filter(|entry| entry.session.protocol.is_running());
+                let to = running.map(|entry| {
+                    let session = &entry.session;
+                    session.cancels.fetch_add(1, Ordering::AcqRel);
+                    CancelTo {
+                        cell: session.cell.clone(),
+                        pid: session.backend_pid,
+                        secret: session.backend_secret.clone(),
+                        under_way: session.cancels.clone(),
+                    }
+                });
+                // Whoever asked has gone only if its own deadline has passed; then nothing is under way.
+                if let Err(Some(to)) = reply.send(to) {
+                    to.under_way.fetch_sub(1, Ordering::AcqRel);
+                }
+            }
+            Command::Views(reply) => {
+                let now = self.clock.seconds();
+                let views = self.slots.iter().flatten().map(|entry| entry.session.view(now)).collect();
+                let _ = reply.send(views);
+            }
+            Command::Stop => return false,
+        }
+        true
+    }
+
+    fn matching(&self, want: &Want) -> Vec<usize> {
+        match want {
+            Want::One(id) => self.by_id.get(id).copied().into_iter().collect(),
+            Want::App(app) => {
+                let of_app = |(at, slot): (usize, &Option<Slot>)| {
+                    slot.as_ref().is_some_and(|entry| Arc::ptr_eq(&entry.session.app, app)).then_some(at)
+                };
+                self.slots.iter().enumerate().filter_map(of_app).collect()
+            }
+        }
+    }
+
+    fn add(&mut self, mut session: Box<Session>) {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.generations.push(0);
+            self.slots.len() - 1
+        });
+        session.client.readable = true;
+        session.server.readable = true;
+        session.active_at = self.clock.seconds();
+        let generation = self.generations.get(slot).copied().unwrap_or(0);
+        let registered = self
+            .epoll
+            .add(session.client_fd(), token(slot, generation, Side::Client))
+            .and_then(|()| self.epoll.add(session.server_fd(), token(slot, generation, Side::Server)));
+        self.by_id.insert(session.id, slot);
+        let out = self.wants.iter().find(|(app, _)| Arc::ptr_eq(app, &session.app)).map(|(_, out)| out.clone());
+        session.wanted = out.is_some();
+        let entry = Slot { session, out, queued: false };
+        if let Some(place) = self.slots.get_mut(slot) {
+            *place = Some(entry);
+        }
+        match registered {
+            Ok(()) => self.drive(slot),
+            Err(error) => self.end(slot, End::Lost(error)),
+        }
+    }
+
+    /// Takes a session out of its slot and its sockets out of epoll.
+    fn take_out(&mut self, slot: usize) -> Option<Slot> {
+        let entry = self.slots.get_mut(slot)?.take()?;
+        self.epoll.remove(entry.session.client_fd());
+        self.epoll.remove(entry.session.server_fd());
+        self.by_id.remove(&entry.session.id);
+        if let Some(generation) = self.generations.get_mut(slot) {
+            *generation = generation.wrapping_add(1);
+        }
+        self.free.push(slot);
+        Some(entry)
+    }
+
+    /// Hands a wanted session out if nothing is under way.
+    fn hand_out(&mut self, slot: usize) {
+        let Some(Some(entry)) = self.slots.get(slot) else { return };
+        if !entry.session.wanted || !entry.session.is_at_safe_point() {
+            return;
+        }
+        let Some(entry) = self.take_out(slot) else { return };
+        let mut session = entry.session;
+        session.wanted = false;
+        // A taker that has gone away lets the session go on.
+        let back = match entry.out {
+            Some(out) => out.send(session).err().map(|error| error.0),
+            None => Some(session),
+        };
+        if let Some(session) = back {
+            self.wants.retain(|(app, _)| !Arc::ptr_eq(app, &session.app));
+            self.add(session);
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.clock.seconds();
+        if self.idle_timeout_s == 0 || now == self.last_tick {
+            return;
+        }
+        self.last_tick = now;
+        for slot in 0..self.slots.len() {
+            let Some(Some(entry)) = self.slots.get(slot) else { continue };
+            let session = &entry.session;
+            if session.protocol.is_safe_point() && now.saturating_sub(session.active_at) > self.idle_timeout_s {
+                let report = Report::fatal(
+                    SqlState::IDLE_SESSION_TIMEOUT,
+                    format!("session was idle for more than {} s", self.idle_timeout_s),
+                )
+                .hint("`idle_timeout` of the proxy ends idle sessions");
+                if let Some(entry) = self.take_out(slot) {
+                    entry.session.tell_and_end(&report);
+                }
+            }
+        }
+    }
+
+    /// Moves what can be moved for one session, then lets the others have their turn.
+    fn drive(&mut self, slot: usize) {
+        let now = self.clock.seconds();
+        let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
+        let session = &mut *entry.session;
+        let before = (session.bytes_in, session.bytes_out, session.requests);
+        let mut outcome = Ok(true);
+        for _ in 0..TURNS_MAX {
+            outcome = turn(session, &mut self.buffers);
+            if !matches!(outcome, Ok(true)) {
+                break;
+            }
+        }
+        let counters = &self.handle.counters;
+        if session.bytes_in != before.0 || session.bytes_out != before.1 {
+            session.active_at = now;
+            counters.bytes_in.fetch_add(session.bytes_in - before.0, Ordering::Relaxed);
+            counters.bytes_out.fetch_add(session.bytes_out - before.1, Ordering::Relaxed);
+            counters.requests.fetch_add(session.requests - before.2, Ordering::Relaxed);
+        }
+        match outcome {
+            Ok(more) => {
+                if more && !entry.queued {
+                    entry.queued = true;
+                    self.ready.push(slot);
+                }
+                if entry.session.wanted {
+                    self.hand_out(slot);
+                }
+            }
+            Err(end) => self.end(slot, end),
+        }
+    }
+
+    fn end(&mut self, slot: usize, end: End) {
+        let Some(mut entry) = self.take_out(slot) else { return };
+        let session = &mut entry.session;
+        let counters = &self.handle.counters;
+        counters.ended.fetch_add(1, Ordering::Relaxed);
+        let told = match end {
+            End::Client => {
+                if session.protocol.is_quiet() {
+                    terminate(&mut session.server);
+                }
+                None
+            }
+            End::Server => {
+                counters.lost_server.fetch_add(1, Ordering::Relaxed);
+                let lost = Report::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection");
+                (!session.server_said_why).then_some(lost)
+            }
+            End::Fault(fault) => {
+                counters.protocol_errors.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(session = session.id, %fault, "session ended");
+                let state = match fault {
+                    Fault::Client(_) => SqlState::PROTOCOL_VIOLATION,
+                    Fault::Server(_) => SqlState::CONNECTION_FAILURE,
+                };
+                Some(Report::fatal(state, fault.to_string()))
+            }
+            End::Lost(error) => {
+                tracing::debug!(session = session.id, %error, "session ended");
+                Some(Report::fatal(SqlState::CONNECTION_FAILURE, "connection to the server was lost"))
+            }
+        };
+        // An error in the middle of a message would be read as part of it.
+        if let Some(report) = told
+            && session.server.scanner.at_boundary()
+            && session.server.carry.is_empty()
+        {
+            let mut out = Vec::new();
+            report.write_error(&mut out);
+            session.client.push(&out);
+            write_some(&mut session.client);
+        }
+    }
+}
+
+/// One turn in both directions; whether more can be done at once.
+fn turn(session: &mut Session, buffers: &mut Buffers) -> Result<bool, End> {
+    if session.client.has_out() {
+        flush(&mut session.client).map_err(|_| End::Client)?;
+    }
+    if session.server.has_out() {
+        flush(&mut session.server).map_err(End::Lost)?;
+    }
+    if session.server_gone && !session.client.has_out() {
+        return Err(End::Server);
+    }
+    if session.server.readable && !session.client.has_out() && !session.server_gone {
+        from_server(session, buffers)?;
+    }
+    if session.client.readable && !session.server.has_out() && !waits(session) {
+        from_client(session, buffers)?;
+    }
+    let more_client = session.client.readable && !session.server.has_out() && !waits(session);
+    let more_server = session.server.readable && !session.client.has_out();
+    Ok(more_client || more_server)
+}
+
+/// The client is not read while what it sent before is held.
+fn waits(session: &Session) -> bool {
+    session.client.carry.len() >= BUFFER_LEN / 2 || (session.wanted && session.is_at_safe_point())
+}
+
+fn flush(leg: &mut Leg) -> io::Result<()> {
+    while leg.has_out() {
+        match sys::send(leg.fd.as_raw_fd(), leg.out.get(leg.sent..).unwrap_or_default()) {
+            Ok(len) => leg.sent += len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            Err(error) => return Err(error),
+        }
+    }
+    leg.out = Vec::new();
+    leg.sent = 0;
+    Ok(())
+}
+
+/// Reads into `plain`, behind what was carried. Gives how much stands there, and whether the peer has closed.
+fn fill(leg: &mut Leg, plain: &mut [u8], cipher: &mut [u8], sealed: &mut Vec<u8>) -> io::Result<(usize, bool)> {
+    let carried = leg.carry.len();
+    plain.get_mut(..carried).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.carry);
+    let room = plain.get_mut(carried..).unwrap_or_default();
+    let Some(tls) = &mut leg.tls else {
+        let room = room.get_mut(..READ_LEN.max(carried)).unwrap_or_default();
+        return match sys::receive(leg.fd.as_raw_fd(), room) {
+            Ok(0) => Ok((carried, true)),
+            Ok(len) => {
+                // A peer that has closed is read until it says so: no edge comes for that any more.
+                leg.readable = len == room.len() || leg.eof;
+                Ok((carried + len, false))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                leg.readable = false;
+                Ok((carried, false))
+            }
+            Err(error) => Err(error),
+        };
+    };
+    let kept = leg.cipher.len();
+    cipher.get_mut(..kept).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.cipher);
+    let into = cipher.get_mut(kept..kept + READ_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
+    let mut closed = false;
+    let received = match sys::receive(leg.fd.as_raw_fd(), into) {
+        Ok(0) => {
+            closed = true;
+            0
+        }
+        Ok(len) => {
+            leg.readable = len == READ_LEN || leg.eof;
+            len
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            leg.readable = false;
+            0
+        }
+        Err(error) => return Err(error),
+    };
+    let whole = cipher.get_mut(..kept + received).unwrap_or_default();
+    let (mut at, mut filled) = (0, 0);
+    sealed.clear();
+    loop {
+        let rest = whole.get_mut(at..).unwrap_or_default();
+        match tls.open(rest, sealed).map_err(io::Error::other)? {
+            Opened::Incomplete => break,
+            Opened::Control { consumed } => at += consumed,
+            Opened::Closed { consumed } => {
+                at += consumed;
+                closed = true;
+                break;
+            }
+            Opened::Data { consumed, start, len } => {
+                let text = rest.get(start..start + len).unwrap_or_default();
+                room.get_mut(filled..filled + len).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(text);
+                filled += len;
+                at += consumed;
+            }
+        }
+    }
+    keep(&mut leg.cipher, whole.get(at..).unwrap_or_default());
+    if !sealed.is_empty() {
+        leg.out.extend_from_slice(sealed);
+        flush(leg)?;
+    }
+    Ok((carried + filled, closed))
+}
+
+/// Keeps what is left over; almost always nothing, and then no memory.
+fn keep(place: &mut Vec<u8>, rest: &[u8]) {
+    place.clear();
+    if rest.is_empty() {
+        if place.capacity() > 0 {
+            *place = Vec::new();
+        }
+    } else {
+        place.extend_from_slice(rest);
+    }
+}
+
+/// Sends at once what the socket takes, and keeps the rest.
+fn pass_on(leg: &mut Leg, bytes: &[u8], sealed: &mut Vec<u8>) -> io::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let bytes = match &mut leg.tls {
+        None => bytes,
+        Some(tls) => {
+            sealed.clear();
+            tls.seal(bytes, sealed).map_err(io::Error::other)?;
+            sealed.as_slice()
+        }
+    };
+    let mut sent = 0;
+    if !leg.has_out() {
+        sent = match sys::send(leg.fd.as_raw_fd(), bytes) {
+            Ok(len) => len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => return Err(error),
+        };
+    }
+    if sent < bytes.len() {
+        leg.out.extend_from_slice(bytes.get(sent..).unwrap_or_default());
+    }
+    Ok(())
+}
+
+fn from_client(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> {
+    let Buffers { plain, cipher, sealed } = buffers;
+    let (filled, closed) = fill(&mut session.client, plain, cipher, sealed).map_err(|_| End::Client)?;
+    let bytes = plain.get(..filled).unwrap_or_default();
+    let pass = session.on_client_bytes(bytes);
+    let pass = pass.map_err(End::Fault)?;
+    session.bytes_in += u64::try_from(pass.len).unwrap_or(0);
+    keep(&mut session.client.carry, bytes.get(pass.len..).unwrap_or_default());
+    pass_on(&mut session.server, bytes.get(..pass.len).unwrap_or_default(), sealed).map_err(End::Lost)?;
+    if pass.terminated || closed {
+        return Err(End::Client);
+    }
+    Ok(())
+}
+
+fn from_server(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> {
+    let Buffers { plain, cipher, sealed } = buffers;
+    let (filled, closed) = fill(&mut session.server, plain, cipher, sealed).map_err(End::Lost)?;
+    let bytes = plain.get_mut(..filled).unwrap_or_default();
+    let len = session.on_server_bytes(bytes).map_err(End::Fault)?;
+    session.bytes_out += u64::try_from(len).unwrap_or(0);
+    keep(&mut session.server.carry, bytes.get(len..).unwrap_or_default());
+    pass_on(&mut session.client, bytes.get(..len).unwrap_or_default(), sealed).map_err(|_| End::Client)?;
+    if closed {
+        // What a slow client has not taken yet is still its due.
+        session.server_gone = true;
+        session.server.readable = false;
+        return if session.client.has_out() { Ok(()) } else { Err(End::Server) };
+    }
+    if session.protocol.is_safe_point() {
+        session.shrink();
+    }
+    Ok(())
+}

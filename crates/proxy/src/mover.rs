@@ -1,0 +1,369 @@
+//! Obeys the orders of a switchover, application by application. Between orders it holds sessions as values.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use model::barrier::{Blocker, Order, Pauses, Reason, Report};
+use model::session::Snapshot;
+use model::session::capture::CountLocks;
+use model::switchover::OnTimeout;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use wire::backend;
+use wire::sqlstate::SqlState;
+
+use crate::app::{App, Cell};
+use crate::carry::{self, Prepared};
+use crate::engine::{Command, Want};
+use crate::proxy::Shared;
+use crate::session::{Session, SessionView};
+
+/// How long one session is waited for while it is prepared; a busy one is read during the switch.
+const PREPARE_WAIT: Duration = Duration::from_millis(100);
+/// How often counts are looked at while sessions come in.
+const POLL: Duration = Duration::from_millis(2);
+/// A cancel request on its way is waited for so long before its session is read.
+const CANCEL_WAIT: Duration = Duration::from_secs(1);
+
+struct Held {
+    session: Box<Session>,
+    snapshot: Option<Snapshot>,
+    moved: bool,
+}
+
+/// What is held of one application.
+#[derive(Default)]
+struct Holding {
+    sessions: Vec<Held>,
+    incoming: Option<mpsc::UnboundedReceiver<Box<Session>>>,
+}
+
+/// One per proxy. Orders come one at a time.
+pub struct Mover {
+    shared: Arc<Shared>,
+    holdings: HashMap<String, Holding>,
+}
+
+type Captures = Vec<(Held, Result<(), Vec<Reason>>)>;
+
+impl Mover {
+    pub(crate) fn new(shared: Arc<Shared>) -> Mover {
+        Mover { shared, holdings: HashMap::new() }
+    }
+
+    /// Obeys one order to its end.
+    pub async fn obey(&mut self, order: Order) -> Report {
+        let result = match order {
+            Order::Inspect { app } => self.prepare(&app, None).await,
+            Order::Prepare { app, to } => self.prepare(&app, Some(&to)).await,
+            Order::Hold { app, deadline_ms } => self.hold(&app, Duration::from_millis(deadline_ms)).await,
+            Order::Capture { app, on_timeout } => self.capture(&app, on_timeout).await,
+            Order::Attach { app, to } => self.attach(&app, &to).await,
+            Order::Release { app, to } => self.release(&app, &to).await,
+        };
+        result.unwrap_or_else(|error| Report { error: Some(error), ..Report::default() })
+    }
+
+    fn app(&self, name: &str) -> Result<Arc<App>, String> {
+        self.shared.app(name).ok_or_else(|| format!("this proxy has no application `{name}`"))
+    }
+
+    fn cell(app: &App, name: &str) -> Result<Arc<Cell>, String> {
+        app.cells.get(name).cloned().ok_or_else(|| format!("application `{}` has no cell `{name}`", app.name))
+    }
+
+    /// Reads every session at its next idle moment, and attaches a copy of it to `to`, if one is named.
+    async fn prepare(&mut self, app: &str, to: Option<&str>) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let to = to.map(|name| Mover::cell(&app, name)).transpose()?;
+        app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        let views = self.shared.views().await;
+        let ids: Vec<u64> = views.iter().filter(|view| view.app == app.name).map(|view| view.id).collect();
+        let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
+        let mut tasks = JoinSet::new();
+        for id in &ids {
+            let (shared, app, to, places, id) =
+                (self.shared.clone(), app.clone(), to.clone(), places.clone(), *id);
+            tasks.spawn(async move {
+                let _place = places.acquire_owned().await;
+                prepare_one(&shared, &app, to.as_deref(), id).await
+            });
+        }
+        let mut report = Report { sessions: count(ids.len()), ..Report::default() };
+        while let Some(result) = tasks.join_next().await {
+            match result {
+                Ok(Ok(())) => report.done += 1,
+                Ok(Err(Some(blocker))) => report.blockers.push(blocker),
+                // It ended meanwhile.
+                Ok(Err(None)) => report.sessions = report.sessions.saturating_sub(1),
+                Err(error) => return Err(format!("preparing a session broke off: {error}")),
+            }
+        }
+        report.blockers.sort_by_key(|blocker| blocker.session.id);
+        Ok(report)
+    }
+
+    /// Closes the gate and collects sessions as they come to a safe point.
+    async fn hold(&mut self, app: &str, limit: Duration) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let deadline = Instant::now() + limit;
+        let holding = self.holdings.entry(app.name.clone()).or_default();
+        let (out, incoming) = mpsc::unbounded_channel();
+        app.hold();
+        for engine in &self.shared.engines {
+            engine.send(Command::Want(Want::App(app.clone()), out.clone()));
+        }
+        let mut incoming = incoming;
+        while holding.sessions.len() < app.sessions.load(Ordering::SeqCst) && Instant::now() < deadline {
+            if let Ok(Some(mut session)) = timeout(POLL, incoming.recv()).await {
+                session.held_since = Some(Instant::now());
+                holding.sessions.push(Held { session, snapshot: None, moved: false });
+            }
+        }
+        holding.incoming = Some(incoming);
+        let held = holding.sessions.len();
+        let sessions = app.sessions.load(Ordering::SeqCst).max(held);
+        let busy = if held < sessions { self.busy(&app).await } else { Vec::new() };
+        let mut backends: Vec<i32> = Vec::new();
+        if let Some(holding) = self.holdings.get(&app.name) {
+            backends.extend(holding.sessions.iter().map(|held| held.session.backend_pid));
+        }
+        backends.extend(self.shared.views().await.iter().filter(|v| v.app == app.name).map(|v| v.backend_pid));
+        Ok(Report { sessions: count(sessions), done: count(held), blockers: busy, backends, ..Report::default() })
+    }
+
+    async fn busy(&self, app: &App) -> Vec<Blocker> {
+        let blocker = |view: SessionView| Blocker {
+            session: model::barrier::NamedSession {
+                id: view.id,
+                user: view.user,
+                database: view.database,
+                application_name: view.application_name,
+            },
+            reasons: vec![Reason::Busy { what: view.state }],
+        };
+        let views = self.shared.views().await;
+        views.into_iter().filter(|view| view.app == app.name).map(blocker).collect()
+    }
+
+    /// Reads the state of every held session. By force, those that cannot be moved are told and ended, and so
+    /// are those that are still busy.
+    async fn capture(&mut self, app: &str, on_timeout: OnTimeout) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let force = on_timeout == OnTimeout::Force;
+        let mut report = Report::default();
+        if force {
+            let busy = self.busy(&app).await;
+            report.told += count(busy.len());
+            let what = "its transaction did not end before the deadline of a switchover";
+            for engine in &self.shared.engines {
+                engine.send(Command::End(Want::App(app.clone()), forced(what)));
+            }
+        }
+        let holding = self.holdings.entry(app.name.clone()).or_default();
+        let held = std::mem::take(&mut holding.sessions);
+        report.sessions = count(held.len());
+        for (held, result) in capture_all(held, self.shared.config.limits.moves_at_once).await? {
+            match result {
+                Ok(()) => {
+                    report.done += 1;
+                    holding.sessions.push(held);
+                }
+                Err(reasons) => {
+                    report.blockers.push(Blocker { session: held.session.named(), reasons: reasons.clone() });
+                    if force {
+                        report.told += 1;
+                        let why: Vec<String> = reasons.iter().map(Reason::to_string).collect();
+                        self.shared.metrics.count_move("forced", &reasons);
+                        held.session.tell_and_end(&forced(&why.join("; ")));
+                    } else {
+                        holding.sessions.push(held);
+                    }
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// Attaches every held session to `to`. One for which that fails cannot go back any more and is told.
+    async fn attach(&mut self, app: &str, to: &str) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let cell = Mover::cell(&app, to)?;
+        let holding = self.holdings.entry(app.name.clone()).or_default();
+        let held = std::mem::take(&mut holding.sessions);
+        let mut report = Report { sessions: count(held.len()), ..Report::default() };
+        let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
+        let mut tasks = JoinSet::new();
+        for mut held in held {
+            let (app, cell, places) = (app.clone(), cell.clone(), places.clone());
+            tasks.spawn(async move {
+                let _place = places.acquire_owned().await;
+                let result = attach_one(&mut held, &app, cell).await;
+                (held, result)
+            });
+        }
+        while let Some(result) = tasks.join_next().await {
+            let (mut held, result) = result.map_err(|error| format!("attaching a session broke off: {error}"))?;
+            match result {
+                Ok(()) => {
+                    held.moved = true;
+                    report.done += 1;
+                    self.shared.metrics.count_move("moved", &[]);
+                    holding.sessions.push(held);
+                }
+                Err(reason) => {
+                    report.told += 1;
+                    let reasons = vec![reason];
+                    self.shared.metrics.count_move("failed", &reasons);
+                    let why = reasons.iter().map(Reason::to_string).collect::<Vec<_>>().join("; ");
+                    report.blockers.push(Blocker { session: held.session.named(), reasons });
+                    held.session.tell_and_end(&forced(&why));
+                }
+            }
+        }
+        Ok(report)
+    }
+
+    /// Opens the gate to `to` and gives every held session back to an engine.
+    async fn release(&mut self, app: &str, to: &str) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let cell = Mover::cell(&app, to)?;
+        app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        let mut holding = self.holdings.remove(&app.name).unwrap_or_default();
+        for engine in &self.shared.engines {
+            engine.send(Command::Unwant(Want::App(app.clone())));
+        }
+        let mut pauses = Vec::new();
+        let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
+        app.open(cell.clone());
+        // Sessions that were handed out after the last look. On a new server they would be lost ones.
+        if let Some(mut incoming) = holding.incoming.take() {
+            // The engines answer in order, so whatever was on its way is here once they have answered this.
+            let _ = self.shared.views().await;
+            incoming.close();
+            while let Some(session) = incoming.recv().await {
+                holding.sessions.push(Held { session, snapshot: None, moved: false });
+            }
+        }
+        for mut held in holding.sessions {
+            if held.session.cell.name != cell.name {
+                report.told += 1;
+                held.session.tell_and_end(&forced("it came to a safe point only after the switch"));
+                continue;
+            }
+            if let Some(since) = held.session.held_since.take() {
+                let pause = since.elapsed();
+                self.shared.metrics.count_pause(pause);
+                pauses.push(pause.as_secs_f64() * 1_000.0);
+            }
+            report.done += 1;
+            self.shared.give(held.session);
+        }
+        report.pauses = Pauses::of(pauses);
+        Ok(report)
+    }
+}
+
+fn count(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+fn forced(why: &str) -> backend::Report {
+    backend::Report::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+        .detail(format!("the session could not be moved to another server: {why}"))
+        .hint("connect again; the session's temporary state is lost")
+}
+
+async fn prepare_one(shared: &Shared, app: &Arc<App>, to: Option<&Cell>, id: u64) -> Result<(), Option<Blocker>> {
+    let (out, mut incoming) = mpsc::unbounded_channel();
+    for engine in &shared.engines {
+        engine.send(Command::Want(Want::One(id), out.clone()));
+    }
+    drop(out);
+    let Ok(Some(mut session)) = timeout(PREPARE_WAIT, incoming.recv()).await else {
+        for engine in &shared.engines {
+            engine.send(Command::Unwant(Want::One(id)));
+        }
+        let views = shared.views().await;
+        // It may have been handed out at the very end of the wait.
+        if let Ok(session) = incoming.try_recv() {
+            shared.give(session);
+            return Ok(());
+        }
+        let Some(view) = views.into_iter().find(|view| view.id == id) else { return Err(None) };
+        let session = model::barrier::NamedSession {
+            id,
+            user: view.user,
+            database: view.database,
+            application_name: view.application_name,
+        };
+        return Err(Some(Blocker { session, reasons: vec![Reason::Busy { what: view.state }] }));
+    };
+    let captured = carry::capture(&mut session, CountLocks::Shared).await;
+    let (named, identity, custom) = (session.named(), session.identity.clone(), session.hints.custom.clone());
+    // The client goes on while its copy is made.
+    shared.give(session);
+    let reasons = match captured {
+        Ok(captured) if captured.pins.is_empty() => match to {
+            None => return Ok(()),
+            Some(cell) => match carry::prepare(&identity, &custom, captured.snapshot, cell).await {
+                Ok(prepared) => {
+                    let mut all = app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    all.insert(id, prepared);
+                    return Ok(());
+                }
+                Err(reason) => vec![reason],
+            },
+        },
+        Ok(captured) => captured.pins.into_iter().map(Reason::Pinned).collect(),
+        Err(reason) => vec![reason],
+    };
+    Err(Some(Blocker { session: named, reasons }))
+}
+
+async fn capture_all(held: Vec<Held>, at_once: usize) -> Result<Captures, String> {
+    let places = Arc::new(Semaphore::new(at_once));
+    let mut tasks = JoinSet::new();
+    for mut held in held {
+        let places = places.clone();
+        tasks.spawn(async move {
+            let _place = places.acquire_owned().await;
+            let result = capture_one(&mut held).await;
+            (held, result)
+        });
+    }
+    let mut all = Vec::new();
+    while let Some(result) = tasks.join_next().await {
+        all.push(result.map_err(|error| format!("reading a session broke off: {error}"))?);
+    }
+    Ok(all)
+}
+
+async fn capture_one(held: &mut Held) -> Result<(), Vec<Reason>> {
+    let deadline = Instant::now() + CANCEL_WAIT;
+    while held.session.cancels_under_way() && Instant::now() < deadline {
+        tokio::time::sleep(POLL).await;
+    }
+    let captured = carry::capture(&mut held.session, CountLocks::Alone).await.map_err(|reason| vec![reason])?;
+    if captured.pins.is_empty() {
+        held.snapshot = Some(captured.snapshot);
+        Ok(())
+    } else {
+        Err(captured.pins.into_iter().map(Reason::Pinned).collect())
+    }
+}
+
+async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<(), Reason> {
+    let prepared: Option<Prepared> = {
+        let mut all = app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        all.remove(&held.session.id)
+    };
+    let Some(snapshot) = &held.snapshot else {
+        return Err(Reason::Failed { error: "its state was not read".into() });
+    };
+    let attached = carry::attach(&held.session, snapshot, prepared, &cell).await?;
+    held.session.swap(attached, cell).map_err(|error| Reason::Failed { error: error.to_string() })
+}

@@ -1,0 +1,290 @@
+//! Starts and stops the parts, and knows where each session is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ring::rand::{SecureRandom, SystemRandom};
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use wire::backend::Report;
+use wire::sqlstate::SqlState;
+
+use crate::app::App;
+use crate::config::ProxyConfig;
+use crate::engine::{Clock, Command, EngineHandle, Want};
+use crate::listener;
+use crate::metrics::{Metrics, write_metric};
+use crate::mover::Mover;
+use crate::session::{Session, SessionView};
+
+/// A client's cancel key: the pid that it knows, and the secret.
+type Key = (i32, Box<[u8]>);
+
+/// What every part of the proxy knows.
+pub(crate) struct Shared {
+    pub(crate) config: ProxyConfig,
+    pub(crate) apps: Vec<Arc<App>>,
+    pub(crate) engines: Vec<Arc<EngineHandle>>,
+    pub(crate) metrics: Metrics,
+    pub(crate) logins: Arc<Semaphore>,
+    pub(crate) clock: Clock,
+    random: SystemRandom,
+    next_id: AtomicU64,
+    clients: AtomicUsize,
+    keys: Mutex<HashMap<Key, (u64, usize)>>,
+}
+
+/// A client's place among those that are allowed, and its cancel key.
+pub struct Place {
+    shared: Arc<Shared>,
+    key: Option<Key>,
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Place")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.shared.clients.fetch_sub(1, Ordering::SeqCst);
+        if let Some(key) = &self.key {
+            self.shared.keys.lock().unwrap_or_else(PoisonError::into_inner).remove(key);
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn take_place(self: &Arc<Shared>) -> Option<Place> {
+        let taken = self.clients.fetch_add(1, Ordering::SeqCst);
+        let place = Place { shared: self.clone(), key: None };
+        (taken < self.config.limits.clients_max).then_some(place)
+    }
+
+    pub(crate) fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn new_secret(&self, len: usize) -> Option<Vec<u8>> {
+        let mut secret = vec![0; len];
+        self.random.fill(&mut secret).ok().map(|()| secret)
+    }
+
+    pub(crate) fn app(&self, name: &str) -> Option<Arc<App>> {
+        self.apps.iter().find(|app| app.name == name).cloned()
+    }
+
+    pub(crate) fn app_of(&self, database: &str) -> Option<Arc<App>> {
+        let named = self.apps.iter().find(|app| app.databases.iter().any(|name| name == database));
+        named.or_else(|| self.apps.iter().find(|app| app.serves(database))).cloned()
+    }
+
+    fn engine_of(&self, id: u64) -> usize {
+        let count = u64::try_from(self.engines.len()).unwrap_or(1).max(1);
+        usize::try_from(id % count).unwrap_or(0)
+    }
+
+    /// A session begins: its cancel key works from now on.
+    pub(crate) fn begin(&self, mut session: Box<Session>) {
+        self.metrics.logins.fetch_add(1, Ordering::Relaxed);
+        let key = (session.client_pid, session.client_secret.clone());
+        let engine = self.engine_of(session.id);
+        session.place.key = Some(key.clone());
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key, (session.id, engine));
+        self.give(session);
+    }
+
+    /// Gives a session to its engine.
+    pub(crate) fn give(&self, session: Box<Session>) {
+        if let Some(engine) = self.engines.get(self.engine_of(session.id)) {
+            engine.add(session);
+        }
+    }
+
+    pub(crate) fn session_of_key(&self, pid: i32, secret: &[u8]) -> Option<(u64, Arc<EngineHandle>)> {
+        let keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        let (id, engine) = *keys.get(&(pid, secret.into()))?;
+        Some((id, self.engines.get(engine)?.clone()))
+    }
+
+    pub(crate) async fn views(&self) -> Vec<SessionView> {
+        let mut views = Vec::new();
+        for engine in &self.engines {
+            views.extend(engine.views().await);
+        }
+        views.sort_by_key(|view| view.id);
+        views
+    }
+}
+
+/// A running proxy.
+pub struct Proxy {
+    pub(crate) shared: Arc<Shared>,
+    listeners: Mutex<Vec<JoinHandle<()>>>,
+    addresses: Vec<std::net::SocketAddr>,
+    threads: Mutex<Vec<std::thread::JoinHandle<()>>>,
+}
+
+#[derive(Debug, Error)]
+pub enum StartError {
+    #[error("cannot listen on `{address}`")]
+    Listen { address: std::net::SocketAddr, source: io::Error },
+    #[error("engine cannot be started")]
+    Engine(#[source] io::Error),
+    #[error("application `{app}` has no cell `{cell}`, which its state says is active")]
+    NoCell { app: String, cell: String },
+}
+
+impl Proxy {
+    /// Starts to serve. `active` names the active cell of each application.
+    ///
+    /// # Errors
+    /// An address is taken, or the state names a cell that is not configured.
+    pub async fn start(config: ProxyConfig, active: &BTreeMap<String, String>) -> Result<Proxy, StartError> {
+        let mut apps = Vec::new();
+        for app in &config.apps {
+            let cell = active.get(&app.name).map(String::as_str).unwrap_or_default();
+            if !app.cells.contains_key(cell) && !cell.is_empty() {
+                return Err(StartError::NoCell { app: app.name.clone(), cell: cell.into() });
+            }
+            apps.push(Arc::new(App::new(app.clone(), cell)));
+        }
+        let clock = Clock::new();
+        let idle = u32::try_from(config.limits.idle_timeout.as_secs()).unwrap_or(u32::MAX);
+        let (mut engines, mut threads) = (Vec::new(), Vec::new());
+        for number in 0..config.engines.max(1) {
+            let (engine, thread) = EngineHandle::start(&format!("engine-{number}"), idle, clock.clone())
+                .map_err(StartError::Engine)?;
+            engines.push(engine);
+            threads.push(thread);
+        }
+        let shared = Arc::new(Shared {
+            logins: Arc::new(Semaphore::new(config.limits.logins_max)),
+            apps,
+            engines,
+            metrics: Metrics::default(),
+            clock: clock.clone(),
+            random: SystemRandom::new(),
+            next_id: AtomicU64::new(1),
+            clients: AtomicUsize::new(0),
+            keys: Mutex::default(),
+            config,
+        });
+        let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
+        for address in &shared.config.listen {
+            let listener = listen(*address).map_err(|source| StartError::Listen { address: *address, source })?;
+            addresses.extend(listener.local_addr());
+            listeners.push(tokio::spawn(listener::run(listener, shared.clone())));
+        }
+        let began = Instant::now();
+        listeners.push(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                clock.set(u32::try_from(began.elapsed().as_secs()).unwrap_or(u32::MAX));
+            }
+        }));
+        Ok(Proxy { shared, listeners: Mutex::new(listeners), addresses, threads: Mutex::new(threads) })
+    }
+
+    /// Where clients may connect.
+    pub fn addresses(&self) -> &[std::net::SocketAddr] {
+        &self.addresses
+    }
+
+    pub fn mover(&self) -> Mover {
+        Mover::new(self.shared.clone())
+    }
+
+    pub async fn sessions(&self) -> Vec<SessionView> {
+        self.shared.views().await
+    }
+
+    /// Sessions of an application, wherever they are.
+    pub fn session_count(&self, app: &str) -> usize {
+        self.shared.app(app).map_or(0, |app| app.sessions.load(Ordering::SeqCst))
+    }
+
+    /// Everything that is counted, in Prometheus' text format.
+    pub fn write_metrics(&self, out: &mut String) {
+        let sum = |read: &dyn Fn(&crate::engine::Counters) -> u64| {
+            self.shared.engines.iter().map(|engine| read(&engine.counters)).sum::<u64>()
+        };
+        let per_app = self.shared.apps.iter().map(|app| {
+            let count = u64::try_from(app.sessions.load(Ordering::SeqCst)).unwrap_or(0);
+            (format!("{{app=\"{}\"}}", app.name), count)
+        });
+        write_metric(out, "holdfast_sessions", "gauge", "Sessions.", &per_app.collect::<Vec<_>>());
+        let held = self.shared.apps.iter().map(|app| {
+            (format!("{{app=\"{}\"}}", app.name), u64::from(app.holding.load(Ordering::SeqCst)))
+        });
+        write_metric(out, "holdfast_held", "gauge", "1 while new work is held.", &held.collect::<Vec<_>>());
+        let clients = u64::try_from(self.shared.clients.load(Ordering::SeqCst)).unwrap_or(0);
+        write_metric(out, "holdfast_clients", "gauge", "Connections of clients.", &[(String::new(), clients)]);
+        let bytes = [
+            ("{direction=\"in\"}".to_owned(), sum(&|c| c.bytes_in.load(Ordering::Relaxed))),
+            ("{direction=\"out\"}".to_owned(), sum(&|c| c.bytes_out.load(Ordering::Relaxed))),
+        ];
+        write_metric(out, "holdfast_bytes_total", "counter", "Bytes from clients and to clients.", &bytes);
+        let one = |value| [(String::new(), value)];
+        let requests = sum(&|c| c.requests.load(Ordering::Relaxed));
+        write_metric(out, "holdfast_requests_total", "counter", "Requests answered.", &one(requests));
+        let errors = [
+            ("{kind=\"protocol\"}".to_owned(), sum(&|c| c.protocol_errors.load(Ordering::Relaxed))),
+            ("{kind=\"server_lost\"}".to_owned(), sum(&|c| c.lost_server.load(Ordering::Relaxed))),
+        ];
+        write_metric(out, "holdfast_errors_total", "counter", "Sessions ended by an error.", &errors);
+        self.shared.metrics.write(out);
+    }
+
+    /// Stops to accept, lets running requests end until `grace` has passed, tells who is left, and ends.
+    pub async fn stop(&self, grace: Duration) {
+        for task in self.listeners.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            task.abort();
+        }
+        let report = Report::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+            .detail("the proxy is shutting down");
+        let deadline = Instant::now() + grace;
+        let (out, mut incoming) = tokio::sync::mpsc::unbounded_channel();
+        for app in &self.shared.apps {
+            app.hold();
+            for engine in &self.shared.engines {
+                engine.send(Command::Want(Want::App(app.clone()), out.clone()));
+            }
+        }
+        let left = || self.shared.apps.iter().map(|app| app.sessions.load(Ordering::SeqCst)).sum::<usize>();
+        while left() > 0 && Instant::now() < deadline {
+            if let Ok(Some(session)) = tokio::time::timeout(Duration::from_millis(10), incoming.recv()).await {
+                session.tell_and_end(&report);
+            }
+        }
+        for engine in &self.shared.engines {
+            for app in &self.shared.apps {
+                engine.send(Command::End(Want::App(app.clone()), report.clone()));
+            }
+            engine.send(Command::Stop);
+        }
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // An engine that panicked has ended, too.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A backlog that holds a flood of logins; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+fn listen(address: std::net::SocketAddr) -> io::Result<TcpListener> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}

@@ -1,0 +1,256 @@
+//! What is done with bytes on their way: headers are stepped over in place, and the same buffer goes on.
+//!
+//! Both functions take the bytes that have arrived and say how many of them may be passed on; the rest waits
+//! for more, or for the end of a hold. Only what a move must know is looked at.
+
+use model::session::inspect::OVERLAP;
+use model::session::protocol::Note;
+use thiserror::Error;
+use wire::backend::{self, Backend, TxStatus};
+use wire::frame::{FrameError, HEADER_LEN, Header, Step};
+use wire::frontend;
+
+use crate::session::Session;
+
+/// A statement up to this length is looked at as a whole; a longer one while it passes.
+const INSPECT_LEN_MAX: usize = 32 * 1024;
+/// A message of the server that must be seen whole, such as a parameter, is waited for up to this length.
+const WHOLE_LEN_MAX: usize = 64 * 1024;
+/// The longest unnamed statement that is kept for a move.
+pub const UNNAMED_LEN_MAX: usize = 1024 * 1024;
+
+/// A long statement on its way.
+#[derive(Debug, Default)]
+pub struct LongText {
+    /// The end of what has passed, so that no word hides at the seam.
+    tail: Vec<u8>,
+    /// It is an unnamed Parse, whose text is kept.
+    keep: bool,
+}
+
+/// What to do after some bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pass {
+    /// So many bytes may be passed on.
+    pub len: usize,
+    /// The client has said goodbye.
+    pub terminated: bool,
+}
+
+/// The stream cannot be understood any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Fault {
+    #[error("{0}")]
+    Client(FrameError),
+    #[error("server sent what is not the protocol: {0}")]
+    Server(FrameError),
+}
+
+fn usize_of(len: u32) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
+}
+
+impl Session {
+    /// Bytes of the client stand in `bytes`.
+    ///
+    /// # Errors
+    /// They are not the protocol.
+    pub fn on_client_bytes(&mut self, bytes: &[u8]) -> Result<Pass, Fault> {
+        let mut at = 0;
+        loop {
+            let rest = bytes.get(at..).unwrap_or_default();
+            match self.client.scanner.peek(rest).map_err(Fault::Client)? {
+                Step::Incomplete => break,
+                Step::Body(len) => {
+                    if self.long.is_some() {
+                        self.on_long_text(rest.get(..len).unwrap_or_default());
+                    }
+                    self.client.scanner.pass(len);
+                    at += len;
+                }
+                Step::Frame(header) => {
+                    if self.protocol.is_full() || (self.wanted && self.protocol.must_wait(header.tag)) {
+                        break;
+                    }
+                    let body = rest.get(HEADER_LEN..).unwrap_or_default();
+                    if !self.on_client_message(header, rest, body) {
+                        break;
+                    }
+                    self.client.scanner.enter(header);
+                    at += HEADER_LEN;
+                    if header.tag == b'X' {
+                        return Ok(Pass { len: at, terminated: true });
+                    }
+                    let len = usize_of(header.body_len).min(body.len());
+                    self.client.scanner.pass(len);
+                    at += len;
+                }
+            }
+        }
+        Ok(Pass { len: at, terminated: false })
+    }
+
+    /// Looks at a message that begins; false if more of it must be there first.
+    #[inline]
+    fn on_client_message(&mut self, header: Header, message: &[u8], body: &[u8]) -> bool {
+        let body_len = usize_of(header.body_len);
+        match header.tag {
+            b'Q' | b'P' => {
+                if body.len() < body_len && body_len <= INSPECT_LEN_MAX {
+                    return false;
+                }
+                let note = self.protocol.on_frontend(header.tag, body.first().copied(), None);
+                let body = body.get(..body_len).unwrap_or(body);
+                if header.tag == b'Q' {
+                    self.hints.on_statement(body.strip_suffix(&[0]).unwrap_or(body));
+                } else {
+                    let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
+                    self.hints.on_statement(text);
+                }
+                if note == Note::KeepUnnamed {
+                    self.unnamed.clear();
+                    self.unnamed_too_long = body_len > UNNAMED_LEN_MAX;
+                    if !self.unnamed_too_long {
+                        let whole = HEADER_LEN + body_len;
+                        self.unnamed.extend_from_slice(message.get(..whole).unwrap_or(message));
+                    }
+                }
+                if body.len() < body_len {
+                    let keep = note == Note::KeepUnnamed && !self.unnamed_too_long;
+                    let tail = body.get(body.len().saturating_sub(OVERLAP)..).unwrap_or_default().to_vec();
+                    self.long = Some(Box::new(LongText { tail, keep }));
+                }
+            }
+            b'D' | b'C' => {
+                if body.len() < body_len.min(2) {
+                    return false;
+                }
+                self.protocol.on_frontend(header.tag, body.first().copied(), body.get(1).copied());
+            }
+            tag => {
+                self.protocol.on_frontend(tag, None, None);
+            }
+        }
+        true
+    }
+
+    #[cold]
+    fn on_long_text(&mut self, part: &[u8]) {
+        let Some(mut long) = self.long.take() else { return };
+        if long.keep {
+            self.unnamed.extend_from_slice(part);
+        }
+        let mut seam = std::mem::take(&mut long.tail);
+        seam.extend_from_slice(part.get(..OVERLAP.min(part.len())).unwrap_or_default());
+        self.hints.on_statement(&seam);
+        self.hints.on_statement(part);
+        let ends = usize_of(self.client.scanner.remaining()) == part.len();
+        if !ends {
+            let from = if part.len() >= OVERLAP { part } else { &seam };
+            long.tail = from.get(from.len().saturating_sub(OVERLAP)..).unwrap_or_default().to_vec();
+            self.long = Some(long);
+        }
+    }
+
+    /// Bytes of the server stand in `bytes`; the pid of a notification may be changed in place.
+    ///
+    /// # Errors
+    /// They are not the protocol.
+    pub fn on_server_bytes(&mut self, bytes: &mut [u8]) -> Result<usize, Fault> {
+        let mut at = 0;
+        loop {
+            let rest = bytes.get_mut(at..).unwrap_or_default();
+            match self.server.scanner.peek(rest).map_err(Fault::Server)? {
+                Step::Incomplete => break,
+                Step::Body(len) => {
+                    self.server.scanner.pass(len);
+                    at += len;
+                }
+                Step::Frame(header) => {
+                    let body_len = usize_of(header.body_len);
+                    let body = rest.get_mut(HEADER_LEN..).unwrap_or_default();
+                    let whole = body.len() >= body_len;
+                    match header.tag {
+                        b'Z' | b'S' | b'C' | b'A' if !whole && body_len <= WHOLE_LEN_MAX => break,
+                        b'Z' => {
+                            self.requests += 1;
+                            let status = body.first().and_then(|byte| TxStatus::from_byte(*byte));
+                            self.protocol.on_backend(b'Z', status);
+                        }
+                        b'S' => self.on_parameter(body.get(..body_len).unwrap_or_default()),
+                        b'A' => self.on_notification(body),
+                        b'C' => {
+                            self.hints.on_command_tag(body);
+                            self.protocol.on_backend(b'C', None);
+                        }
+                        b'E' => {
+                            self.server_said_why |= is_fatal(body.get(..body_len).unwrap_or(body));
+                            self.protocol.on_backend(b'E', None);
+                        }
+                        tag => self.protocol.on_backend(tag, None),
+                    }
+                    self.server.scanner.enter(header);
+                    let len = body_len.min(rest.len() - HEADER_LEN);
+                    self.server.scanner.pass(len);
+                    at += HEADER_LEN + len;
+                }
+            }
+        }
+        Ok(at)
+    }
+
+    #[cold]
+    fn on_parameter(&mut self, body: &[u8]) {
+        if let Ok(Backend::ParameterStatus { name, value }) = backend::read(b'S', body) {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            let mut params = (*self.params).clone();
+            params.insert(text(name), text(value));
+            self.params = self.app.share(params);
+        }
+    }
+
+    /// A notification of the session's own backend carries the pid that the client knows it by.
+    fn on_notification(&mut self, body: &mut [u8]) {
+        if self.backend_pid == self.client_pid {
+            return;
+        }
+        if let Some(pid) = body.first_chunk_mut::<4>()
+            && *pid == self.backend_pid.to_be_bytes()
+        {
+            *pid = self.client_pid.to_be_bytes();
+        }
+    }
+
+    /// Gives back memory that an idle session does not need.
+    pub fn shrink(&mut self) {
+        self.protocol.shrink();
+        if self.unnamed.capacity() > 2 * self.unnamed.len() + 4 * 1024 {
+            self.unnamed.shrink_to_fit();
+        }
+    }
+
+    /// Tells the client of parameters in which `now` differs from what it knows.
+    pub fn tell_params(&mut self, now: &std::collections::BTreeMap<String, String>) {
+        if *self.params == *now {
+            return;
+        }
+        let mut out = Vec::new();
+        for (name, value) in now {
+            if self.params.get(name) != Some(value) {
+                backend::parameter_status(&mut out, name.as_bytes(), value.as_bytes());
+            }
+        }
+        self.client.push(&out);
+        self.params = self.app.share(now.clone());
+    }
+}
+
+
+/// Whether an error ends the connection, by its severity that is not translated.
+#[cold]
+fn is_fatal(body: &[u8]) -> bool {
+    match backend::read(b'E', body) {
+        Ok(Backend::Error(fields)) => matches!(fields.field(b'V'), Some(b"FATAL" | b"PANIC")),
+        _ => false,
+    }
+}

@@ -1,0 +1,261 @@
+//! The session as a value, with its two sockets. It is in exactly one place at a time.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use model::barrier::NamedSession;
+use model::session::inspect::Hints;
+use model::session::{Pin, Protocol};
+use pg::stream::Parts;
+use tls::Record;
+use wire::backend::Report;
+use wire::frame::{Scanner, Side};
+use wire::scram::Credential;
+
+use crate::app::{App, Cell, Params};
+use crate::proxy::Place;
+use crate::relay::LongText;
+
+/// One of a session's two connections.
+#[derive(Debug)]
+pub struct Leg {
+    pub fd: OwnedFd,
+    pub is_unix: bool,
+    pub tls: Option<Box<Record>>,
+    /// Received ciphertext that is not a whole record.
+    pub cipher: Vec<u8>,
+    /// Received plaintext that has not been passed on: part of a message, or what is held.
+    pub carry: Vec<u8>,
+    /// What the socket would not take yet, as it goes on the wire.
+    pub out: Vec<u8>,
+    /// How much of `out` is sent.
+    pub sent: usize,
+    /// Where the bytes received from this leg stand between messages.
+    pub scanner: Scanner,
+    pub readable: bool,
+    pub eof: bool,
+}
+
+impl Leg {
+    pub fn new(parts: Parts, carry: Vec<u8>, side: Side) -> Leg {
+        Leg {
+            fd: parts.fd,
+            is_unix: parts.is_unix,
+            tls: parts.tls,
+            cipher: parts.cipher,
+            carry,
+            out: Vec::new(),
+            sent: 0,
+            scanner: Scanner::new(side),
+            readable: true,
+            eof: false,
+        }
+    }
+
+    pub fn has_out(&self) -> bool {
+        self.sent < self.out.len()
+    }
+
+    /// Adds plaintext to what is to be sent.
+    pub fn push(&mut self, bytes: &[u8]) {
+        match &mut self.tls {
+            None => self.out.extend_from_slice(bytes),
+            // Sealing fails only when 2^64 records are used up; the peer then misses its end and closes.
+            Some(tls) => drop(tls.seal(bytes, &mut self.out)),
+        }
+    }
+}
+
+/// Who logged in, and what it takes to log in as them again.
+#[derive(Debug)]
+pub struct Identity {
+    pub user: String,
+    pub database: String,
+    /// The startup packet's parameters, as the client sent them.
+    pub params: Vec<(Vec<u8>, Vec<u8>)>,
+    pub credential: Option<Credential>,
+    pub peer: String,
+    pub tls: bool,
+    pub replication: bool,
+}
+
+#[derive(Debug)]
+pub struct Session {
+    pub id: u64,
+    pub app: Arc<App>,
+    pub cell: Arc<Cell>,
+    pub identity: Arc<Identity>,
+    pub client: Leg,
+    pub server: Leg,
+    pub protocol: Protocol,
+    /// Parameters as the client was told them last.
+    pub params: Params,
+    pub hints: Hints,
+    /// The last unnamed Parse as it was sent, header included. What the protocol says of it decides its worth.
+    pub unnamed: Vec<u8>,
+    /// The unnamed statement was longer than is kept.
+    pub unnamed_too_long: bool,
+    /// A long statement is passing.
+    pub long: Option<Box<LongText>>,
+    /// What the client knows: the pid of its first backend, and a secret of ours.
+    pub client_pid: i32,
+    pub client_secret: Box<[u8]>,
+    pub backend_pid: i32,
+    pub backend_secret: Box<[u8]>,
+    /// The server has closed; the client has not taken all of its last words.
+    pub server_gone: bool,
+    /// The server's last words were a fatal error, which says why it closes.
+    pub server_said_why: bool,
+    /// Cancel requests that are on their way to the server.
+    pub cancels: Arc<AtomicU32>,
+    /// Hand the session out at its next safe point.
+    pub wanted: bool,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub requests: u64,
+    /// Seconds since the proxy started.
+    pub connected_at: u32,
+    pub active_at: u32,
+    /// How often it was attached to another server.
+    pub moves: u32,
+    /// When it was handed out, while it is held.
+    pub held_since: Option<std::time::Instant>,
+    /// Its place among the clients, and its cancel key.
+    pub place: Place,
+}
+
+impl Session {
+    pub fn named(&self) -> NamedSession {
+        NamedSession {
+            id: self.id,
+            user: self.identity.user.clone(),
+            database: self.identity.database.clone(),
+            application_name: self.params.get("application_name").cloned().unwrap_or_default(),
+        }
+    }
+
+    /// Pins that are known without asking the server.
+    pub fn known_pins(&self) -> Vec<Pin> {
+        let mut pins: Vec<Pin> = self.hints.pins.iter().cloned().collect();
+        if self.identity.replication {
+            pins.push(Pin::Replication);
+        }
+        if self.protocol.is_out_of_step() {
+            pins.push(Pin::OutOfStep);
+        }
+        pins
+    }
+
+    /// Nothing is under way in either direction, so the session can be taken from its server.
+    pub fn is_at_safe_point(&self) -> bool {
+        self.protocol.is_safe_point()
+            && self.client.scanner.at_boundary()
+            && self.server.scanner.at_boundary()
+            && self.server.carry.is_empty()
+            && !self.client.has_out()
+            && !self.server.has_out()
+    }
+
+    pub fn cancels_under_way(&self) -> bool {
+        self.cancels.load(Ordering::Acquire) > 0
+    }
+
+    /// Tells the client why it ends, as far as its socket takes it at once, and ends the session.
+    pub fn tell_and_end(mut self: Box<Self>, report: &Report) {
+        let mut out = Vec::new();
+        report.write_error(&mut out);
+        self.client.push(&out);
+        if let Some(tls) = &mut self.client.tls {
+            let _ = tls.seal_close(&mut self.client.out);
+        }
+        write_some(&mut self.client);
+        terminate(&mut self.server);
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.app.sessions.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Sends what the socket takes without waiting. An error shows at the next read.
+pub fn write_some(leg: &mut Leg) {
+    while leg.has_out() {
+        let socket = socket2::SockRef::from(&leg.fd);
+        match socket.send(leg.out.get(leg.sent..).unwrap_or_default()) {
+            Ok(0) | Err(_) => return,
+            Ok(len) => leg.sent += len,
+        }
+    }
+    leg.out = Vec::new();
+    leg.sent = 0;
+}
+
+/// Tells the server that the session has ended, so that it does not log a lost connection.
+pub fn terminate(server: &mut Leg) {
+    if server.scanner.at_boundary() && !server.has_out() {
+        let mut out = Vec::new();
+        wire::frontend::terminate(&mut out);
+        server.push(&out);
+        write_some(server);
+    }
+}
+
+/// For tables and logs.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SessionView {
+    pub id: u64,
+    pub app: String,
+    pub user: String,
+    pub database: String,
+    pub application_name: String,
+    pub client: String,
+    pub tls: bool,
+    pub cell: String,
+    pub server: String,
+    pub backend_pid: i32,
+    pub state: String,
+    pub connected_s: u64,
+    pub idle_s: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub requests: u64,
+    pub moves: u32,
+    pub pins: Vec<String>,
+}
+
+impl Session {
+    pub fn view(&self, now: u32) -> SessionView {
+        let named = self.named();
+        SessionView {
+            id: self.id,
+            app: self.app.name.clone(),
+            user: named.user,
+            database: named.database,
+            application_name: named.application_name,
+            client: self.identity.peer.clone(),
+            tls: self.identity.tls,
+            cell: self.cell.name.clone(),
+            server: self.cell.target.address.to_string(),
+            backend_pid: self.backend_pid,
+            state: self.protocol.occupation().to_owned(),
+            connected_s: u64::from(now.saturating_sub(self.connected_at)),
+            idle_s: u64::from(now.saturating_sub(self.active_at)),
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            requests: self.requests,
+            moves: self.moves,
+            pins: self.known_pins().iter().map(Pin::to_string).collect(),
+        }
+    }
+
+    pub fn client_fd(&self) -> i32 {
+        self.client.fd.as_raw_fd()
+    }
+
+    pub fn server_fd(&self) -> i32 {
+        self.server.fd.as_raw_fd()
+    }
+}
