@@ -1,1 +1,30 @@
+//! Carries out changes of applications: durably, step by step, so that a crash at any point finds its way.
+//!
+//! # Layout, in reading order
+//! - [`config`]: applications, their cells, and how each server is reached.
+//! - [`records`]: the application and its executions in the store.
+//! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
+//! - [`stages`]: what each stage does to real servers.
+//! - [`hba`]: who may still log in to a fenced server.
+//!
+//! **Architecture Invariant:** control never sees a proxy. It sends orders and reads reports.
 
+#![forbid(unsafe_code)]
+
+use model::barrier::{Order, Report};
+use tokio::sync::{mpsc, oneshot};
+
+pub mod config;
+pub mod records;
+pub mod runner;
+mod stages;
+pub mod hba;
+
+pub use config::ControlConfig;
+pub use runner::{Control, ControlError, SwitchoverRequest};
+
+/// An order and where its report goes.
+pub type Ask = (Order, oneshot::Sender<Report>);
+
+/// The way to the proxy of this process.
+pub type Proxies = mpsc::Sender<Ask>;

@@ -50,8 +50,11 @@ pub enum Order {
     Prepare { app: String, to: String },
     /// Only look: who would be pinned?
     Inspect { app: String },
-    /// Hold every session at its next safe point, until `deadline_ms` from now.
-    Hold { app: String, deadline_ms: u64 },
+    /// Hold every session at its next safe point, until `deadline_ms` from now. Those that are busy then are
+    /// ended with an error if `on_timeout` says so.
+    Hold { app: String, deadline_ms: u64, on_timeout: OnTimeout },
+    /// Name the servers' backends of held sessions; whoever else is connected is an outsider.
+    Backends { app: String },
     /// Read the state of every held session. Those that cannot be moved are told if `on_timeout` says so.
     Capture { app: String, on_timeout: OnTimeout },
     /// Attach every held session to `to` and prove that it is the same.
@@ -71,7 +74,7 @@ pub struct Report {
     pub blockers: Vec<Blocker>,
     /// Sessions that were ended with an error.
     pub told: u64,
-    /// Process ids of the servers' backends that the sessions own; whoever else is connected is an outsider.
+    /// Process ids of the servers' backends that held sessions own.
     pub backends: Vec<i32>,
     /// How long sessions were held, in milliseconds, when they are released.
     pub pauses: Option<Pauses>,

@@ -32,7 +32,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 pub struct Prepared {
     pub cell: String,
     connection: Connection,
-    /// What the session was when it was prepared. Its channels are not there yet.
+    /// What was restored: everything but what must wait for the switch.
     snapshot: Snapshot,
 }
 
@@ -186,19 +186,14 @@ pub(crate) async fn prepare(
     cell: &Cell,
 ) -> Result<Prepared, Reason> {
     let connection = log_in(identity, cell).await?;
-    let mut prepared = Prepared { cell: cell.name.clone(), connection, snapshot: without_channels(&snapshot) };
+    let mut prepared = Prepared { cell: cell.name.clone(), connection, snapshot: snapshot.beforehand() };
     restore(&mut prepared.connection, custom, &prepared.snapshot).await?;
-    prepared.snapshot = snapshot;
     Ok(prepared)
 }
 
 async fn log_in(identity: &Identity, cell: &Cell) -> Result<Connection, Reason> {
     let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
     cell.target.login(&login).await.map_err(failed)
-}
-
-fn without_channels(snapshot: &Snapshot) -> Snapshot {
-    Snapshot { channels: BTreeSet::new(), ..snapshot.clone() }
 }
 
 /// Makes a fresh server session equal to `snapshot`, and proves it by a second capture.
@@ -209,11 +204,7 @@ async fn restore(
 ) -> Result<(), Reason> {
     let fresh = capture_on(connection, custom, CountLocks::Shared).await.map_err(failed)?;
     run_steps(connection, &replay::steps(&fresh.snapshot, snapshot, Phase::Standby)).await?;
-    let mut again = capture_on(connection, custom, CountLocks::Shared).await.map_err(failed)?;
-    // How often a lock is held is known by having taken it so often.
-    again.snapshot.locks.iter_mut().for_each(|(lock, count)| {
-        *count = snapshot.locks.get(lock).copied().unwrap_or(*count);
-    });
+    let again = capture_on(connection, custom, CountLocks::Shared).await.map_err(failed)?;
     match snapshot.differences(&again.snapshot).into_iter().next() {
         None => Ok(()),
         Some(pin) => Err(Reason::Pinned(pin)),
@@ -271,16 +262,24 @@ pub(crate) async fn attach(
     prepared: Option<Prepared>,
     cell: &Cell,
 ) -> Result<Attached, Reason> {
-    let fits = prepared.filter(|prepared| prepared.cell == cell.name && prepared.snapshot == *snapshot);
-    let mut connection = match fits {
-        Some(prepared) => prepared.connection,
+    let wanted = snapshot.beforehand();
+    let custom = &session.hints.custom;
+    let mut connection = match prepared.filter(|prepared| prepared.cell == cell.name) {
+        Some(prepared) if prepared.snapshot == wanted => prepared.connection,
+        Some(mut prepared) => {
+            // The session has changed since; its copy begins anew.
+            let discard = prepared.connection.query("DISCARD ALL");
+            timeout(ANSWER_MAX, discard).await.map_err(failed)?.map_err(failed)?;
+            restore(&mut prepared.connection, custom, &wanted).await?;
+            prepared.connection
+        }
         None => {
             let mut connection = log_in(&session.identity, cell).await?;
-            restore(&mut connection, &session.hints.custom, &without_channels(snapshot)).await?;
+            restore(&mut connection, custom, &wanted).await?;
             connection
         }
     };
-    run_steps(&mut connection, &replay::steps(&without_channels(snapshot), snapshot, Phase::Primary)).await?;
+    run_steps(&mut connection, &replay::steps(&wanted, snapshot, Phase::Primary)).await?;
     last_look(&mut connection, session, snapshot).await?;
     Ok(Attached { connection })
 }

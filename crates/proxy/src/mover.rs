@@ -59,7 +59,10 @@ impl Mover {
         let result = match order {
             Order::Inspect { app } => self.prepare(&app, None).await,
             Order::Prepare { app, to } => self.prepare(&app, Some(&to)).await,
-            Order::Hold { app, deadline_ms } => self.hold(&app, Duration::from_millis(deadline_ms)).await,
+            Order::Hold { app, deadline_ms, on_timeout } => {
+                self.hold(&app, Duration::from_millis(deadline_ms), on_timeout).await
+            }
+            Order::Backends { app } => Ok(self.backends(&app)),
             Order::Capture { app, on_timeout } => self.capture(&app, on_timeout).await,
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to } => self.release(&app, &to).await,
@@ -107,32 +110,50 @@ impl Mover {
     }
 
     /// Closes the gate and collects sessions as they come to a safe point.
-    async fn hold(&mut self, app: &str, limit: Duration) -> Result<Report, String> {
+    async fn hold(&mut self, app: &str, limit: Duration, on_timeout: OnTimeout) -> Result<Report, String> {
         let app = self.app(app)?;
         let deadline = Instant::now() + limit;
         let holding = self.holdings.entry(app.name.clone()).or_default();
-        let (out, incoming) = mpsc::unbounded_channel();
-        app.hold();
-        for engine in &self.shared.engines {
-            engine.send(Command::Want(Want::App(app.clone()), out.clone()));
+        if holding.incoming.is_none() {
+            let (out, incoming) = mpsc::unbounded_channel();
+            app.hold();
+            for engine in &self.shared.engines {
+                engine.send(Command::Want(Want::App(app.clone()), out.clone()));
+            }
+            holding.incoming = Some(incoming);
         }
-        let mut incoming = incoming;
-        while holding.sessions.len() < app.sessions.load(Ordering::SeqCst) && Instant::now() < deadline {
-            if let Ok(Some(mut session)) = timeout(POLL, incoming.recv()).await {
+        let Holding { sessions: held, incoming } = holding;
+        while held.len() < app.sessions.load(Ordering::SeqCst) && Instant::now() < deadline {
+            if let Some(incoming) = incoming
+                && let Ok(Some(mut session)) = timeout(POLL, incoming.recv()).await
+            {
                 session.held_since = Some(Instant::now());
-                holding.sessions.push(Held { session, snapshot: None, moved: false });
+                held.push(Held { session, snapshot: None, moved: false });
             }
         }
-        holding.incoming = Some(incoming);
-        let held = holding.sessions.len();
-        let sessions = app.sessions.load(Ordering::SeqCst).max(held);
-        let busy = if held < sessions { self.busy(&app).await } else { Vec::new() };
-        let mut backends: Vec<i32> = Vec::new();
-        if let Some(holding) = self.holdings.get(&app.name) {
-            backends.extend(holding.sessions.iter().map(|held| held.session.backend_pid));
+        let done = held.len();
+        let sessions = app.sessions.load(Ordering::SeqCst).max(done);
+        let mut report =
+            Report { sessions: count(sessions), done: count(done), ..Report::default() };
+        if done < sessions {
+            report.blockers = self.busy(&app).await;
         }
-        backends.extend(self.shared.views().await.iter().filter(|v| v.app == app.name).map(|v| v.backend_pid));
-        Ok(Report { sessions: count(sessions), done: count(held), blockers: busy, backends, ..Report::default() })
+        if on_timeout == OnTimeout::Force && !report.blockers.is_empty() {
+            report.told = count(report.blockers.len());
+            let what = "its transaction did not end before the deadline of a switchover";
+            for engine in &self.shared.engines {
+                engine.send(Command::End(Want::App(app.clone()), forced(what)));
+            }
+            for blocker in &report.blockers {
+                self.shared.metrics.count_move("forced", &blocker.reasons);
+            }
+        }
+        Ok(report)
+    }
+
+    fn backends(&self, app: &str) -> Report {
+        let held = self.holdings.get(app).map(|holding| holding.sessions.as_slice()).unwrap_or_default();
+        Report { backends: held.iter().map(|held| held.session.backend_pid).collect(), ..Report::default() }
     }
 
     async fn busy(&self, app: &App) -> Vec<Blocker> {
@@ -149,20 +170,11 @@ impl Mover {
         views.into_iter().filter(|view| view.app == app.name).map(blocker).collect()
     }
 
-    /// Reads the state of every held session. By force, those that cannot be moved are told and ended, and so
-    /// are those that are still busy.
+    /// Reads the state of every held session. By force, those that cannot be moved are told and ended.
     async fn capture(&mut self, app: &str, on_timeout: OnTimeout) -> Result<Report, String> {
         let app = self.app(app)?;
         let force = on_timeout == OnTimeout::Force;
         let mut report = Report::default();
-        if force {
-            let busy = self.busy(&app).await;
-            report.told += count(busy.len());
-            let what = "its transaction did not end before the deadline of a switchover";
-            for engine in &self.shared.engines {
-                engine.send(Command::End(Want::App(app.clone()), forced(what)));
-            }
-        }
         let holding = self.holdings.entry(app.name.clone()).or_default();
         let held = std::mem::take(&mut holding.sessions);
         report.sessions = count(held.len());

@@ -126,8 +126,9 @@ fn state_question(custom: &BTreeSet<String>) -> String {
         "SELECT 'slot', slot_name, NULL, NULL, NULL FROM pg_replication_slots \
          WHERE temporary AND active_pid = pg_backend_pid()"
             .into(),
-        "SELECT 'origin', NULL, NULL, NULL, NULL WHERE CASE WHEN has_function_privilege(\
-         'pg_replication_origin_session_is_setup()', 'execute') \
+        // In recovery there are no origins, and asking is an error.
+        "SELECT 'origin', NULL, NULL, NULL, NULL WHERE CASE WHEN NOT pg_is_in_recovery() AND \
+         has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') \
          THEN pg_replication_origin_session_is_setup() ELSE false END"
             .into(),
         "SELECT 'language', lanname, NULL, NULL, NULL FROM pg_language l \

@@ -17,12 +17,13 @@ pub enum Step {
     Parse { name: String, sql: String, types: Vec<u32> },
 }
 
-/// Which servers a step can run on.
+/// When a step can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Also on a standby, so before the switch.
+    /// Beforehand, also on a standby, while the client goes on.
     Standby,
-    /// Only on a primary: LISTEN is refused in recovery (25006).
+    /// Only once every session is held and the server is a primary: LISTEN is refused in recovery (25006), and
+    /// a lock that was taken beforehand would be in the way of whoever holds it by then.
     Primary,
 }
 
@@ -30,7 +31,11 @@ pub enum Phase {
 pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase) -> Vec<Step> {
     match phase {
         Phase::Standby => on_standby(from, to),
-        Phase::Primary => listen(from, to),
+        Phase::Primary => {
+            let mut steps = lock(from, to);
+            steps.extend(listen(from, to));
+            steps
+        }
     }
 }
 
@@ -65,12 +70,18 @@ fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
             steps.push(prepare(name, prepared));
         }
     }
+    steps
+}
+
+fn lock(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
+    let mut steps = Vec::new();
     for (lock, count) in &to.locks {
         let function = if lock.shared { "pg_try_advisory_lock_shared" } else { "pg_try_advisory_lock" };
         for _ in from.locks.get(lock).copied().unwrap_or(0)..*count {
-            // Not getting it must be an error, so that it is not overlooked.
+            // Not getting it must be an error, so that it is not overlooked. A CASE would not do: its constant
+            // division is carried out by the planner.
             let sql = format!(
-                "SELECT CASE WHEN pg_catalog.{function}({}) THEN 1 ELSE 1 OPERATOR(pg_catalog./) 0 END",
+                "SELECT 1 OPERATOR(pg_catalog./) pg_catalog.{function}({})::pg_catalog.int4",
                 lock.arguments()
             );
             steps.push(Step::Run {
@@ -138,11 +149,16 @@ mod tests {
                 "role",
                 "parse a",
                 "prepare b",
-                "advisory lock ('1'::pg_catalog.int8)",
-                "advisory lock ('1'::pg_catalog.int8)"
             ]
         );
-        assert_eq!(what(Phase::Primary), ["listening on `Jobs`"]);
+        assert_eq!(
+            what(Phase::Primary),
+            [
+                "advisory lock ('1'::pg_catalog.int8)",
+                "advisory lock ('1'::pg_catalog.int8)",
+                "listening on `Jobs`"
+            ]
+        );
         assert_eq!(steps(&to, &to, Phase::Standby), []);
     }
 }

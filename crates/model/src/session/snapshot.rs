@@ -84,6 +84,11 @@ impl Snapshot {
         self.len() == 0
     }
 
+    /// The part that can be restored beforehand, see [`super::replay::Phase`].
+    pub fn beforehand(&self) -> Snapshot {
+        Snapshot { channels: BTreeSet::new(), locks: BTreeMap::new(), ..self.clone() }
+    }
+
     /// Everything in which `there` is not this session. Empty means identical.
     ///
     /// Whether a setting was set in the session or came with the login matters to RESET only, and only for

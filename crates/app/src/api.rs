@@ -1,0 +1,283 @@
+//! HTTP for people and scripts: JSON under `/v1`, Prometheus under `/metrics`, health for load balancers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Json, Path, Query, State as Extract};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use control::{Control, ControlError, SwitchoverRequest};
+use model::cell::CellState;
+use pg::admin::Admin;
+use proxy::Proxy;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::time::timeout;
+use wire::scram::Secret;
+
+/// How long one server may take to say where it stands.
+const STATUS_MAX: Duration = Duration::from_secs(2);
+
+#[derive(Clone)]
+pub(crate) struct State {
+    proxy: Arc<Proxy>,
+    control: Arc<Control>,
+    token: Option<Secret>,
+}
+
+impl State {
+    pub(crate) fn new(proxy: Arc<Proxy>, control: Arc<Control>, token: Option<Secret>) -> State {
+        State { proxy, control, token }
+    }
+}
+
+pub(crate) fn routes(state: State) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/applications/{app}/sessions", get(sessions))
+        .route("/v1/applications/{app}/switchover", post(switchover))
+        .route("/v1/applications/{app}/executions/{id}/retry", post(retry))
+        .route("/v1/executions", get(executions))
+        .route("/metrics", get(metrics))
+        .route("/liveness", get(|| async { "alive\n" }))
+        .route("/health", get(|| async { "healthy\n" }))
+        .route("/readiness", get(primary))
+        .route("/primary", get(primary))
+        .route("/read-write", get(primary))
+        .with_state(state)
+}
+
+/// What went wrong, as clients of the API see it.
+struct ApiError(StatusCode, String);
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.0, Json(json!({ "error": self.1 }))).into_response()
+    }
+}
+
+impl From<ControlError> for ApiError {
+    fn from(error: ControlError) -> ApiError {
+        let status = match &error {
+            ControlError::NoApp { .. } | ControlError::NoCell { .. } | ControlError::NoExecution(_) => {
+                StatusCode::NOT_FOUND
+            }
+            ControlError::AlreadyActive { .. }
+            | ControlError::NotPassive { .. }
+            | ControlError::UnderWay { .. }
+            | ControlError::NoActive { .. }
+            | ControlError::NotRetryable { .. } => StatusCode::CONFLICT,
+            ControlError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        ApiError(status, crate::config::chain(&error))
+    }
+}
+
+/// Whoever changes something shows the token, if there is one.
+fn authorize(state: &State, headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(token) = &state.token else { return Ok(()) };
+    let shown = headers.get("authorization").and_then(|value| value.to_str().ok());
+    let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    // Compared by digest, so that the time it takes says nothing of the token.
+    let same = shown.len() == token.expose().len()
+        && shown.bytes().zip(token.expose().bytes()).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0;
+    let refused = || ApiError(StatusCode::UNAUTHORIZED, "a bearer token is needed: see `token_file`".into());
+    same.then_some(()).ok_or_else(refused)
+}
+
+/// `holdfast status` shows this.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) apps: Vec<AppStatus>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct AppStatus {
+    pub(crate) name: String,
+    pub(crate) epoch: u64,
+    pub(crate) active: Option<String>,
+    pub(crate) execution: Option<u64>,
+    pub(crate) sessions: u64,
+    pub(crate) cells: Vec<CellStatus>,
+    /// What is wrong, each with what to type next.
+    pub(crate) problems: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CellStatus {
+    pub(crate) name: String,
+    pub(crate) state: CellState,
+    pub(crate) server: String,
+    /// `primary`, `standby`, or why it cannot be said.
+    pub(crate) role: String,
+    pub(crate) lsn: Option<String>,
+    pub(crate) lag_bytes: Option<u64>,
+    pub(crate) streaming: bool,
+}
+
+async fn status(Extract(state): Extract<State>) -> Result<Json<Status>, ApiError> {
+    let mut apps = Vec::new();
+    for name in state.control.config.apps.keys() {
+        apps.push(app_status(&state, name).await?);
+    }
+    Ok(Json(Status { apps }))
+}
+
+async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
+    let application = state.control.application(name)?;
+    let servers = &state.control.config.apps[name].cells;
+    let asked = servers.iter().map(|(cell, server)| async move {
+        let ask = async {
+            let mut admin = Admin::connect(&server.target, &server.admin).await.map_err(|e| crate::config::chain(&e))?;
+            admin.status().await.map_err(|e| crate::config::chain(&e))
+        };
+        let found = timeout(STATUS_MAX, ask).await;
+        (cell.clone(), found.unwrap_or_else(|_| Err(format!("no answer within {STATUS_MAX:?}"))))
+    });
+    let mut found = BTreeMap::new();
+    for ask in asked {
+        let (cell, status) = ask.await;
+        found.insert(cell, status);
+    }
+    let active = application.active().map(str::to_owned);
+    let active_lsn = active.as_ref().and_then(|cell| found.get(cell)).and_then(|s| s.as_ref().ok()).map(|s| s.lsn);
+    let mut problems = Vec::new();
+    let mut cells = Vec::new();
+    for (cell, status) in &found {
+        let cell_state = application.cells.get(cell).copied().unwrap_or(CellState::Passive);
+        let mut shown = CellStatus {
+            name: cell.clone(),
+            state: cell_state,
+            server: servers[cell].target.address.to_string(),
+            role: String::new(),
+            lsn: None,
+            lag_bytes: None,
+            streaming: false,
+        };
+        match status {
+            Ok(status) => {
+                shown.role = if status.in_recovery { "standby" } else { "primary" }.into();
+                shown.lsn = Some(status.lsn.to_string());
+                shown.streaming = status.streaming;
+                shown.lag_bytes = active_lsn.filter(|_| status.in_recovery).map(|lsn| lsn.bytes_since(status.lsn));
+                match (cell_state, status.in_recovery) {
+                    (CellState::Active, true) => {
+                        problems.push(format!("cell `{cell}` is active, but its server is in recovery"));
+                    }
+                    (CellState::Passive, false) => {
+                        problems.push(format!("cell `{cell}` is passive, but its server is a primary"));
+                    }
+                    (CellState::Passive, true) if !status.streaming => {
+                        problems.push(format!("cell `{cell}` does not stream from the active cell"));
+                    }
+                    _ => (),
+                }
+            }
+            Err(error) => {
+                shown.role = "unknown".into();
+                problems.push(format!("cell `{cell}` cannot be asked: {error}"));
+            }
+        }
+        cells.push(shown);
+    }
+    if let Some(id) = application.execution {
+        problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
+    }
+    for (cell, cell_state) in &application.cells {
+        if matches!(cell_state, CellState::Fenced | CellState::Recovering) && application.execution.is_none() {
+            let last = state.control.executions(name)?.into_iter().next().map_or(0, |execution| execution.id);
+            problems.push(format!("cell `{cell}` is {cell_state}, there is no standby: holdfast retry {last}"));
+        }
+    }
+    Ok(AppStatus {
+        name: name.into(),
+        epoch: application.epoch.0,
+        active,
+        execution: application.execution,
+        sessions: u64::try_from(state.proxy.session_count(name)).unwrap_or(0),
+        cells,
+        problems,
+    })
+}
+
+async fn sessions(
+    Extract(state): Extract<State>,
+    Path(app): Path<String>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Result<Response, ApiError> {
+    state.control.application(&app)?;
+    if query.get("pinned").is_some_and(|value| value != "false") {
+        // Asks every session's server, as a switchover would.
+        let report = state.control.order(model::barrier::Order::Inspect { app }).await;
+        return Ok(Json(report).into_response());
+    }
+    let all = state.proxy.sessions().await;
+    let of_app: Vec<_> = all.into_iter().filter(|view| view.app == app).collect();
+    Ok(Json(of_app).into_response())
+}
+
+async fn switchover(
+    Extract(state): Extract<State>,
+    Path(app): Path<String>,
+    headers: HeaderMap,
+    Json(request): Json<SwitchoverRequest>,
+) -> Result<Response, ApiError> {
+    authorize(&state, &headers)?;
+    state.control.application(&app)?;
+    if request.dry_run {
+        return Ok(Json(state.control.dry_run(&app, &request).await?).into_response());
+    }
+    // A switchover runs to its end also if whoever asked for it hangs up.
+    let control = state.control.clone();
+    let run = tokio::spawn(async move { control.switchover(&app, request).await });
+    match run.await {
+        Ok(execution) => Ok(Json(execution?).into_response()),
+        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn retry(
+    Extract(state): Extract<State>,
+    Path((app, id)): Path<(String, u64)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    authorize(&state, &headers)?;
+    let control = state.control.clone();
+    match tokio::spawn(async move { control.retry(&app, id).await }).await {
+        Ok(execution) => Ok(Json(execution?).into_response()),
+        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn executions(Extract(state): Extract<State>) -> Result<Response, ApiError> {
+    let mut all = Vec::new();
+    for app in state.control.config.apps.keys() {
+        all.extend(state.control.executions(app)?);
+    }
+    Ok(Json(all).into_response())
+}
+
+async fn metrics(Extract(state): Extract<State>) -> Response {
+    let mut out = String::new();
+    state.proxy.write_metrics(&mut out);
+    for name in state.control.config.apps.keys() {
+        if let Ok(application) = state.control.application(name) {
+            let line = |value| vec![(format!("{{app=\"{name}\"}}"), value)];
+            let help = "Number of the grant to take writes.";
+            proxy::metrics::write_metric(&mut out, "holdfast_epoch", "gauge", help, &line(application.epoch.0));
+        }
+    }
+    ([("content-type", "text/plain; version=0.0.4")], out).into_response()
+}
+
+/// 200 while every application is served by an active cell.
+async fn primary(Extract(state): Extract<State>) -> (StatusCode, String) {
+    match state.control.active_cells() {
+        Ok(active) if active.values().all(|cell| !cell.is_empty()) => (StatusCode::OK, "primary\n".into()),
+        Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "an application has no active cell\n".into()),
+        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", crate::config::chain(&error))),
+    }
+}

@@ -1,0 +1,189 @@
+//! The command line. Exit codes: 0 done, 1 refused or failed with the reason, 2 wrong usage.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use model::switchover::OnTimeout;
+
+mod client;
+pub(crate) mod show;
+
+use crate::config::{Config, chain, read_duration};
+use crate::run::Running;
+use crate::{demo, run};
+
+#[derive(Parser)]
+#[command(
+    name = "holdfast",
+    version,
+    about = "Keeps PostgreSQL applications running, and their data right, while everything underneath changes"
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Args)]
+pub(crate) struct Global {
+    /// Where the API of a running Holdfast is.
+    #[arg(long, global = true, env = "HOLDFAST_API", default_value = "http://127.0.0.1:7432")]
+    api: String,
+    /// File with the token of the API.
+    #[arg(long, global = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Answer in JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// A whole local installation with a live workload, to watch a switchover.
+    #[command(after_help = "Example: holdfast demo --no-tour --dir /tmp/holdfast-demo")]
+    Demo(demo::DemoArgs),
+    /// Run the roles that the configuration names, in one process.
+    #[command(after_help = "Example: holdfast run -c holdfast.toml")]
+    Run {
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Validate a configuration; every mistake is printed at once.
+    #[command(after_help = "Example: holdfast check -c holdfast.toml")]
+    Check {
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Cells, states, epochs, lag, sessions, what is wrong and what to type.
+    #[command(after_help = "Example: holdfast status shop")]
+    Status { app: Option<String> },
+    /// Sessions, where they are attached, and what pins them.
+    #[command(after_help = "Example: holdfast sessions shop --pinned")]
+    Sessions {
+        app: String,
+        /// Ask every session's server, and list only those that could not be moved now.
+        #[arg(long)]
+        pinned: bool,
+    },
+    /// Make another cell the active one, with every session kept.
+    #[command(after_help = "Example: holdfast switchover shop --to b --deadline 10s --on-timeout abort")]
+    Switchover {
+        app: String,
+        /// The cell that becomes active.
+        #[arg(long, value_name = "CELL")]
+        to: String,
+        /// Change nothing; say what would be done and who would be in the way.
+        #[arg(long)]
+        dry_run: bool,
+        /// How long running transactions may take to end.
+        #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration_ms)]
+        deadline: u64,
+        /// What becomes of sessions that cannot be moved: give the switchover up, or end them with an error.
+        #[arg(long, value_name = "abort|force", default_value = "abort", value_parser = on_timeout)]
+        on_timeout: OnTimeout,
+    },
+    /// What was done: the newest executions, or one with its steps.
+    #[command(after_help = "Example: holdfast executions 3")]
+    Executions { id: Option<u64> },
+    /// Take up an execution that stands still.
+    #[command(after_help = "Example: holdfast retry 3")]
+    Retry { id: u64 },
+}
+
+fn duration_ms(text: &str) -> Result<u64, String> {
+    let duration = read_duration(text).ok_or("a duration such as 500ms, 30s or 2m is needed")?;
+    u64::try_from(duration.as_millis()).map_err(|error| error.to_string())
+}
+
+fn on_timeout(text: &str) -> Result<OnTimeout, String> {
+    match text {
+        "abort" => Ok(OnTimeout::Abort),
+        "force" => Ok(OnTimeout::Force),
+        _ => Err("`abort` or `force` is needed".into()),
+    }
+}
+
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.verb {
+        Verb::Check { config } => check(&config),
+        Verb::Run { config } => run_config(&config),
+        Verb::Demo(args) => demo::main(args),
+        Verb::Status { app } => show::status(&cli.global, app.as_deref()),
+        Verb::Sessions { app, pinned } => show::sessions(&cli.global, &app, pinned),
+        Verb::Switchover { app, to, dry_run, deadline, on_timeout } => {
+            let request = control::SwitchoverRequest { to, dry_run, deadline_ms: deadline, on_timeout };
+            show::switchover(&cli.global, &app, &request)
+        }
+        Verb::Executions { id } => show::executions(&cli.global, id),
+        Verb::Retry { id } => show::retry(&cli.global, id),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("holdfast: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn check(path: &std::path::Path) -> Result<ExitCode, String> {
+    let config = Config::load(path).map_err(|error| chain(&error))?;
+    let cells: usize = config.control.apps.values().map(|app| app.cells.len()).sum();
+    println!("{}: {} applications, {cells} cells", path.display(), config.control.apps.len());
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn log_to_stderr(default: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    // A second call, as in tests, leaves the first in place.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .with_target(false)
+        .try_init();
+}
+
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, String> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .thread_name("holdfast")
+        .enable_all()
+        .build()
+        .map_err(|error| format!("no runtime: {error}"))
+}
+
+fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
+    log_to_stderr("info");
+    let config = Config::load(path).map_err(|error| chain(&error))?;
+    runtime()?.block_on(async {
+        let running = Running::start(config).await.map_err(|error: run::RunError| chain(&error))?;
+        for address in running.proxy.addresses() {
+            tracing::info!(%address, "clients are served");
+        }
+        tracing::info!(address = %running.api, "the API is served");
+        shutdown_signal().await?;
+        tracing::info!("shutting down");
+        running.stop().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Waits for SIGINT or SIGTERM.
+pub(crate) async fn shutdown_signal() -> Result<(), String> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let error = |error: std::io::Error| format!("signals cannot be received: {error}");
+    let mut terminate = signal(SignalKind::terminate()).map_err(error)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(error)?;
+    tokio::select! {
+        _ = terminate.recv() => (),
+        _ = interrupt.recv() => (),
+    }
+    Ok(())
+}

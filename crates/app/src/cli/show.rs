@@ -1,0 +1,227 @@
+//! What the verbs print: tables for people, JSON for scripts.
+
+use std::process::ExitCode;
+
+use control::SwitchoverRequest;
+use control::runner::DryRun;
+use model::barrier::{Blocker, Report};
+use model::persisted::{Execution, LogEvent};
+use model::switchover::Ending;
+use proxy::session::SessionView;
+use serde::Serialize;
+
+use super::{Global, client};
+use crate::api::Status;
+
+type Done = Result<ExitCode, String>;
+
+fn json(value: &impl Serialize) -> Result<(), String> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| error.to_string())?;
+    println!("{text}");
+    Ok(())
+}
+
+/// Prints rows in columns as wide as they need to be.
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) {
+    let width = |at: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count());
+        cells.chain(header.get(at).map(|name| name.len())).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let print = |cells: Vec<&str>| {
+        let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        println!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
+    };
+    print(header.to_vec());
+    for row in rows {
+        print(row.iter().map(String::as_str).collect());
+    }
+}
+
+pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
+    let mut status: Status = client::get(global, "/v1/status")?;
+    if let Some(app) = app {
+        status.apps.retain(|found| found.name == app);
+        if status.apps.is_empty() {
+            return Err(format!("there is no application `{app}`"));
+        }
+    }
+    if global.json {
+        json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (at, app) in status.apps.iter().enumerate() {
+        if at > 0 {
+            println!();
+        }
+        let active = app.active.as_deref().unwrap_or("none");
+        println!("{}: active cell {active}, epoch {}, {} sessions", app.name, app.epoch, app.sessions);
+        let rows: Vec<Vec<String>> = app
+            .cells
+            .iter()
+            .map(|cell| {
+                let lag = cell.lag_bytes.map_or("-".into(), |bytes| format!("{bytes} B"));
+                let lsn = cell.lsn.clone().unwrap_or_else(|| "-".into());
+                let streaming = if cell.streaming { "yes" } else { "-" };
+                vec![
+                    cell.name.clone(), cell.state.to_string(), cell.server.clone(), cell.role.clone(), lsn, lag,
+                    streaming.into(),
+                ]
+            })
+            .collect();
+        table(&["cell", "state", "server", "role", "lsn", "lag", "streams"], &rows);
+        for problem in &app.problems {
+            println!("! {problem}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_blockers(blockers: &[Blocker]) {
+    let rows: Vec<Vec<String>> = blockers
+        .iter()
+        .map(|blocker| {
+            let session = &blocker.session;
+            let reasons: Vec<String> = blocker.reasons.iter().map(ToString::to_string).collect();
+            let name = session.application_name.clone();
+            vec![session.id.to_string(), session.user.clone(), session.database.clone(), name, reasons.join("; ")]
+        })
+        .collect();
+    table(&["session", "user", "database", "application", "reason"], &rows);
+}
+
+pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
+    if pinned {
+        let report: Report = client::get(global, &format!("/v1/applications/{app}/sessions?pinned"))?;
+        if global.json {
+            json(&report)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!("{} of {} sessions could be moved now", report.done, report.sessions);
+        if !report.blockers.is_empty() {
+            print_blockers(&report.blockers);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let sessions: Vec<SessionView> = client::get(global, &format!("/v1/applications/{app}/sessions"))?;
+    if global.json {
+        json(&sessions)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rows: Vec<Vec<String>> = sessions
+        .into_iter()
+        .map(|v| {
+            vec![
+                v.id.to_string(), v.user, v.database, v.application_name, v.client, v.cell,
+                v.backend_pid.to_string(), v.state, format!("{} s", v.idle_s), v.moves.to_string(), v.pins.join("; "),
+            ]
+        })
+        .collect();
+    let header =
+        ["session", "user", "database", "application", "client", "cell", "pid", "state", "idle", "moves", "pins"];
+    table(&header, &rows);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest) -> Done {
+    let path = format!("/v1/applications/{app}/switchover");
+    if request.dry_run {
+        let dry: DryRun = client::post(global, &path, request)?;
+        let refused = !dry.refusals.is_empty();
+        if global.json {
+            json(&dry)?;
+        } else {
+            println!("switchover of {app} from {} to {} would:", dry.from, dry.to);
+            dry.steps.iter().for_each(|step| println!("  {step}"));
+            println!("{} of {} sessions could be moved now", dry.movable, dry.sessions);
+            if !dry.blockers.is_empty() {
+                print_blockers(&dry.blockers);
+            }
+            dry.refusals.iter().for_each(|reason| println!("! it would be refused: {reason}"));
+        }
+        return Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+    }
+    let execution: Execution = client::post(global, &path, request)?;
+    ended(global, &execution)
+}
+
+pub(super) fn retry(global: &Global, id: u64) -> Done {
+    let all: Vec<Execution> = client::get(global, "/v1/executions")?;
+    let found = all.iter().find(|execution| execution.id == id).ok_or(format!("no execution {id}"))?;
+    let path = format!("/v1/applications/{}/executions/{id}/retry", found.app);
+    let execution: Execution = client::post(global, &path, &serde_json::json!({}))?;
+    ended(global, &execution)
+}
+
+fn ended(global: &Global, execution: &Execution) -> Done {
+    if global.json {
+        json(execution)?;
+    } else {
+        print_execution(execution);
+    }
+    let fine = matches!(execution.ending, Some(Ending::Completed | Ending::CompletedWithoutRejoin));
+    Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn ending(execution: &Execution) -> &'static str {
+    match execution.ending {
+        None => "under way",
+        Some(Ending::Completed) => "completed",
+        Some(Ending::CompletedWithoutRejoin) => "completed, old server not rejoined",
+        Some(Ending::Aborted) => "aborted, nothing changed",
+        Some(Ending::Stuck) => "stuck",
+    }
+}
+
+pub(crate) fn print_execution(execution: &Execution) {
+    let (id, app, from, to) = (execution.id, &execution.app, &execution.from, &execution.to);
+    println!("execution {id}: switchover of {app} from {from} to {to}: {}", ending(execution));
+    if let Some(reason) = &execution.reason {
+        println!("reason: {reason}");
+    }
+    let rows: Vec<Vec<String>> = execution
+        .log
+        .iter()
+        .filter(|entry| entry.event != LogEvent::Started)
+        .map(|entry| {
+            let took = entry.took_ms.map_or(String::new(), |ms| format!("{ms:.1} ms"));
+            let event = if entry.event == LogEvent::Done { "done" } else { "failed" };
+            vec![entry.stage.to_string(), event.into(), took, entry.text.clone()]
+        })
+        .collect();
+    table(&["stage", "", "took", ""], &rows);
+    match execution.ending {
+        Some(Ending::Stuck | Ending::CompletedWithoutRejoin) => println!("next: holdfast retry {id}"),
+        _ => (),
+    }
+}
+
+pub(super) fn executions(global: &Global, id: Option<u64>) -> Done {
+    let all: Vec<Execution> = client::get(global, "/v1/executions")?;
+    if let Some(id) = id {
+        let found: Vec<&Execution> = all.iter().filter(|execution| execution.id == id).collect();
+        if found.is_empty() {
+            return Err(format!("no execution {id}"));
+        }
+        if global.json {
+            json(&found)?;
+        } else {
+            found.into_iter().for_each(print_execution);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if global.json {
+        json(&all)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rows: Vec<Vec<String>> = all
+        .iter()
+        .map(|execution| {
+            let e = execution;
+            let reason = e.reason.clone().unwrap_or_default();
+            vec![e.id.to_string(), e.app.clone(), e.from.clone(), e.to.clone(), ending(e).into(), reason]
+        })
+        .collect();
+    table(&["id", "app", "from", "to", "ended", "reason"], &rows);
+    Ok(ExitCode::SUCCESS)
+}

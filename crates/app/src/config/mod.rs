@@ -1,0 +1,398 @@
+//! The configuration file. It is read as a whole: every mistake is named with its line and what is accepted,
+//! and nothing starts while there is one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use control::ControlConfig;
+use control::config::{AppServers, CellServer};
+use pg::admin::AdminLogin;
+use pg::instance::{self, Instance};
+use pg::stream::Keepalive;
+use pg::{Address, Target};
+use proxy::ProxyConfig;
+use proxy::config::{AUTH_QUERY, AppConfig, AuthConfig, Limits};
+use thiserror::Error;
+use tls::config::ClientCert;
+use tls::{ClientTls, ServerTls, SslMode};
+use toml::de::DeTable;
+use wire::scram::{Credential, Secret};
+
+mod reader;
+
+pub(crate) use reader::{Mistake, read_duration};
+use reader::{Mistakes, Table};
+
+/// Largest configuration file.
+const FILE_LEN_MAX: u64 = 1024 * 1024;
+
+/// Everything that the file says.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) proxy: ProxyConfig,
+    pub(crate) control: ControlConfig,
+    pub(crate) api: ApiConfig,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct ApiConfig {
+    pub(crate) listen: SocketAddr,
+    /// Whoever changes something must show it; reading needs none.
+    pub(crate) token: Option<Secret>,
+}
+
+#[derive(Debug, Error)]
+pub(crate) enum ConfigError {
+    #[error("`{path}` cannot be read")]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("{}", shown(.path, .mistakes))]
+    Mistakes { path: PathBuf, mistakes: Vec<Mistake> },
+}
+
+fn shown(path: &Path, mistakes: &[Mistake]) -> String {
+    let lines = mistakes.iter().map(|m| format!("\n{}:{}: {}", path.display(), m.line, m.text));
+    let count = mistakes.len();
+    format!("configuration has {count} mistake{}:{}", if count == 1 { "" } else { "s" }, lines.collect::<String>())
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or has mistakes; all of them are named.
+    pub(crate) fn load(path: &Path) -> Result<Config, ConfigError> {
+        let file = |source| ConfigError::File { path: path.to_owned(), source };
+        let len = std::fs::metadata(path).map_err(file)?.len();
+        if len > FILE_LEN_MAX {
+            return Err(file(std::io::ErrorKind::FileTooLarge.into()));
+        }
+        let text = std::fs::read_to_string(path).map_err(file)?;
+        Config::read(&text).map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })
+    }
+
+    /// Reads and checks the text of a file.
+    ///
+    /// # Errors
+    /// Every mistake.
+    pub(crate) fn read(text: &str) -> Result<Config, Vec<Mistake>> {
+        let mut mistakes = Mistakes::new(text);
+        let (document, errors) = DeTable::parse_recoverable(text);
+        for error in errors {
+            mistakes.add(error.span().unwrap_or(0..0), error.message().to_owned());
+        }
+        let mut root = Table::new("", document.get_ref(), 0..0);
+        let config = read_root(&mut root, &mut mistakes);
+        root.end(&mut mistakes);
+        let found = mistakes.into_found();
+        match config {
+            Some(config) if found.is_empty() => Ok(config),
+            _ => Err(found),
+        }
+    }
+}
+
+fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config> {
+    let mut proxy = root.table(mistakes, "proxy").unwrap_or(Table::empty("proxy"));
+    let mut control = root.table(mistakes, "control").unwrap_or(Table::empty("control"));
+    let listen = read_addresses(&mut proxy, mistakes);
+    let admin_users = proxy.texts(mistakes, "admin_users").unwrap_or_default();
+    let limits = read_limits(&mut proxy, mistakes);
+    let keepalive = read_keepalive(&mut proxy, mistakes);
+    let engines = proxy.number(mistakes, "engines", 1..65).unwrap_or(1);
+    let connect_timeout = proxy.duration(mistakes, "connect_timeout").unwrap_or(Duration::from_secs(10));
+    let (tls, tls_required) = match proxy.table(mistakes, "tls") {
+        Some(mut table) => {
+            let read = read_server_tls(&mut table, mistakes);
+            table.end(mistakes);
+            read
+        }
+        None => (None, false),
+    };
+    proxy.end(mistakes);
+    let api = read_api(&mut control, mistakes);
+    let state_dir = control.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast".into());
+    control.end(mistakes);
+
+    let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
+    let tables = root.tables(mistakes, "app");
+    if tables.is_empty() {
+        mistakes.add(0..0, "there is no [[app]]; at least one is needed");
+    }
+    for mut table in tables {
+        let (span, read) = (table.span(), read_app(&mut table, mistakes, keepalive, connect_timeout));
+        table.end(mistakes);
+        let Some((app, its_servers)) = read else { continue };
+        if servers.insert(app.name.clone(), its_servers).is_some() {
+            mistakes.add(span, format!("application `{}` is there twice", app.name));
+        }
+        apps.push(app);
+    }
+    check_databases(&apps, mistakes);
+    Some(Config {
+        proxy: ProxyConfig {
+            listen,
+            tls,
+            tls_required,
+            limits,
+            keepalive,
+            apps,
+            admin_users: admin_users.into_iter().map(|(user, _)| user).collect(),
+            engines: usize::try_from(engines).unwrap_or(1),
+        },
+        control: ControlConfig { apps: servers, state_dir },
+        api: api?,
+    })
+}
+
+fn read_addresses(proxy: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Vec<SocketAddr> {
+    let Some(texts) = proxy.texts(mistakes, "listen") else {
+        return vec![SocketAddr::from(([127, 0, 0, 1], 6432))];
+    };
+    let mut addresses = Vec::new();
+    for (text, span) in texts {
+        match text.parse() {
+            Ok(address) => addresses.push(address),
+            Err(_) => mistakes.add(span, format!("`proxy.listen` must hold addresses such as \"127.0.0.1:6432\", `{text}` is none")),
+        }
+    }
+    addresses
+}
+
+fn read_limits(proxy: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Limits {
+    let default = Limits::default();
+    let mut count = |mistakes: &mut Mistakes<'_>, key, default: usize| {
+        let read = proxy.number(mistakes, key, 1..1_000_001);
+        read.and_then(|number| usize::try_from(number).ok()).unwrap_or(default)
+    };
+    Limits {
+        clients_max: count(mistakes, "clients_max", default.clients_max),
+        logins_max: count(mistakes, "logins_max", default.logins_max),
+        moves_at_once: count(mistakes, "moves_at_once", default.moves_at_once),
+        login_timeout: proxy.duration(mistakes, "login_timeout").unwrap_or(default.login_timeout),
+        idle_timeout: proxy.duration(mistakes, "idle_timeout").unwrap_or(default.idle_timeout),
+    }
+}
+
+fn read_keepalive(proxy: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Keepalive {
+    let default = Keepalive::default();
+    Keepalive {
+        idle: proxy.duration(mistakes, "keepalive_idle").unwrap_or(default.idle),
+        interval: proxy.duration(mistakes, "keepalive_interval").unwrap_or(default.interval),
+        user_timeout: proxy.duration(mistakes, "tcp_user_timeout").unwrap_or(default.user_timeout),
+        count: default.count,
+    }
+}
+
+fn read_server_tls(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> (Option<ServerTls>, bool) {
+    let cert = table.required_text(mistakes, "cert");
+    let key = table.required_text(mistakes, "key");
+    let client_ca = table.path(mistakes, "client_ca");
+    let modes = ["optional", "verify-ca", "verify-full"];
+    let client_cert = table.choice(mistakes, "client_cert", &modes, |text| match text {
+        "optional" => Some(ClientCert::Optional),
+        "verify-ca" => Some(ClientCert::VerifyCa),
+        "verify-full" => Some(ClientCert::VerifyFull),
+        _ => None,
+    });
+    if client_cert.is_some() && client_ca.is_none() {
+        mistakes.add(table.span_of("client_cert"), "`proxy.tls.client_cert` needs `client_ca`");
+    }
+    let required = table.flag(mistakes, "required").unwrap_or(false);
+    let client_cert = client_cert.unwrap_or(ClientCert::Optional);
+    if cert.is_empty() || key.is_empty() {
+        return (None, required);
+    }
+    match ServerTls::load(Path::new(&cert), Path::new(&key), client_ca.as_deref(), client_cert) {
+        Ok(tls) => (Some(tls), required),
+        Err(error) => {
+            mistakes.add(table.span(), chain(&error));
+            (None, required)
+        }
+    }
+}
+
+fn read_api(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<ApiConfig> {
+    let span = control.span_of("listen");
+    let listen = control.text(mistakes, "listen").unwrap_or_else(|| "127.0.0.1:7432".into());
+    let token_span = control.span_of("token_file");
+    let token = control.path(mistakes, "token_file").and_then(|path| secret_file(&path, token_span, mistakes));
+    let Ok(address) = listen.parse::<SocketAddr>() else {
+        mistakes.add(span, format!("`control.listen` must be an address such as \"127.0.0.1:7432\", it is `{listen}`"));
+        return None;
+    };
+    if !address.ip().is_loopback() && token.is_none() {
+        let text = format!("`control.listen` is `{address}`, which others can reach, so `token_file` is needed");
+        mistakes.add(span, text);
+    }
+    Some(ApiConfig { listen: address, token })
+}
+
+fn secret_file(path: &Path, span: std::ops::Range<usize>, mistakes: &mut Mistakes<'_>) -> Option<Secret> {
+    match std::fs::read_to_string(path) {
+        Ok(text) if !text.trim().is_empty() => Some(Secret::new(text.trim())),
+        Ok(_) => {
+            mistakes.add(span, format!("`{}` is empty", path.display()));
+            None
+        }
+        Err(error) => {
+            mistakes.add(span, format!("`{}` cannot be read: {error}", path.display()));
+            None
+        }
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+fn read_app(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    keepalive: Keepalive,
+    timeout: Duration,
+) -> Option<(AppConfig, AppServers)> {
+    let name = table.required_text(mistakes, "name");
+    let databases = table.texts(mistakes, "databases").unwrap_or_default();
+    let auth = read_auth(table, mistakes);
+    let admin = read_admin(table, mistakes);
+    let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
+    let root = table.path(mistakes, "sslrootcert");
+    let (cert, key) = (table.path(mistakes, "sslcert"), table.path(mistakes, "sslkey"));
+    if cert.is_some() != key.is_some() {
+        mistakes.add(table.span(), "`app.sslcert` and `app.sslkey` go together");
+    }
+    let identity = cert.as_deref().zip(key.as_deref());
+    let tls = ClientTls::load(sslmode.unwrap_or(SslMode::Prefer), root.as_deref(), identity);
+    let tls = tls.map_err(|error| mistakes.add(table.span(), chain(&error))).ok();
+
+    let mut cells = BTreeMap::new();
+    let mut active = Vec::new();
+    for mut cell in table.tables(mistakes, "cell") {
+        let span = cell.span();
+        let (cell_name, server, first) = read_cell(&mut cell, mistakes, &admin, tls.clone(), keepalive, timeout);
+        cell.end(mistakes);
+        if first {
+            active.push(cell_name.clone());
+        }
+        if let Some(server) = server
+            && cells.insert(cell_name.clone(), server).is_some()
+        {
+            mistakes.add(span, format!("cell `{cell_name}` is there twice"));
+        }
+    }
+    if cells.len() < 2 {
+        let text = format!("application `{name}` has {} cells, at least 2 are needed", cells.len());
+        mistakes.add(table.span(), text);
+    }
+    if active.len() != 1 {
+        let text = format!("application `{name}` has {} cells with `active = true`, exactly 1 is needed", active.len());
+        mistakes.add(table.span(), text);
+    }
+    let first_active = active.pop()?;
+    let targets = cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
+    let databases = databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
+    let app = AppConfig { name, databases, cells: targets, auth, admin };
+    Some((app, AppServers { first_active, cells }))
+}
+
+fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {
+    let accepted = ["scram", "trust", "file"];
+    let kind = table.choice(mistakes, "auth", &accepted, |text| {
+        accepted.iter().position(|name| *name == text)
+    });
+    let query = table.text(mistakes, "auth_query");
+    let file = table.path(mistakes, "auth_file");
+    match (kind.unwrap_or(0), file) {
+        (1, _) => AuthConfig::Trust,
+        (2, Some(path)) => {
+            if let Err(error) = std::fs::metadata(&path) {
+                mistakes.add(table.span_of("auth_file"), format!("`{}` cannot be read: {error}", path.display()));
+            }
+            AuthConfig::File(path)
+        }
+        (2, None) => {
+            mistakes.add(table.span_of("auth"), "`app.auth = \"file\"` needs `auth_file`");
+            AuthConfig::Trust
+        }
+        _ => AuthConfig::Scram { query: query.unwrap_or_else(|| AUTH_QUERY.into()) },
+    }
+}
+
+fn read_admin(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AdminLogin {
+    let user = table.text(mistakes, "admin_user").unwrap_or_else(|| "postgres".into());
+    let database = table.text(mistakes, "admin_database").unwrap_or_else(|| "postgres".into());
+    let span = table.span_of("admin_password_file");
+    let password = table.path(mistakes, "admin_password_file");
+    let credential = password.and_then(|path| secret_file(&path, span, mistakes)).map(Credential::Password);
+    AdminLogin { user, database, credential }
+}
+
+fn read_cell(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    admin: &AdminLogin,
+    tls: Option<ClientTls>,
+    keepalive: Keepalive,
+    timeout: Duration,
+) -> (String, Option<CellServer>, bool) {
+    let name = table.required_text(mistakes, "name");
+    let span = table.span_of("server");
+    let server = table.required_text(mistakes, "server");
+    let active = table.flag(mistakes, "active").unwrap_or(false);
+    let address = Address::read(&server);
+    if address.is_none() && !server.is_empty() {
+        mistakes.add(span, format!("`app.cell.server` must be `host:port` or `/socket/directory:port`, it is `{server}`"));
+    }
+    let data_dir = table.path(mistakes, "data_dir");
+    let bin_dir = table.path(mistakes, "bin_dir");
+    let options = table.texts(mistakes, "server_options").unwrap_or_default();
+    let instance = data_dir.and_then(|data_dir| {
+        let Some(bin_dir) = bin_dir.or_else(instance::find_bin_dir) else {
+            mistakes.add(table.span(), "PostgreSQL's programs are not on this machine; `bin_dir` says where they are");
+            return None;
+        };
+        match Instance::of(&bin_dir, &data_dir) {
+            Ok(instance) => {
+                let options = options.into_iter().map(|(option, _)| option).collect();
+                Some(Instance { options, ..instance })
+            }
+            Err(error) => {
+                mistakes.add(table.span_of("data_dir"), chain(&error));
+                None
+            }
+        }
+    });
+    let conninfo = table.text(mistakes, "conninfo");
+    let (Some(address), Some(tls)) = (address, tls) else { return (name, None, active) };
+    let conninfo = conninfo.unwrap_or_else(|| {
+        format!("host={} port={} user={} dbname={}", address.host, address.port, admin.user, admin.database)
+    });
+    let target = Target { address, tls, keepalive, timeout };
+    (name, Some(CellServer { target, admin: admin.clone(), instance, conninfo }), active)
+}
+
+/// A database must lead to one application.
+fn check_databases(apps: &[AppConfig], mistakes: &mut Mistakes<'_>) {
+    let mut seen = BTreeSet::new();
+    for app in apps {
+        let names = if app.databases.is_empty() { vec!["*".to_owned()] } else { app.databases.clone() };
+        for name in names {
+            if !seen.insert(name.clone()) {
+                mistakes.add(0..0, format!("database `{name}` belongs to more than one application"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

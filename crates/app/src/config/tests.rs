@@ -1,0 +1,93 @@
+use super::*;
+
+const GOOD: &str = r#"
+[proxy]
+listen = ["127.0.0.1:6432"]
+idle_timeout = "5m"
+
+[[app]]
+name = "shop"
+databases = ["shop"]
+auth = "trust"
+
+[[app.cell]]
+name = "a"
+server = "127.0.0.1:5432"
+active = true
+
+[[app.cell]]
+name = "b"
+server = "127.0.0.1:5433"
+"#;
+
+#[test]
+fn a_good_file_is_read() {
+    let config = Config::read(GOOD).unwrap();
+    assert_eq!(config.proxy.limits.idle_timeout, Duration::from_secs(300));
+    assert_eq!(config.control.apps["shop"].first_active, "a");
+    assert_eq!(config.api.listen.to_string(), "127.0.0.1:7432");
+    let conninfo = &config.control.apps["shop"].cells["b"].conninfo;
+    assert_eq!(conninfo, "host=127.0.0.1 port=5433 user=postgres dbname=postgres");
+}
+
+#[test]
+fn every_mistake_is_named_with_its_line() {
+    let text = r#"
+[proxy]
+listen = ["localhost"]
+clients_max = 0
+colour = "red"
+login_timeout = "soon"
+
+[control]
+listen = "0.0.0.0:7432"
+
+[[app]]
+name = "shop"
+auth = "kerberos"
+sslmode = "allow"
+
+[[app.cell]]
+name = "a"
+server = ":5432"
+active = "yes"
+
+[extra]
+"#;
+    let mistakes = Config::read(text).unwrap_err();
+    let shown: Vec<String> = mistakes.iter().map(|m| format!("{}: {}", m.line, m.text)).collect();
+    assert_eq!(
+        shown,
+        [
+            "3: `proxy.listen` must hold addresses such as \"127.0.0.1:6432\", `localhost` is none",
+            "4: `proxy.clients_max` must be from 1 to 1000000, it is 0",
+            "5: `proxy.colour` is unknown; known are admin_users, clients_max, connect_timeout, engines, \
+             idle_timeout, keepalive_idle, keepalive_interval, listen, login_timeout, logins_max, \
+             moves_at_once, tcp_user_timeout, tls",
+            "6: `proxy.login_timeout` must be a duration such as \"500ms\", \"5s\" or \"2m\", it is `soon`",
+            "9: `control.listen` is `0.0.0.0:7432`, which others can reach, so `token_file` is needed",
+            "11: application `shop` has 0 cells with `active = true`, exactly 1 is needed",
+            "11: application `shop` has 0 cells, at least 2 are needed",
+            "13: `app.auth` must be one of scram, trust, file, it is `kerberos`",
+            "14: `app.sslmode` must be one of disable, prefer, require, verify-ca, verify-full, it is `allow`",
+            "18: `app.cell.server` must be `host:port` or `/socket/directory:port`, it is `:5432`",
+            "19: `app.cell.active` must be true or false, it is a string",
+            "21: `extra` is unknown; known are app, control, proxy",
+        ]
+    );
+}
+
+#[test]
+fn a_file_that_is_not_toml_names_its_line() {
+    let mistakes = Config::read("[proxy]\nlisten = [\n").unwrap_err();
+    assert!(!mistakes.is_empty());
+}
+
+#[test]
+fn durations_have_units() {
+    assert_eq!(read_duration("500ms"), Some(Duration::from_millis(500)));
+    assert_eq!(read_duration("2m"), Some(Duration::from_secs(120)));
+    assert_eq!(read_duration("5"), None);
+    assert_eq!(read_duration("s"), None);
+    assert_eq!(read_duration("-1s"), None);
+}

@@ -1,0 +1,292 @@
+//! A whole installation on this machine: two servers, the proxy, control, and clients that work all the time.
+
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use pg::instance::{self, Instance, RunAs};
+
+mod tour;
+mod workload;
+
+use crate::cli::{log_to_stderr, runtime, shutdown_signal};
+use crate::config::{Config, chain};
+use crate::run::Running;
+
+#[derive(Args)]
+pub(crate) struct DemoArgs {
+    /// Start everything and leave it running, without the tour.
+    #[arg(long)]
+    no_tour: bool,
+    /// Where the servers' data is kept while the demo runs.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Client sessions of the workload.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(0..=500))]
+    sessions: u16,
+    /// Directory of PostgreSQL's programs.
+    #[arg(long, value_name = "DIR")]
+    bindir: Option<PathBuf>,
+}
+
+pub(crate) const APP: &str = "shop";
+const CELLS: [&str; 2] = ["a", "b"];
+const SUPERUSER: &str = "postgres";
+
+pub(crate) fn main(args: DemoArgs) -> Result<ExitCode, String> {
+    log_to_stderr("warn");
+    runtime()?.block_on(async {
+        let stop = shutdown_signal();
+        tokio::pin!(stop);
+        let mut demo = tokio::select! {
+            demo = Box::pin(Demo::start(&args)) => demo?,
+            signal = &mut stop => return signal.map(|()| ExitCode::FAILURE),
+        };
+        let result = if args.no_tour {
+            demo.print_invitation();
+            let workload = workload::Workload::start(&demo.dsn(), usize::from(args.sessions)).await?;
+            stop.await?;
+            workload.stop().await;
+            Ok(ExitCode::SUCCESS)
+        } else {
+            tokio::select! {
+                result = Box::pin(tour::run(&demo, usize::from(args.sessions))) => result,
+                _ = &mut stop => Ok(ExitCode::FAILURE),
+            }
+        };
+        demo.stop().await;
+        result
+    })
+}
+
+/// Prints a step and how long it took.
+pub(crate) struct Progress(Instant);
+
+impl Progress {
+    pub(crate) fn begin(text: &str) -> Progress {
+        print!("  {text} ... ");
+        let _ = std::io::stdout().flush();
+        Progress(Instant::now())
+    }
+
+    pub(crate) fn end(self) {
+        println!("{:.1} s", self.0.elapsed().as_secs_f64());
+    }
+}
+
+pub(crate) struct Demo {
+    dir: PathBuf,
+    remove: bool,
+    instances: Vec<Instance>,
+    ports: Vec<u16>,
+    running: Option<Running>,
+}
+
+impl Demo {
+    async fn start(args: &DemoArgs) -> Result<Demo, String> {
+        println!("starting two PostgreSQL servers, a proxy and their control on this machine");
+        let bin_dir = args.bindir.clone().or_else(instance::find_bin_dir).ok_or(
+            "PostgreSQL is not installed: `apt-get install postgresql`, or `--bindir` says where it is",
+        )?;
+        let (dir, remove) = directory(args.dir.as_deref())?;
+        let run_as = unprivileged(&dir)?;
+        let mut demo = Demo { dir, remove, instances: Vec::new(), ports: Vec::new(), running: None };
+        // From here on whatever was started is stopped, also if something fails.
+        match Box::pin(demo.start_all(&bin_dir, run_as)).await {
+            Ok(()) => Ok(demo),
+            Err(error) => {
+                demo.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_all(&mut self, bin_dir: &Path, run_as: Option<RunAs>) -> Result<(), String> {
+        for cell in CELLS {
+            let data_dir = self.dir.join(cell);
+            make_directory(&data_dir, run_as)?;
+            let port = free_port()?;
+            let sockets = self.dir.join("sockets");
+            make_directory(&sockets, run_as)?;
+            let options = vec![
+                format!("-p {port}"),
+                "-c listen_addresses=127.0.0.1".into(),
+                format!("-c unix_socket_directories={}", sockets.display()),
+            ];
+            self.ports.push(port);
+            self.instances.push(Instance { bin_dir: bin_dir.to_owned(), data_dir, run_as, options });
+        }
+        let [primary, standby] = self.instances.as_slice() else { return Err("two cells are needed".into()) };
+        let step = Progress::begin(&format!("initialising cell {} (primary, port {})", CELLS[0], self.ports[0]));
+        primary.init(SUPERUSER).await.map_err(|e| chain(&e))?;
+        let conf = primary.data_dir.join("postgresql.conf");
+        let mut text = std::fs::read_to_string(&conf).map_err(|e| e.to_string())?;
+        text.push_str(SETTINGS);
+        primary.write(&conf, text.as_bytes()).map_err(|e| chain(&e))?;
+        primary.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
+        step.end();
+        let step = Progress::begin(&format!("copying it to cell {} (standby, port {})", CELLS[1], self.ports[1]));
+        standby.clone_from(&conninfo(self.ports[0])).await.map_err(|e| chain(&e))?;
+        standby.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
+        step.end();
+        let step = Progress::begin("starting proxy and control");
+        let path = self.dir.join("holdfast.toml");
+        std::fs::write(&path, self.config_text(free_port()?, free_port()?, bin_dir)).map_err(|e| e.to_string())?;
+        let config = Config::load(&path).map_err(|e| chain(&e))?;
+        self.running = Some(Running::start(config).await.map_err(|e| chain(&e))?);
+        workload::create_tables(&self.dsn()).await?;
+        self.write_facts()?;
+        step.end();
+        Ok(())
+    }
+
+    fn config_text(&self, port: u16, api: u16, bin_dir: &Path) -> String {
+        let mut text = format!(
+            "# Written by `holdfast demo`.\n[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nadmin_users = [\"{SUPERUSER}\"]\n\n\
+             [control]\nlisten = \"127.0.0.1:{api}\"\nstate_dir = \"{}\"\n\n\
+             [[app]]\nname = \"{APP}\"\nauth = \"trust\"\nsslmode = \"disable\"\n",
+            self.dir.join("state").display()
+        );
+        for (at, cell) in CELLS.iter().enumerate() {
+            let options: Vec<String> = self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();
+            text.push_str(&format!(
+                "\n[[app.cell]]\nname = \"{cell}\"\nserver = \"127.0.0.1:{}\"\nactive = {}\ndata_dir = \"{}\"\n\
+                 bin_dir = \"{}\"\nserver_options = [{}]\n",
+                self.ports[at],
+                at == 0,
+                self.instances[at].data_dir.display(),
+                bin_dir.display(),
+                options.join(", ")
+            ));
+        }
+        text
+    }
+
+    pub(crate) fn running(&self) -> Option<&Running> {
+        self.running.as_ref()
+    }
+
+    /// The connection string of clients: through the proxy.
+    pub(crate) fn dsn(&self) -> Dsn {
+        let address = self.running.as_ref().and_then(|running| running.proxy.addresses().first().copied());
+        Dsn { port: address.map_or(0, |address| address.port()) }
+    }
+
+    pub(crate) fn server_dsn(&self, cell: &str) -> Option<Dsn> {
+        let at = CELLS.iter().position(|name| *name == cell)?;
+        self.ports.get(at).map(|port| Dsn { port: *port })
+    }
+
+    fn write_facts(&self) -> Result<(), String> {
+        let Some(running) = &self.running else { return Ok(()) };
+        let pids: Vec<u32> = self.instances.iter().filter_map(Instance::pid).collect();
+        let servers: std::collections::BTreeMap<&str, String> =
+            CELLS.iter().copied().zip(self.ports.iter().map(|port| Dsn { port: *port }.to_string())).collect();
+        let facts = serde_json::json!({
+            "dsn": self.dsn().to_string(),
+            "api": format!("http://{}", running.api),
+            "app": APP,
+            "active": CELLS[0],
+            "passive": CELLS[1],
+            "servers": servers,
+            "pids": { "holdfast": std::process::id(), "servers": pids },
+        });
+        let text = serde_json::to_string_pretty(&facts).map_err(|e| e.to_string())?;
+        std::fs::write(self.dir.join("demo.json"), text).map_err(|e| e.to_string())
+    }
+
+    fn print_invitation(&self) {
+        let Some(running) = &self.running else { return };
+        println!("\neverything runs; SIGINT (Ctrl-C) ends it. Try, in another terminal:");
+        println!("  psql '{}'", self.dsn());
+        println!("  holdfast --api http://{} status", running.api);
+        println!("  holdfast --api http://{} switchover {APP} --to {}", running.api, CELLS[1]);
+        println!("facts for scripts are in {}", self.dir.join("demo.json").display());
+    }
+
+    async fn stop(&mut self) {
+        if let Some(running) = self.running.take() {
+            running.stop().await;
+        }
+        for instance in self.instances.iter().rev() {
+            if let Err(error) = instance.stop("fast", Duration::from_secs(30)).await {
+                eprintln!("holdfast: {}", chain(&error));
+            }
+        }
+        if self.remove {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 512MB\nmax_connections = 700\n\
+    shared_buffers = 128MB\nwal_retrieve_retry_interval = 100ms\nmax_prepared_transactions = 10\n\
+    log_min_messages = warning\n";
+
+fn conninfo(port: u16) -> String {
+    format!("host=127.0.0.1 port={port} user={SUPERUSER} dbname=postgres")
+}
+
+/// A connection string on this machine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dsn {
+    pub(crate) port: u16,
+}
+
+impl std::fmt::Display for Dsn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "host=127.0.0.1 port={} user={SUPERUSER} dbname=postgres", self.port)
+    }
+}
+
+fn free_port() -> Result<u16, String> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(|e| e.to_string())?;
+    listener.local_addr().map(|address| address.port()).map_err(|e| e.to_string())
+}
+
+/// The directory to work in, and whether to remove it at the end.
+fn directory(given: Option<&Path>) -> Result<(PathBuf, bool), String> {
+    let (dir, remove) = match given {
+        Some(dir) => (dir.to_owned(), false),
+        None => (std::env::temp_dir().join(format!("holdfast-demo-{}", std::process::id())), true),
+    };
+    std::fs::create_dir_all(&dir).map_err(|e| format!("`{}`: {e}", dir.display()))?;
+    let dir = dir.canonicalize().map_err(|e| format!("`{}`: {e}", dir.display()))?;
+    for cell in CELLS {
+        if dir.join(cell).join("PG_VERSION").exists() {
+            return Err(format!("`{}` holds a demo already; remove it or name another with --dir", dir.display()));
+        }
+    }
+    // The servers' user must be able to get into it.
+    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
+    Ok((dir, remove))
+}
+
+/// As root, the user that the servers run as: `postgres`, which the package makes.
+fn unprivileged(dir: &Path) -> Result<Option<RunAs>, String> {
+    let me = std::fs::metadata("/proc/self").map_err(|e| e.to_string())?;
+    if me.uid() != 0 {
+        return Ok(None);
+    }
+    let passwd = std::fs::read_to_string("/etc/passwd").map_err(|e| e.to_string())?;
+    let entry = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|f| f.first() == Some(&"postgres"));
+    let ids = entry.and_then(|fields| {
+        let number = |at: usize| fields.get(at)?.parse().ok();
+        Some(RunAs { uid: number(2)?, gid: number(3)? })
+    });
+    let _ = dir;
+    ids.map(Some).ok_or_else(|| "there is no user `postgres` to run the servers as".into())
+}
+
+fn make_directory(path: &Path, owner: Option<RunAs>) -> Result<(), String> {
+    let error = |e: std::io::Error| format!("`{}`: {e}", path.display());
+    std::fs::create_dir_all(path).map_err(error)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(error)?;
+    match owner {
+        Some(RunAs { uid, gid }) => std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(error),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,95 @@
+//! Starts control and proxy in one process and connects them: orders go one way, reports the other.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use control::{Ask, Control, ControlError};
+use proxy::{Proxy, StartError};
+use store::StoreError;
+use store::embedded::EmbeddedStore;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+use crate::api;
+use crate::config::Config;
+
+/// Orders that may wait for the proxy; control sends one at a time for each application.
+const ORDERS_MAX: usize = 16;
+/// How long running requests may take to end at a shutdown.
+const GRACE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Error)]
+pub(crate) enum RunError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Proxy(#[from] StartError),
+    #[error("cannot listen on `{address}` for the API")]
+    Api { address: std::net::SocketAddr, source: std::io::Error },
+}
+
+/// A running process: what the configuration names.
+pub(crate) struct Running {
+    pub(crate) proxy: Arc<Proxy>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) api: std::net::SocketAddr,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Running {
+    /// Starts everything. Executions that a crash cut off are brought to their end before clients get in.
+    ///
+    /// # Errors
+    /// The store is in use or damaged, or an address is taken.
+    pub(crate) async fn start(config: Config) -> Result<Running, RunError> {
+        let store = Arc::new(EmbeddedStore::open(&config.control.state_dir)?);
+        let (orders, incoming) = mpsc::channel::<Ask>(ORDERS_MAX);
+        let control = Control::open(config.control.clone(), store, orders)?;
+        // Logins wait at the gate until recovery has said which cell is active.
+        let nobody = control.config.apps.keys().map(|app| (app.clone(), String::new())).collect();
+        let proxy = Arc::new(Proxy::start(config.proxy.clone(), &nobody).await?);
+        let mut tasks = vec![tokio::spawn(carry_orders(proxy.clone(), incoming))];
+        control.recover().await?;
+        for (app, cell) in control.active_cells()? {
+            if cell.is_empty() {
+                tracing::error!(app, "application has no active cell; its clients wait");
+                continue;
+            }
+            let order = model::barrier::Order::Release { app: app.clone(), to: cell.clone() };
+            let report = control.order(order).await;
+            if let Some(error) = report.error {
+                tracing::error!(app, cell, error, "application cannot be served");
+            }
+        }
+        let address = config.api.listen;
+        let listener =
+            TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
+        let api = listener.local_addr().unwrap_or(address);
+        let state = api::State::new(proxy.clone(), control.clone(), config.api.token.clone());
+        tasks.push(tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, api::routes(state)).await {
+                tracing::error!(%error, "the API has ended");
+            }
+        }));
+        Ok(Running { proxy, control, api, tasks })
+    }
+
+    /// Ends everything, running requests first.
+    pub(crate) async fn stop(self) {
+        self.proxy.stop(GRACE).await;
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+async fn carry_orders(proxy: Arc<Proxy>, mut incoming: mpsc::Receiver<Ask>) {
+    let mut mover = proxy.mover();
+    while let Some((order, reply)) = incoming.recv().await {
+        // Whoever asked may have gone; the order is obeyed all the same.
+        let _ = reply.send(mover.obey(order).await);
+    }
+}

@@ -1,0 +1,88 @@
+//! The application and its executions in the store. Each change is one transaction that compares first.
+
+use model::persisted::{
+    Application, Execution, application_key, execution_key, execution_prefix,
+};
+use store::{Revision, Store, StoreError, Txn};
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum RecordError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("record `{key}` in the store cannot be read")]
+    Unreadable { key: String, source: serde_json::Error },
+    #[error("application `{0}` is not in the store")]
+    Missing(String),
+    #[error(transparent)]
+    Cell(#[from] model::cell::CellError),
+}
+
+/// An application as it was read, and when.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    pub application: Application,
+    pub revision: Revision,
+}
+
+fn encode<T: serde::Serialize>(key: &str, value: &T) -> Result<Vec<u8>, RecordError> {
+    serde_json::to_vec(value).map_err(|source| RecordError::Unreadable { key: key.into(), source })
+}
+
+fn decode<T: serde::de::DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, RecordError> {
+    serde_json::from_slice(value).map_err(|source| RecordError::Unreadable { key: key.into(), source })
+}
+
+/// # Errors
+/// The store cannot be read, or not written.
+pub fn open_application(store: &dyn Store, app: &str, first: impl FnOnce() -> Application) -> Result<Seen, RecordError> {
+    let key = application_key(app);
+    if store.get(&key)?.is_none() {
+        let value = encode(&key, &first())?;
+        store.commit(&Txn::default().expect(&key, None).put(&key, value))?;
+    }
+    application(store, app)
+}
+
+/// # Errors
+/// The store cannot be read, or does not know the application.
+pub fn application(store: &dyn Store, app: &str) -> Result<Seen, RecordError> {
+    let key = application_key(app);
+    let found = store.get(&key)?.ok_or_else(|| RecordError::Missing(app.into()))?;
+    Ok(Seen { application: decode(&key, &found.value)?, revision: found.revision })
+}
+
+/// Writes an application and an execution of it in one transaction, if the application is as it was seen.
+///
+/// # Errors
+/// Somebody else has changed it, or the store cannot be written.
+pub fn write(
+    store: &dyn Store,
+    app: &str,
+    seen: Revision,
+    application: &Application,
+    execution: &Execution,
+) -> Result<Revision, RecordError> {
+    let (app_key, key) = (application_key(app), execution_key(app, execution.id));
+    let txn = Txn::default()
+        .expect(&app_key, Some(seen))
+        .put(&app_key, encode(&app_key, application)?)
+        .put(&key, encode(&key, execution)?);
+    Ok(store.commit(&txn)?)
+}
+
+/// Executions of an application, oldest first.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn executions(store: &dyn Store, app: &str) -> Result<Vec<Execution>, RecordError> {
+    let all = store.list(&execution_prefix(app))?;
+    all.iter().map(|(key, found)| decode(key, &found.value)).collect()
+}
+
+/// # Errors
+/// The store cannot be read.
+pub fn execution(store: &dyn Store, app: &str, id: u64) -> Result<Option<Execution>, RecordError> {
+    let key = execution_key(app, id);
+    store.get(&key)?.map(|found| decode(&key, &found.value)).transpose()
+}

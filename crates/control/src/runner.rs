@@ -1,0 +1,379 @@
+//! One execution, stage by stage. What comes next is said by `model::switchover`; here it is recorded, done and
+//! recorded again, so that whoever finds it after a crash knows where it stands.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use model::barrier::{Blocker, Order, Report};
+use model::cell::{Application, CellState};
+use model::persisted::{Execution, LogEntry, LogEvent};
+use model::switchover::{Ending, Next, OnTimeout, Outcome, Stage, next, resume};
+use serde::{Deserialize, Serialize};
+use store::Store;
+use thiserror::Error;
+use tokio::sync::{Mutex, oneshot};
+
+use crate::config::{AppServers, ControlConfig};
+use crate::records::{self, RecordError};
+use crate::{Proxies, stages};
+
+/// Executions that are shown and kept in mind; older ones stay in the store.
+pub const EXECUTIONS_SHOWN_MAX: usize = 100;
+
+/// What a switchover is asked to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwitchoverRequest {
+    pub to: String,
+    #[serde(default)]
+    pub dry_run: bool,
+    /// How long running transactions may take to end.
+    #[serde(default = "default_deadline_ms")]
+    pub deadline_ms: u64,
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+}
+
+fn default_deadline_ms() -> u64 {
+    30_000
+}
+
+/// What a dry run found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DryRun {
+    pub app: String,
+    pub from: String,
+    pub to: String,
+    pub steps: Vec<String>,
+    pub sessions: u64,
+    pub movable: u64,
+    pub blockers: Vec<Blocker>,
+    /// Why it would be refused; empty if it would go.
+    pub refusals: Vec<String>,
+}
+
+#[derive(Debug, Error)]
+pub enum ControlError {
+    #[error("there is no application `{app}`; configured are {known}")]
+    NoApp { app: String, known: String },
+    #[error("application `{app}` has no cell `{cell}`; its cells are {known}")]
+    NoCell { app: String, cell: String, known: String },
+    #[error("cell `{cell}` is active already, in epoch {epoch}")]
+    AlreadyActive { cell: String, epoch: u64 },
+    #[error("cell `{cell}` is {state}, only a passive cell can become active")]
+    NotPassive { cell: String, state: CellState },
+    #[error("execution {id} is changing application `{app}`; see `holdfast executions {id}`")]
+    UnderWay { app: String, id: u64 },
+    #[error("application `{app}` has no active cell to switch over from")]
+    NoActive { app: String },
+    #[error("no execution {0}")]
+    NoExecution(u64),
+    #[error("execution {id} has ended: {ending:?}; only one that is stuck or lacks its rejoin can be retried")]
+    NotRetryable { id: u64, ending: Option<Ending> },
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Control of all applications of this process.
+pub struct Control {
+    pub config: ControlConfig,
+    store: Arc<dyn Store>,
+    proxies: Proxies,
+    /// One execution an application at a time; the store says so as well, across processes.
+    running: Mutex<()>,
+}
+
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Control {
+    /// Opens every application in the store.
+    ///
+    /// # Errors
+    /// The store cannot be read or written.
+    pub fn open(config: ControlConfig, store: Arc<dyn Store>, proxies: Proxies) -> Result<Arc<Control>, ControlError> {
+        for (name, app) in &config.apps {
+            let first = || Application::new(&app.first_active, app.cells.keys().cloned());
+            let seen = records::open_application(&*store, name, first)?;
+            for cell in seen.application.cells.keys() {
+                if !app.cells.contains_key(cell) {
+                    tracing::warn!(app = name, cell, "the store knows a cell that is not configured");
+                }
+            }
+        }
+        Ok(Arc::new(Control { config, store, proxies, running: Mutex::default() }))
+    }
+
+    /// The active cell of each application.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn active_cells(&self) -> Result<BTreeMap<String, String>, ControlError> {
+        let mut active = BTreeMap::new();
+        for app in self.config.apps.keys() {
+            let application = records::application(&*self.store, app)?.application;
+            active.insert(app.clone(), application.active().unwrap_or_default().to_owned());
+        }
+        Ok(active)
+    }
+
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn application(&self, app: &str) -> Result<Application, ControlError> {
+        self.servers(app)?;
+        Ok(records::application(&*self.store, app)?.application)
+    }
+
+    /// The newest executions of an application, newest first.
+    ///
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn executions(&self, app: &str) -> Result<Vec<Execution>, ControlError> {
+        self.servers(app)?;
+        let mut all = records::executions(&*self.store, app)?;
+        all.reverse();
+        all.truncate(EXECUTIONS_SHOWN_MAX);
+        Ok(all)
+    }
+
+    /// # Errors
+    /// The store cannot be read, or has no such execution.
+    pub fn execution(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
+        records::execution(&*self.store, app, id)?.ok_or(ControlError::NoExecution(id))
+    }
+
+    pub(crate) fn servers(&self, app: &str) -> Result<&AppServers, ControlError> {
+        self.config.apps.get(app).ok_or_else(|| ControlError::NoApp {
+            app: app.into(),
+            known: self.config.apps.keys().cloned().collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Sends an order to the proxy and waits for its report, which has its own deadlines.
+    pub async fn order(&self, order: Order) -> Report {
+        let (tx, rx) = oneshot::channel();
+        let gone = || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
+        if self.proxies.send((order, tx)).await.is_err() {
+            return gone();
+        }
+        rx.await.unwrap_or_else(|_| gone())
+    }
+
+    fn check(&self, app: &str, application: &Application, to: &str) -> Result<String, ControlError> {
+        let servers = self.servers(app)?;
+        if !servers.cells.contains_key(to) {
+            let known = servers.cells.keys().cloned().collect::<Vec<_>>().join(", ");
+            return Err(ControlError::NoCell { app: app.into(), cell: to.into(), known });
+        }
+        if let Some(id) = application.execution {
+            return Err(ControlError::UnderWay { app: app.into(), id });
+        }
+        let from = application.active().ok_or_else(|| ControlError::NoActive { app: app.into() })?;
+        if from == to {
+            return Err(ControlError::AlreadyActive { cell: to.into(), epoch: application.epoch.0 });
+        }
+        match application.cells.get(to) {
+            Some(CellState::Passive) => Ok(from.to_owned()),
+            state => Err(ControlError::NotPassive {
+                cell: to.into(),
+                state: state.copied().unwrap_or(CellState::Fenced),
+            }),
+        }
+    }
+
+    /// Looks at everything a switchover would need, and changes nothing.
+    ///
+    /// # Errors
+    /// It would be refused at once.
+    pub async fn dry_run(&self, app: &str, request: &SwitchoverRequest) -> Result<DryRun, ControlError> {
+        let application = self.application(app)?;
+        let from = self.check(app, &application, &request.to)?;
+        let servers = self.servers(app)?;
+        let refusals = stages::check_servers(servers, &from, &request.to).await.err().into_iter().collect();
+        let report = self.order(Order::Inspect { app: app.into() }).await;
+        Ok(DryRun {
+            app: app.into(),
+            to: request.to.clone(),
+            steps: stages::describe(servers, &from, request),
+            from,
+            sessions: report.sessions,
+            movable: report.done,
+            blockers: report.blockers,
+            refusals,
+        })
+    }
+
+    /// Begins a switchover and runs it to its end.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn switchover(&self, app: &str, request: SwitchoverRequest) -> Result<Execution, ControlError> {
+        let _running = self.running.lock().await;
+        let seen = records::application(&*self.store, app)?;
+        let from = self.check(app, &seen.application, &request.to)?;
+        let last = records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
+        let execution = Execution {
+            id: last + 1,
+            app: app.into(),
+            from,
+            to: request.to,
+            epoch: seen.application.epoch,
+            deadline_ms: request.deadline_ms,
+            on_timeout: request.on_timeout,
+            started_at_ms: now_ms(),
+            stage: Stage::Prepare,
+            lsn: None,
+            ending: None,
+            reason: None,
+            log: Vec::new(),
+        };
+        let mut application = seen.application;
+        application.execution = Some(execution.id);
+        records::write(&*self.store, app, seen.revision, &application, &execution)?;
+        tracing::info!(app, execution = execution.id, from = execution.from, to = execution.to, "switchover begins");
+        self.run(execution, Stage::Prepare).await
+    }
+
+    /// Takes up an execution that stands still.
+    ///
+    /// # Errors
+    /// There is none, or it does not stand still.
+    pub async fn retry(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
+        let _running = self.running.lock().await;
+        let mut execution = self.execution(app, id)?;
+        let seen = records::application(&*self.store, app)?;
+        let stage = match execution.ending {
+            Some(Ending::CompletedWithoutRejoin) if seen.application.execution.is_none() => Stage::Rejoin,
+            Some(Ending::Stuck) => resume(execution.stage, seen.application.granted(&execution)),
+            ending => return Err(ControlError::NotRetryable { id, ending }),
+        };
+        execution.ending = None;
+        execution.reason = None;
+        let mut application = seen.application;
+        application.execution = Some(id);
+        records::write(&*self.store, app, seen.revision, &application, &execution)?;
+        self.run(execution, stage).await
+    }
+
+    /// Finds executions that a crash has left under way, and brings each to its end. To be called before
+    /// clients are served.
+    ///
+    /// # Errors
+    /// The store cannot be read or written.
+    pub async fn recover(&self) -> Result<(), ControlError> {
+        let _running = self.running.lock().await;
+        for app in self.config.apps.keys() {
+            let application = records::application(&*self.store, app)?.application;
+            let Some(id) = application.execution else { continue };
+            let execution = self.execution(app, id)?;
+            if execution.ending.is_some() {
+                tracing::warn!(app, execution = id, "execution stands still; see `holdfast executions {id}`");
+                continue;
+            }
+            let stage = resume(execution.stage, application.granted(&execution));
+            tracing::warn!(app, execution = id, found = %execution.stage, goes_on = %stage, "execution was cut off");
+            self.run(execution, stage).await?;
+        }
+        Ok(())
+    }
+
+    async fn run(&self, mut execution: Execution, mut stage: Stage) -> Result<Execution, ControlError> {
+        loop {
+            self.begin(&mut execution, stage)?;
+            crash_point(stage, "begin");
+            let began = Instant::now();
+            let result = stages::run(self, &mut execution, stage).await;
+            let took = began.elapsed();
+            crash_point(stage, "end");
+            let (outcome, text) = match result {
+                Ok(text) => (Outcome::Done, text),
+                Err(text) => (Outcome::Failed, text),
+            };
+            let after = next(stage, outcome);
+            self.end(&mut execution, stage, outcome, text, took, after)?;
+            match after {
+                Next::Go(next) => stage = next,
+                Next::End(_) => return Ok(execution),
+            }
+        }
+    }
+
+    /// Records that a stage begins, with the change of cells that goes with it.
+    fn begin(&self, execution: &mut Execution, stage: Stage) -> Result<(), ControlError> {
+        let seen = records::application(&*self.store, &execution.app)?;
+        let mut application = seen.application;
+        application.enter(stage, &execution.from, &execution.to).map_err(RecordError::Cell)?;
+        execution.stage = stage;
+        execution.record(LogEntry {
+            at_ms: now_ms(),
+            stage,
+            event: LogEvent::Started,
+            text: String::new(),
+            took_ms: None,
+        });
+        // Between hold and release every write delays clients, so only those that recovery needs are made.
+        if matters_after_a_crash(stage) {
+            records::write(&*self.store, &execution.app, seen.revision, &application, execution)?;
+        }
+        Ok(())
+    }
+
+    fn end(
+        &self,
+        execution: &mut Execution,
+        stage: Stage,
+        outcome: Outcome,
+        text: String,
+        took: Duration,
+        after: Next,
+    ) -> Result<(), ControlError> {
+        let seen = records::application(&*self.store, &execution.app)?;
+        let mut application = seen.application;
+        let (app, id) = (execution.app.clone(), execution.id);
+        let took_ms = took.as_secs_f64() * 1_000.0;
+        let event = match outcome {
+            Outcome::Done => {
+                application.leave(stage, &execution.from, &execution.to).map_err(RecordError::Cell)?;
+                tracing::info!(app, execution = id, %stage, took_ms, text, "stage is done");
+                LogEvent::Done
+            }
+            Outcome::Failed => {
+                tracing::warn!(app, execution = id, %stage, took_ms, reason = text, "stage failed");
+                execution.reason.get_or_insert_with(|| format!("{stage}: {text}"));
+                LogEvent::Failed
+            }
+        };
+        execution.record(LogEntry { at_ms: now_ms(), stage, event, text, took_ms: Some(took_ms) });
+        if let Next::End(ending) = after {
+            execution.ending = Some(ending);
+            if ending != Ending::Stuck {
+                application.execution = None;
+            }
+            tracing::info!(app, execution = id, ?ending, "execution has ended");
+        }
+        if matches!(after, Next::End(_)) || matches!(stage, Stage::Promote | Stage::Release) || outcome == Outcome::Failed {
+            records::write(&*self.store, &app, seen.revision, &application, execution)?;
+        }
+        Ok(())
+    }
+}
+
+/// Stages whose begin a crash must find in the store: those that change cells or servers.
+fn matters_after_a_crash(stage: Stage) -> bool {
+    match stage {
+        Stage::Prepare | Stage::Hold | Stage::Grant | Stage::Promote | Stage::Rejoin | Stage::Revert => true,
+        // The fence is taken back by Revert, which follows every crash before the grant.
+        Stage::Fence | Stage::Capture | Stage::CatchUp | Stage::Attach | Stage::Release => false,
+    }
+}
+
+/// Tests kill the process here; a release build has no such point.
+fn crash_point(stage: Stage, at: &str) {
+    if cfg!(debug_assertions) && std::env::var("HOLDFAST_CRASH_AT").is_ok_and(|point| point == format!("{stage}:{at}")) {
+        eprintln!("holdfast: crash point {stage}:{at}");
+        std::process::abort();
+    }
+}

@@ -1,0 +1,410 @@
+//! What each stage does to real servers. Every stage can be done again: after a crash it is.
+
+use std::time::{Duration, Instant};
+
+use model::Lsn;
+use model::barrier::{Blocker, Order, Report};
+use model::persisted::Execution;
+use model::switchover::{OnTimeout, Stage};
+use pg::admin::Admin;
+use pg::instance::Instance;
+
+use crate::config::{AppServers, CellServer};
+use crate::hba;
+use crate::runner::{Control, SwitchoverRequest};
+
+/// A standby further behind is refused before anybody is held.
+const LAG_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// How long the target may take to have all, once nobody writes.
+const CATCH_UP_MAX: Duration = Duration::from_secs(10);
+const PROMOTE_MAX: Duration = Duration::from_secs(30);
+/// Between looks at a server during the pause (`pg_promote(true)` itself would look every 100 ms).
+const POLL: Duration = Duration::from_millis(2);
+/// How long ended backends may take to go.
+const TERMINATE_MAX: Duration = Duration::from_secs(5);
+const STOP_MAX: Duration = Duration::from_secs(60);
+const START_MAX: Duration = Duration::from_secs(120);
+const STREAM_MAX: Duration = Duration::from_secs(60);
+
+/// Done with a line for the log, or failed with a reason.
+type Done = Result<String, String>;
+
+pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Stage) -> Done {
+    let servers = control.servers(&execution.app).map_err(chain)?;
+    let server = |name: &str| servers.cells.get(name).ok_or_else(|| format!("cell `{name}` is not configured"));
+    let (from, to) = (server(&execution.from)?, server(&execution.to)?);
+    match stage {
+        Stage::Prepare => prepare(control, execution, servers).await,
+        Stage::Hold => hold(control, execution).await,
+        Stage::Fence => fence(control, execution, from).await,
+        Stage::Capture => capture(control, execution).await,
+        Stage::CatchUp => catch_up(execution, to).await,
+        // The grant is the transaction that records the begin of this stage; if it is written, it is given.
+        Stage::Grant => Ok(format!("epoch {} is `{}`'s", execution.epoch.next(), execution.to)),
+        Stage::Promote => promote(to).await,
+        Stage::Attach => attach(control, execution).await,
+        Stage::Release => release(control, execution, &execution.to).await,
+        Stage::Rejoin => rejoin(from, to).await,
+        Stage::Revert => revert(control, execution, from).await,
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(error: impl std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+async fn admin(server: &CellServer) -> Result<Admin, String> {
+    Admin::connect(&server.target, &server.admin).await.map_err(chain)
+}
+
+/// What would be done, for `--dry-run`.
+pub(crate) fn describe(servers: &AppServers, from: &str, request: &SwitchoverRequest) -> Vec<String> {
+    let to = &request.to;
+    let address = |cell: &str| servers.cells.get(cell).map(|server| server.target.address.to_string()).unwrap_or_default();
+    let (from_at, to_at) = (address(from), address(to));
+    let leftover = match request.on_timeout {
+        OnTimeout::Abort => "give up if one is left",
+        OnTimeout::Force => "end those that are left with an error",
+    };
+    let managed = servers.cells.get(from).is_some_and(|server| server.instance.is_some());
+    vec![
+        format!("prepare: check {from_at} and {to_at}, checkpoint both, attach a copy of every session to {to_at}"),
+        format!("hold: hold new work, let transactions end for {} ms, {leftover}", request.deadline_ms),
+        format!("fence: {from_at} becomes read-only, admits only Holdfast, and ends other connections"),
+        "capture: read the state of every session".into(),
+        format!("catch_up: wait until {to_at} has all that {from_at} wrote"),
+        format!("grant: `{to}` is given the next epoch; the point of no return"),
+        format!("promote: {to_at} becomes a primary"),
+        format!("attach: every session is attached to {to_at} and compared"),
+        "release: held work goes on".into(),
+        if managed {
+            format!("rejoin: {from_at} is stopped, rewound if need be, and started as a standby of {to_at}")
+        } else {
+            format!("rejoin: {from_at} has no data_dir in the configuration, so it stays fenced for you to rejoin")
+        },
+    ]
+}
+
+/// Both servers must be what the state says they are, of one system, and close together.
+pub(crate) async fn check_servers(servers: &AppServers, from: &str, to: &str) -> Result<(Admin, Admin, u64), String> {
+    let server = |name: &str| servers.cells.get(name).ok_or_else(|| format!("cell `{name}` is not configured"));
+    let (mut old, mut new) = (admin(server(from)?).await?, admin(server(to)?).await?);
+    let (a, b) = (old.status().await.map_err(chain)?, new.status().await.map_err(chain)?);
+    if a.in_recovery {
+        return Err(format!("cell `{from}` is active by its state, but its server is in recovery"));
+    }
+    if !b.in_recovery {
+        return Err(format!("cell `{to}` is passive by its state, but its server is a primary"));
+    }
+    if a.system_identifier != b.system_identifier {
+        let (a, b) = (a.system_identifier, b.system_identifier);
+        return Err(format!("`{to}` is not a copy of `{from}`: system identifiers are {b} and {a}"));
+    }
+    if !b.streaming {
+        return Err(format!("`{to}` does not stream from `{from}`"));
+    }
+    let lag = a.lsn.bytes_since(b.lsn);
+    if lag > LAG_BYTES_MAX {
+        return Err(format!("`{to}` is {lag} bytes behind `{from}`, at most {LAG_BYTES_MAX} are waited for"));
+    }
+    Ok((old, new, lag))
+}
+
+fn describe_blockers(blockers: &[Blocker]) -> String {
+    const SHOWN: usize = 3;
+    let one = |blocker: &Blocker| {
+        let reasons: Vec<String> = blocker.reasons.iter().map(ToString::to_string).collect();
+        format!("session {} ({}): {}", blocker.session.id, blocker.session.user, reasons.join("; "))
+    };
+    let mut text = blockers.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(", ");
+    if blockers.len() > SHOWN {
+        text.push_str(&format!(", and {} more", blockers.len() - SHOWN));
+    }
+    text
+}
+
+fn reported(report: Report) -> Result<Report, String> {
+    match report.error.clone() {
+        Some(error) => Err(error),
+        None => Ok(report),
+    }
+}
+
+async fn prepare(control: &Control, execution: &Execution, servers: &AppServers) -> Done {
+    let (mut old, mut new, lag) = check_servers(servers, &execution.from, &execution.to).await?;
+    // What is written out now need not be during the pause, nor when the old server is rewound.
+    old.rows("CHECKPOINT").await.map_err(chain)?;
+    new.rows("CHECKPOINT").await.map_err(chain)?;
+    let order = Order::Prepare { app: execution.app.clone(), to: execution.to.clone() };
+    let report = reported(control.order(order).await)?;
+    let pinned: Vec<Blocker> = report.blockers.iter().filter(|b| is_pinned(b)).cloned().collect();
+    if execution.on_timeout == OnTimeout::Abort && !pinned.is_empty() {
+        return Err(format!("{} sessions are pinned: {}", pinned.len(), describe_blockers(&pinned)));
+    }
+    let (sessions, done) = (report.sessions, report.done);
+    let mut text = format!("lag {lag} bytes; {done} of {sessions} sessions prepared");
+    if done < sessions {
+        // They are read and attached during the pause, which makes it longer.
+        text.push_str(&format!(", not {}", describe_blockers(&report.blockers)));
+    }
+    Ok(text)
+}
+
+fn is_pinned(blocker: &Blocker) -> bool {
+    blocker.reasons.iter().any(|reason| matches!(reason, model::barrier::Reason::Pinned(_)))
+}
+
+async fn hold(control: &Control, execution: &Execution) -> Done {
+    let Execution { deadline_ms, on_timeout, .. } = *execution;
+    let order = Order::Hold { app: execution.app.clone(), deadline_ms, on_timeout };
+    let report = reported(control.order(order).await)?;
+    if execution.on_timeout == OnTimeout::Abort && report.done < report.sessions {
+        let busy = report.sessions - report.done;
+        let shown = describe_blockers(&report.blockers);
+        return Err(format!("{busy} sessions did not come to a safe point in {} ms: {shown}", execution.deadline_ms));
+    }
+    Ok(format!("{} of {} sessions held, {} ended", report.done, report.sessions, report.told))
+}
+
+/// The old server's `pg_hba.conf` and where its original is kept.
+struct Hba {
+    path: std::path::PathBuf,
+    saved: std::path::PathBuf,
+}
+
+async fn hba_of(server: &CellServer, admin: &mut Admin) -> Result<Option<(Instance, Hba)>, String> {
+    let Some(instance) = &server.instance else { return Ok(None) };
+    let path = admin.value("SHOW hba_file").await.map_err(chain)?.unwrap_or_default();
+    let path = std::path::PathBuf::from(path);
+    let saved = path.with_extension("conf.holdfast");
+    Ok(Some((instance.clone(), Hba { path, saved })))
+}
+
+/// Reloads the configuration and waits until this connection, and so every other, has been told.
+async fn reload(admin: &mut Admin) -> Result<(), String> {
+    let loaded = "SELECT pg_conf_load_time()::text";
+    let before = admin.value(loaded).await.map_err(chain)?;
+    admin.value("SELECT pg_reload_conf()").await.map_err(chain)?;
+    let deadline = Instant::now() + TERMINATE_MAX;
+    while admin.value(loaded).await.map_err(chain)? == before {
+        if Instant::now() > deadline {
+            return Err("the server does not reload its configuration".into());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) -> Done {
+    let mut old = admin(from).await?;
+    let hba = hba_of(from, &mut old).await?;
+    let closed = match &hba {
+        Some((instance, hba)) => close_hba(instance, hba, &from.admin.user)?,
+        None => false,
+    };
+    old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
+    reload(&mut old).await?;
+    // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
+    // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
+    let report = control.order(Order::Backends { app: execution.app.clone() }).await;
+    let own: Vec<String> = reported(report)?.backends.iter().map(i32::to_string).collect();
+    let outsiders = format!(
+        "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
+         AND NOT pid = ANY ('{{{}}}'::int4[])",
+        own.join(",")
+    );
+    let ended = old
+        .value(&format!("SELECT count(pg_terminate_backend(pid)) {outsiders}"))
+        .await
+        .map_err(chain)?
+        .unwrap_or_default();
+    let deadline = Instant::now() + TERMINATE_MAX;
+    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref() != Some("0") {
+        if Instant::now() > deadline {
+            return Err("connections beside the proxy's do not end".into());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    // A record that is written and flushed: whatever was written before it is flushed, too.
+    old.rows("SELECT pg_logical_emit_message(true, 'holdfast', 'fenced')").await.map_err(chain)?;
+    let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;
+    let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
+    execution.lsn = Some(lsn);
+    let login = if closed { "logins closed" } else { "logins open, as Holdfast does not manage its files" };
+    Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended"))
+}
+
+fn close_hba(instance: &Instance, hba: &Hba, admin: &str) -> Result<bool, String> {
+    let text = std::fs::read_to_string(&hba.path).map_err(|error| format!("`{}`: {error}", hba.path.display()))?;
+    if text.starts_with(hba::MARK) {
+        return Ok(true);
+    }
+    let Some(fenced) = hba::fenced(&text, admin) else { return Ok(false) };
+    instance.write(&hba.saved, text.as_bytes()).map_err(chain)?;
+    instance.write(&hba.path, fenced.as_bytes()).map_err(chain)?;
+    Ok(true)
+}
+
+/// Puts the original back, if the file is ours.
+fn open_hba(instance: &Instance, hba: &Hba) -> Result<(), String> {
+    let fenced = std::fs::read_to_string(&hba.path).is_ok_and(|text| text.starts_with(hba::MARK));
+    if !fenced {
+        return Ok(());
+    }
+    let text = std::fs::read(&hba.saved).map_err(|error| format!("`{}`: {error}", hba.saved.display()))?;
+    instance.write(&hba.path, &text).map_err(chain)
+}
+
+async fn capture(control: &Control, execution: &Execution) -> Done {
+    let order = Order::Capture { app: execution.app.clone(), on_timeout: execution.on_timeout };
+    let report = reported(control.order(order).await)?;
+    if execution.on_timeout == OnTimeout::Abort && !report.blockers.is_empty() {
+        let shown = describe_blockers(&report.blockers);
+        return Err(format!("{} sessions cannot be moved: {shown}", report.blockers.len()));
+    }
+    Ok(format!("{} of {} sessions read, {} ended", report.done, report.sessions, report.told))
+}
+
+async fn catch_up(execution: &Execution, to: &CellServer) -> Done {
+    let lsn = execution.lsn.ok_or("the fence has given no position")?;
+    let mut new = admin(to).await?;
+    let deadline = Instant::now() + CATCH_UP_MAX;
+    loop {
+        let replayed = new.replayed_lsn().await.map_err(chain)?;
+        if replayed >= lsn {
+            return Ok(format!("replayed {replayed}"));
+        }
+        if Instant::now() > deadline {
+            return Err(format!("the target has replayed {replayed}, not {lsn}, after {CATCH_UP_MAX:?}"));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn promote(to: &CellServer) -> Done {
+    let mut new = admin(to).await?;
+    if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
+        new.value("SELECT pg_promote(false)").await.map_err(chain)?;
+        let deadline = Instant::now() + PROMOTE_MAX;
+        while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f") {
+            if Instant::now() > deadline {
+                return Err(format!("the server is still in recovery after {PROMOTE_MAX:?}"));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+    let timeline = new.value("SELECT timeline_id FROM pg_control_checkpoint()").await.map_err(chain)?;
+    Ok(format!("primary, after timeline {}", timeline.unwrap_or_default()))
+}
+
+async fn attach(control: &Control, execution: &Execution) -> Done {
+    let order = Order::Attach { app: execution.app.clone(), to: execution.to.clone() };
+    let report = reported(control.order(order).await)?;
+    let mut text = format!("{} of {} sessions moved", report.done, report.sessions);
+    if !report.blockers.is_empty() {
+        text.push_str(&format!(", {} ended: {}", report.told, describe_blockers(&report.blockers)));
+    }
+    Ok(text)
+}
+
+async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
+    let order = Order::Release { app: execution.app.clone(), to: to.to_owned() };
+    let report = reported(control.order(order).await)?;
+    Ok(match report.pauses {
+        Some(p) => format!(
+            "{} sessions go on; held p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms",
+            report.done, p.p50, p.p99, p.max
+        ),
+        None => format!("{} sessions go on", report.done),
+    })
+}
+
+/// Takes the fence back. Also right when there was none.
+async fn revert(control: &Control, execution: &Execution, from: &CellServer) -> Done {
+    let unfenced = unfence(from).await;
+    // Clients go on also where the server could not be asked: it may not have been fenced at all.
+    let released = release(control, execution, &execution.from).await?;
+    unfenced?;
+    Ok(released)
+}
+
+async fn unfence(server: &CellServer) -> Result<(), String> {
+    let mut old = admin(server).await?;
+    if let Some((instance, hba)) = hba_of(server, &mut old).await? {
+        open_hba(&instance, &hba)?;
+    }
+    old.rows("ALTER SYSTEM RESET default_transaction_read_only").await.map_err(chain)?;
+    reload(&mut old).await
+}
+
+/// Makes the old server a standby of the new one.
+async fn rejoin(from: &CellServer, to: &CellServer) -> Done {
+    let Some(instance) = &from.instance else {
+        return Err(format!(
+            "`{}` is not managed (no data_dir); stop it and make it a standby of `{}`",
+            from.target.address, to.target.address
+        ));
+    };
+    let began = Instant::now();
+    // Before the rewind, which would remove the saved file. A stopped server cannot say where its file is.
+    let path = match admin(from).await {
+        Ok(mut old) => old.value("SHOW hba_file").await.map_err(chain)?.map(std::path::PathBuf::from),
+        Err(_) => None,
+    };
+    let path = path.unwrap_or_else(|| instance.data_dir.join("pg_hba.conf"));
+    open_hba(instance, &Hba { saved: path.with_extension("conf.holdfast"), path })?;
+    instance.stop("fast", STOP_MAX).await.map_err(chain)?;
+    // Until its first checkpoint the new primary's control file names the old timeline, and pg_rewind would find
+    // nothing to do.
+    admin(to).await?.rows("CHECKPOINT").await.map_err(chain)?;
+    let rewound = instance.rewind(&to.conninfo).await;
+    let how = match &rewound {
+        Ok(_) => "rewound",
+        Err(error) => {
+            tracing::warn!(error = error as &dyn std::error::Error, "rewinding did not succeed, copying anew");
+            clone_anew(instance, &to.conninfo).await?;
+            "copied anew"
+        }
+    };
+    instance.make_standby(&to.conninfo).map_err(chain)?;
+    instance.start(START_MAX).await.map_err(chain)?;
+    let mut old = admin(from).await?;
+    let deadline = Instant::now() + STREAM_MAX;
+    while !old.status().await.map_err(chain)?.streaming {
+        if Instant::now() > deadline {
+            return Err(format!("it does not stream from the new primary after {STREAM_MAX:?}"));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(format!("{how}, streams as a standby after {:.1} s", began.elapsed().as_secs_f64()))
+}
+
+/// Copies the new primary in place of the old data, which is kept aside until the copy is whole.
+async fn clone_anew(instance: &Instance, conninfo: &str) -> Result<(), String> {
+    let aside = instance.data_dir.with_extension("holdfast-old");
+    let io = |error: std::io::Error| format!("`{}`: {error}", instance.data_dir.display());
+    if aside.exists() {
+        std::fs::remove_dir_all(&aside).map_err(io)?;
+    }
+    std::fs::rename(&instance.data_dir, &aside).map_err(io)?;
+    std::fs::create_dir(&instance.data_dir).map_err(io)?;
+    std::fs::set_permissions(&instance.data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).map_err(io)?;
+    if let Some(owner) = instance.run_as {
+        std::os::unix::fs::chown(&instance.data_dir, Some(owner.uid), Some(owner.gid)).map_err(io)?;
+    }
+    instance.clone_from(conninfo).await.map_err(chain)?;
+    for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
+        if let Ok(bytes) = std::fs::read(aside.join(name)) {
+            instance.write(&instance.data_dir.join(name), &bytes).map_err(chain)?;
+        }
+    }
+    std::fs::remove_dir_all(&aside).map_err(io)
+}
