@@ -62,9 +62,9 @@ impl IntoResponse for ApiError {
 impl From<ControlError> for ApiError {
     fn from(error: ControlError) -> ApiError {
         let status = match &error {
-            ControlError::NoApp { .. } | ControlError::NoCell { .. } | ControlError::NoExecution(_) => {
-                StatusCode::NOT_FOUND
-            }
+            ControlError::NoApp { .. }
+            | ControlError::NoCell { .. }
+            | ControlError::NoExecution(_) => StatusCode::NOT_FOUND,
             ControlError::AlreadyActive { .. }
             | ControlError::NotPassive { .. }
             | ControlError::UnderWay { .. }
@@ -84,7 +84,8 @@ fn authorize(state: &State, headers: &HeaderMap) -> Result<(), ApiError> {
     // Compared by digest, so that the time it takes says nothing of the token.
     let same = shown.len() == token.expose().len()
         && shown.bytes().zip(token.expose().bytes()).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0;
-    let refused = || ApiError(StatusCode::UNAUTHORIZED, "a bearer token is needed: see `token_file`".into());
+    let refused =
+        || ApiError(StatusCode::UNAUTHORIZED, "a bearer token is needed: see `token_file`".into());
     same.then_some(()).ok_or_else(refused)
 }
 
@@ -131,7 +132,9 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     let servers = &state.control.config.apps[name].cells;
     let asked = servers.iter().map(|(cell, server)| async move {
         let ask = async {
-            let mut admin = Admin::connect(&server.target, &server.admin).await.map_err(|e| crate::config::chain(&e))?;
+            let mut admin = Admin::connect(&server.target, &server.admin)
+                .await
+                .map_err(|e| crate::config::chain(&e))?;
             admin.status().await.map_err(|e| crate::config::chain(&e))
         };
         let found = timeout(STATUS_MAX, ask).await;
@@ -143,7 +146,11 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         found.insert(cell, status);
     }
     let active = application.active().map(str::to_owned);
-    let active_lsn = active.as_ref().and_then(|cell| found.get(cell)).and_then(|s| s.as_ref().ok()).map(|s| s.lsn);
+    let active_lsn = active
+        .as_ref()
+        .and_then(|cell| found.get(cell))
+        .and_then(|s| s.as_ref().ok())
+        .map(|s| s.lsn);
     let mut problems = Vec::new();
     let mut cells = Vec::new();
     for (cell, status) in &found {
@@ -162,16 +169,22 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
                 shown.role = if status.in_recovery { "standby" } else { "primary" }.into();
                 shown.lsn = Some(status.lsn.to_string());
                 shown.streaming = status.streaming;
-                shown.lag_bytes = active_lsn.filter(|_| status.in_recovery).map(|lsn| lsn.bytes_since(status.lsn));
+                shown.lag_bytes = active_lsn
+                    .filter(|_| status.in_recovery)
+                    .map(|lsn| lsn.bytes_since(status.lsn));
                 match (cell_state, status.in_recovery) {
                     (CellState::Active, true) => {
-                        problems.push(format!("cell `{cell}` is active, but its server is in recovery"));
+                        problems.push(format!(
+                            "cell `{cell}` is active, but its server is in recovery"
+                        ));
                     }
                     (CellState::Passive, false) => {
-                        problems.push(format!("cell `{cell}` is passive, but its server is a primary"));
+                        problems
+                            .push(format!("cell `{cell}` is passive, but its server is a primary"));
                     }
                     (CellState::Passive, true) if !status.streaming => {
-                        problems.push(format!("cell `{cell}` does not stream from the active cell"));
+                        problems
+                            .push(format!("cell `{cell}` does not stream from the active cell"));
                     }
                     _ => (),
                 }
@@ -187,9 +200,18 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
     }
     for (cell, cell_state) in &application.cells {
-        if matches!(cell_state, CellState::Fenced | CellState::Recovering) && application.execution.is_none() {
-            let last = state.control.executions(name)?.into_iter().next().map_or(0, |execution| execution.id);
-            problems.push(format!("cell `{cell}` is {cell_state}, there is no standby: holdfast retry {last}"));
+        if matches!(cell_state, CellState::Fenced | CellState::Recovering)
+            && application.execution.is_none()
+        {
+            let last = state
+                .control
+                .executions(name)?
+                .into_iter()
+                .next()
+                .map_or(0, |execution| execution.id);
+            problems.push(format!(
+                "cell `{cell}` is {cell_state}, there is no standby: holdfast retry {last}"
+            ));
         }
     }
     Ok(AppStatus {
@@ -267,7 +289,13 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
         if let Ok(application) = state.control.application(name) {
             let line = |value| vec![(format!("{{app=\"{name}\"}}"), value)];
             let help = "Number of the grant to take writes.";
-            proxy::metrics::write_metric(&mut out, "holdfast_epoch", "gauge", help, &line(application.epoch.0));
+            proxy::metrics::write_metric(
+                &mut out,
+                "holdfast_epoch",
+                "gauge",
+                help,
+                &line(application.epoch.0),
+            );
         }
     }
     ([("content-type", "text/plain; version=0.0.4")], out).into_response()
@@ -276,8 +304,12 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
 /// 200 while every application is served by an active cell.
 async fn primary(Extract(state): Extract<State>) -> (StatusCode, String) {
     match state.control.active_cells() {
-        Ok(active) if active.values().all(|cell| !cell.is_empty()) => (StatusCode::OK, "primary\n".into()),
+        Ok(active) if active.values().all(|cell| !cell.is_empty()) => {
+            (StatusCode::OK, "primary\n".into())
+        }
         Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "an application has no active cell\n".into()),
-        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", crate::config::chain(&error))),
+        Err(error) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", crate::config::chain(&error)))
+        }
     }
 }

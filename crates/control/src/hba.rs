@@ -4,7 +4,8 @@
 //! fenced its `pg_hba.conf` admits nobody else, and whoever is connected is ended.
 
 /// The first line of a file that was written by this module.
-pub const MARK: &str = "# holdfast: this server is fenced; the file before it is pg_hba.conf.holdfast";
+pub const MARK: &str =
+    "# holdfast: this server is fenced; the file before it is pg_hba.conf.holdfast";
 
 /// The records of `text` narrowed to `admin` and to replication. None if the file includes others, which cannot
 /// be narrowed.

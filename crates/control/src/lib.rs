@@ -15,10 +15,10 @@ use model::barrier::{Order, Report};
 use tokio::sync::{mpsc, oneshot};
 
 pub mod config;
+pub mod hba;
 pub mod records;
 pub mod runner;
 mod stages;
-pub mod hba;
 
 pub use config::ControlConfig;
 pub use runner::{Control, ControlError, SwitchoverRequest};

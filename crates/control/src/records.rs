@@ -1,8 +1,6 @@
 //! The application and its executions in the store. Each change is one transaction that compares first.
 
-use model::persisted::{
-    Application, Execution, application_key, execution_key, execution_prefix,
-};
+use model::persisted::{Application, Execution, application_key, execution_key, execution_prefix};
 use store::{Revision, Store, StoreError, Txn};
 use thiserror::Error;
 
@@ -30,12 +28,17 @@ fn encode<T: serde::Serialize>(key: &str, value: &T) -> Result<Vec<u8>, RecordEr
 }
 
 fn decode<T: serde::de::DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, RecordError> {
-    serde_json::from_slice(value).map_err(|source| RecordError::Unreadable { key: key.into(), source })
+    serde_json::from_slice(value)
+        .map_err(|source| RecordError::Unreadable { key: key.into(), source })
 }
 
 /// # Errors
 /// The store cannot be read, or not written.
-pub fn open_application(store: &dyn Store, app: &str, first: impl FnOnce() -> Application) -> Result<Seen, RecordError> {
+pub fn open_application(
+    store: &dyn Store,
+    app: &str,
+    first: impl FnOnce() -> Application,
+) -> Result<Seen, RecordError> {
     let key = application_key(app);
     if store.get(&key)?.is_none() {
         let value = encode(&key, &first())?;

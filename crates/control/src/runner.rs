@@ -69,7 +69,9 @@ pub enum ControlError {
     NoActive { app: String },
     #[error("no execution {0}")]
     NoExecution(u64),
-    #[error("execution {id} has ended: {ending:?}; only one that is stuck or lacks its rejoin can be retried")]
+    #[error(
+        "execution {id} has ended: {ending:?}; only one that is stuck or lacks its rejoin can be retried"
+    )]
     NotRetryable { id: u64, ending: Option<Ending> },
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -94,13 +96,21 @@ impl Control {
     ///
     /// # Errors
     /// The store cannot be read or written.
-    pub fn open(config: ControlConfig, store: Arc<dyn Store>, proxies: Proxies) -> Result<Arc<Control>, ControlError> {
+    pub fn open(
+        config: ControlConfig,
+        store: Arc<dyn Store>,
+        proxies: Proxies,
+    ) -> Result<Arc<Control>, ControlError> {
         for (name, app) in &config.apps {
             let first = || Application::new(&app.first_active, app.cells.keys().cloned());
             let seen = records::open_application(&*store, name, first)?;
             for cell in seen.application.cells.keys() {
                 if !app.cells.contains_key(cell) {
-                    tracing::warn!(app = name, cell, "the store knows a cell that is not configured");
+                    tracing::warn!(
+                        app = name,
+                        cell,
+                        "the store knows a cell that is not configured"
+                    );
                 }
             }
         }
@@ -155,14 +165,20 @@ impl Control {
     /// Sends an order to the proxy and waits for its report, which has its own deadlines.
     pub async fn order(&self, order: Order) -> Report {
         let (tx, rx) = oneshot::channel();
-        let gone = || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
+        let gone =
+            || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
         if self.proxies.send((order, tx)).await.is_err() {
             return gone();
         }
         rx.await.unwrap_or_else(|_| gone())
     }
 
-    fn check(&self, app: &str, application: &Application, to: &str) -> Result<String, ControlError> {
+    fn check(
+        &self,
+        app: &str,
+        application: &Application,
+        to: &str,
+    ) -> Result<String, ControlError> {
         let servers = self.servers(app)?;
         if !servers.cells.contains_key(to) {
             let known = servers.cells.keys().cloned().collect::<Vec<_>>().join(", ");
@@ -171,9 +187,13 @@ impl Control {
         if let Some(id) = application.execution {
             return Err(ControlError::UnderWay { app: app.into(), id });
         }
-        let from = application.active().ok_or_else(|| ControlError::NoActive { app: app.into() })?;
+        let from =
+            application.active().ok_or_else(|| ControlError::NoActive { app: app.into() })?;
         if from == to {
-            return Err(ControlError::AlreadyActive { cell: to.into(), epoch: application.epoch.0 });
+            return Err(ControlError::AlreadyActive {
+                cell: to.into(),
+                epoch: application.epoch.0,
+            });
         }
         match application.cells.get(to) {
             Some(CellState::Passive) => Ok(from.to_owned()),
@@ -188,11 +208,16 @@ impl Control {
     ///
     /// # Errors
     /// It would be refused at once.
-    pub async fn dry_run(&self, app: &str, request: &SwitchoverRequest) -> Result<DryRun, ControlError> {
+    pub async fn dry_run(
+        &self,
+        app: &str,
+        request: &SwitchoverRequest,
+    ) -> Result<DryRun, ControlError> {
         let application = self.application(app)?;
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
-        let refusals = stages::check_servers(servers, &from, &request.to).await.err().into_iter().collect();
+        let refusals =
+            stages::check_servers(servers, &from, &request.to).await.err().into_iter().collect();
         let report = self.order(Order::Inspect { app: app.into() }).await;
         Ok(DryRun {
             app: app.into(),
@@ -210,11 +235,16 @@ impl Control {
     ///
     /// # Errors
     /// It is refused before anything was done. How it went otherwise is in the execution.
-    pub async fn switchover(&self, app: &str, request: SwitchoverRequest) -> Result<Execution, ControlError> {
+    pub async fn switchover(
+        &self,
+        app: &str,
+        request: SwitchoverRequest,
+    ) -> Result<Execution, ControlError> {
         let _running = self.running.lock().await;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
-        let last = records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
+        let last =
+            records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
         let execution = Execution {
             id: last + 1,
             app: app.into(),
@@ -233,7 +263,13 @@ impl Control {
         let mut application = seen.application;
         application.execution = Some(execution.id);
         records::write(&*self.store, app, seen.revision, &application, &execution)?;
-        tracing::info!(app, execution = execution.id, from = execution.from, to = execution.to, "switchover begins");
+        tracing::info!(
+            app,
+            execution = execution.id,
+            from = execution.from,
+            to = execution.to,
+            "switchover begins"
+        );
         self.run(execution, Stage::Prepare).await
     }
 
@@ -246,7 +282,9 @@ impl Control {
         let mut execution = self.execution(app, id)?;
         let seen = records::application(&*self.store, app)?;
         let stage = match execution.ending {
-            Some(Ending::CompletedWithoutRejoin) if seen.application.execution.is_none() => Stage::Rejoin,
+            Some(Ending::CompletedWithoutRejoin) if seen.application.execution.is_none() => {
+                Stage::Rejoin
+            }
             Some(Ending::Stuck) => resume(execution.stage, seen.application.granted(&execution)),
             ending => return Err(ControlError::NotRetryable { id, ending }),
         };
@@ -270,7 +308,11 @@ impl Control {
             let Some(id) = application.execution else { continue };
             let execution = self.execution(app, id)?;
             if execution.ending.is_some() {
-                tracing::warn!(app, execution = id, "execution stands still; see `holdfast executions {id}`");
+                tracing::warn!(
+                    app,
+                    execution = id,
+                    "execution stands still; see `holdfast executions {id}`"
+                );
                 continue;
             }
             let stage = resume(execution.stage, application.granted(&execution));
@@ -280,7 +322,11 @@ impl Control {
         Ok(())
     }
 
-    async fn run(&self, mut execution: Execution, mut stage: Stage) -> Result<Execution, ControlError> {
+    async fn run(
+        &self,
+        mut execution: Execution,
+        mut stage: Stage,
+    ) -> Result<Execution, ControlError> {
         loop {
             self.begin(&mut execution, stage)?;
             crash_point(stage, "begin");
@@ -336,7 +382,9 @@ impl Control {
         let took_ms = took.as_secs_f64() * 1_000.0;
         let event = match outcome {
             Outcome::Done => {
-                application.leave(stage, &execution.from, &execution.to).map_err(RecordError::Cell)?;
+                application
+                    .leave(stage, &execution.from, &execution.to)
+                    .map_err(RecordError::Cell)?;
                 tracing::info!(app, execution = id, %stage, took_ms, text, "stage is done");
                 LogEvent::Done
             }
@@ -354,7 +402,10 @@ impl Control {
             }
             tracing::info!(app, execution = id, ?ending, "execution has ended");
         }
-        if matches!(after, Next::End(_)) || matches!(stage, Stage::Promote | Stage::Release) || outcome == Outcome::Failed {
+        if matches!(after, Next::End(_))
+            || matches!(stage, Stage::Promote | Stage::Release)
+            || outcome == Outcome::Failed
+        {
             records::write(&*self.store, &app, seen.revision, &application, execution)?;
         }
         Ok(())
@@ -364,7 +415,12 @@ impl Control {
 /// Stages whose begin a crash must find in the store: those that change cells or servers.
 fn matters_after_a_crash(stage: Stage) -> bool {
     match stage {
-        Stage::Prepare | Stage::Hold | Stage::Grant | Stage::Promote | Stage::Rejoin | Stage::Revert => true,
+        Stage::Prepare
+        | Stage::Hold
+        | Stage::Grant
+        | Stage::Promote
+        | Stage::Rejoin
+        | Stage::Revert => true,
         // The fence is taken back by Revert, which follows every crash before the grant.
         Stage::Fence | Stage::Capture | Stage::CatchUp | Stage::Attach | Stage::Release => false,
     }
@@ -372,7 +428,9 @@ fn matters_after_a_crash(stage: Stage) -> bool {
 
 /// Tests kill the process here; a release build has no such point.
 fn crash_point(stage: Stage, at: &str) {
-    if cfg!(debug_assertions) && std::env::var("HOLDFAST_CRASH_AT").is_ok_and(|point| point == format!("{stage}:{at}")) {
+    if cfg!(debug_assertions)
+        && std::env::var("HOLDFAST_CRASH_AT").is_ok_and(|point| point == format!("{stage}:{at}"))
+    {
         eprintln!("holdfast: crash point {stage}:{at}");
         std::process::abort();
     }

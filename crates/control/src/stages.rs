@@ -31,7 +31,9 @@ type Done = Result<String, String>;
 
 pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Stage) -> Done {
     let servers = control.servers(&execution.app).map_err(chain)?;
-    let server = |name: &str| servers.cells.get(name).ok_or_else(|| format!("cell `{name}` is not configured"));
+    let server = |name: &str| {
+        servers.cells.get(name).ok_or_else(|| format!("cell `{name}` is not configured"))
+    };
     let (from, to) = (server(&execution.from)?, server(&execution.to)?);
     match stage {
         Stage::Prepare => prepare(control, execution, servers).await,
@@ -66,9 +68,15 @@ async fn admin(server: &CellServer) -> Result<Admin, String> {
 }
 
 /// What would be done, for `--dry-run`.
-pub(crate) fn describe(servers: &AppServers, from: &str, request: &SwitchoverRequest) -> Vec<String> {
+pub(crate) fn describe(
+    servers: &AppServers,
+    from: &str,
+    request: &SwitchoverRequest,
+) -> Vec<String> {
     let to = &request.to;
-    let address = |cell: &str| servers.cells.get(cell).map(|server| server.target.address.to_string()).unwrap_or_default();
+    let address = |cell: &str| {
+        servers.cells.get(cell).map(|server| server.target.address.to_string()).unwrap_or_default()
+    };
     let (from_at, to_at) = (address(from), address(to));
     let leftover = match request.on_timeout {
         OnTimeout::Abort => "give up if one is left",
@@ -76,9 +84,16 @@ pub(crate) fn describe(servers: &AppServers, from: &str, request: &SwitchoverReq
     };
     let managed = servers.cells.get(from).is_some_and(|server| server.instance.is_some());
     vec![
-        format!("prepare: check {from_at} and {to_at}, checkpoint both, attach a copy of every session to {to_at}"),
-        format!("hold: hold new work, let transactions end for {} ms, {leftover}", request.deadline_ms),
-        format!("fence: {from_at} becomes read-only, admits only Holdfast, and ends other connections"),
+        format!(
+            "prepare: check {from_at} and {to_at}, checkpoint both, attach a copy of every session to {to_at}"
+        ),
+        format!(
+            "hold: hold new work, let transactions end for {} ms, {leftover}",
+            request.deadline_ms
+        ),
+        format!(
+            "fence: {from_at} becomes read-only, admits only Holdfast, and ends other connections"
+        ),
         "capture: read the state of every session".into(),
         format!("catch_up: wait until {to_at} has all that {from_at} wrote"),
         format!("grant: `{to}` is given the next epoch; the point of no return"),
@@ -86,16 +101,26 @@ pub(crate) fn describe(servers: &AppServers, from: &str, request: &SwitchoverReq
         format!("attach: every session is attached to {to_at} and compared"),
         "release: held work goes on".into(),
         if managed {
-            format!("rejoin: {from_at} is stopped, rewound if need be, and started as a standby of {to_at}")
+            format!(
+                "rejoin: {from_at} is stopped, rewound if need be, and started as a standby of {to_at}"
+            )
         } else {
-            format!("rejoin: {from_at} has no data_dir in the configuration, so it stays fenced for you to rejoin")
+            format!(
+                "rejoin: {from_at} has no data_dir in the configuration, so it stays fenced for you to rejoin"
+            )
         },
     ]
 }
 
 /// Both servers must be what the state says they are, of one system, and close together.
-pub(crate) async fn check_servers(servers: &AppServers, from: &str, to: &str) -> Result<(Admin, Admin, u64), String> {
-    let server = |name: &str| servers.cells.get(name).ok_or_else(|| format!("cell `{name}` is not configured"));
+pub(crate) async fn check_servers(
+    servers: &AppServers,
+    from: &str,
+    to: &str,
+) -> Result<(Admin, Admin, u64), String> {
+    let server = |name: &str| {
+        servers.cells.get(name).ok_or_else(|| format!("cell `{name}` is not configured"))
+    };
     let (mut old, mut new) = (admin(server(from)?).await?, admin(server(to)?).await?);
     let (a, b) = (old.status().await.map_err(chain)?, new.status().await.map_err(chain)?);
     if a.in_recovery {
@@ -106,14 +131,18 @@ pub(crate) async fn check_servers(servers: &AppServers, from: &str, to: &str) ->
     }
     if a.system_identifier != b.system_identifier {
         let (a, b) = (a.system_identifier, b.system_identifier);
-        return Err(format!("`{to}` is not a copy of `{from}`: system identifiers are {b} and {a}"));
+        return Err(format!(
+            "`{to}` is not a copy of `{from}`: system identifiers are {b} and {a}"
+        ));
     }
     if !b.streaming {
         return Err(format!("`{to}` does not stream from `{from}`"));
     }
     let lag = a.lsn.bytes_since(b.lsn);
     if lag > LAG_BYTES_MAX {
-        return Err(format!("`{to}` is {lag} bytes behind `{from}`, at most {LAG_BYTES_MAX} are waited for"));
+        return Err(format!(
+            "`{to}` is {lag} bytes behind `{from}`, at most {LAG_BYTES_MAX} are waited for"
+        ));
     }
     Ok((old, new, lag))
 }
@@ -147,7 +176,11 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
     let report = reported(control.order(order).await)?;
     let pinned: Vec<Blocker> = report.blockers.iter().filter(|b| is_pinned(b)).cloned().collect();
     if execution.on_timeout == OnTimeout::Abort && !pinned.is_empty() {
-        return Err(format!("{} sessions are pinned: {}", pinned.len(), describe_blockers(&pinned)));
+        return Err(format!(
+            "{} sessions are pinned: {}",
+            pinned.len(),
+            describe_blockers(&pinned)
+        ));
     }
     let (sessions, done) = (report.sessions, report.done);
     let mut text = format!("lag {lag} bytes; {done} of {sessions} sessions prepared");
@@ -169,7 +202,10 @@ async fn hold(control: &Control, execution: &Execution) -> Done {
     if execution.on_timeout == OnTimeout::Abort && report.done < report.sessions {
         let busy = report.sessions - report.done;
         let shown = describe_blockers(&report.blockers);
-        return Err(format!("{busy} sessions did not come to a safe point in {} ms: {shown}", execution.deadline_ms));
+        return Err(format!(
+            "{busy} sessions did not come to a safe point in {} ms: {shown}",
+            execution.deadline_ms
+        ));
     }
     Ok(format!("{} of {} sessions held, {} ended", report.done, report.sessions, report.told))
 }
@@ -227,7 +263,9 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
         .map_err(chain)?
         .unwrap_or_default();
     let deadline = Instant::now() + TERMINATE_MAX;
-    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref() != Some("0") {
+    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref()
+        != Some("0")
+    {
         if Instant::now() > deadline {
             return Err("connections beside the proxy's do not end".into());
         }
@@ -238,12 +276,14 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
     let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
-    let login = if closed { "logins closed" } else { "logins open, as Holdfast does not manage its files" };
+    let login =
+        if closed { "logins closed" } else { "logins open, as Holdfast does not manage its files" };
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended"))
 }
 
 fn close_hba(instance: &Instance, hba: &Hba, admin: &str) -> Result<bool, String> {
-    let text = std::fs::read_to_string(&hba.path).map_err(|error| format!("`{}`: {error}", hba.path.display()))?;
+    let text = std::fs::read_to_string(&hba.path)
+        .map_err(|error| format!("`{}`: {error}", hba.path.display()))?;
     if text.starts_with(hba::MARK) {
         return Ok(true);
     }
@@ -259,7 +299,8 @@ fn open_hba(instance: &Instance, hba: &Hba) -> Result<(), String> {
     if !fenced {
         return Ok(());
     }
-    let text = std::fs::read(&hba.saved).map_err(|error| format!("`{}`: {error}", hba.saved.display()))?;
+    let text =
+        std::fs::read(&hba.saved).map_err(|error| format!("`{}`: {error}", hba.saved.display()))?;
     instance.write(&hba.path, &text).map_err(chain)
 }
 
@@ -283,7 +324,9 @@ async fn catch_up(execution: &Execution, to: &CellServer) -> Done {
             return Ok(format!("replayed {replayed}"));
         }
         if Instant::now() > deadline {
-            return Err(format!("the target has replayed {replayed}, not {lsn}, after {CATCH_UP_MAX:?}"));
+            return Err(format!(
+                "the target has replayed {replayed}, not {lsn}, after {CATCH_UP_MAX:?}"
+            ));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -294,14 +337,16 @@ async fn promote(to: &CellServer) -> Done {
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
         let deadline = Instant::now() + PROMOTE_MAX;
-        while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f") {
+        while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f")
+        {
             if Instant::now() > deadline {
                 return Err(format!("the server is still in recovery after {PROMOTE_MAX:?}"));
             }
             tokio::time::sleep(POLL).await;
         }
     }
-    let timeline = new.value("SELECT timeline_id FROM pg_control_checkpoint()").await.map_err(chain)?;
+    let timeline =
+        new.value("SELECT timeline_id FROM pg_control_checkpoint()").await.map_err(chain)?;
     Ok(format!("primary, after timeline {}", timeline.unwrap_or_default()))
 }
 
@@ -356,7 +401,9 @@ async fn rejoin(from: &CellServer, to: &CellServer) -> Done {
     let began = Instant::now();
     // Before the rewind, which would remove the saved file. A stopped server cannot say where its file is.
     let path = match admin(from).await {
-        Ok(mut old) => old.value("SHOW hba_file").await.map_err(chain)?.map(std::path::PathBuf::from),
+        Ok(mut old) => {
+            old.value("SHOW hba_file").await.map_err(chain)?.map(std::path::PathBuf::from)
+        }
         Err(_) => None,
     };
     let path = path.unwrap_or_else(|| instance.data_dir.join("pg_hba.conf"));
@@ -369,7 +416,10 @@ async fn rejoin(from: &CellServer, to: &CellServer) -> Done {
     let how = match &rewound {
         Ok(_) => "rewound",
         Err(error) => {
-            tracing::warn!(error = error as &dyn std::error::Error, "rewinding did not succeed, copying anew");
+            tracing::warn!(
+                error = error as &dyn std::error::Error,
+                "rewinding did not succeed, copying anew"
+            );
             clone_anew(instance, &to.conninfo).await?;
             "copied anew"
         }
@@ -396,9 +446,14 @@ async fn clone_anew(instance: &Instance, conninfo: &str) -> Result<(), String> {
     }
     std::fs::rename(&instance.data_dir, &aside).map_err(io)?;
     std::fs::create_dir(&instance.data_dir).map_err(io)?;
-    std::fs::set_permissions(&instance.data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).map_err(io)?;
+    std::fs::set_permissions(
+        &instance.data_dir,
+        std::os::unix::fs::PermissionsExt::from_mode(0o700),
+    )
+    .map_err(io)?;
     if let Some(owner) = instance.run_as {
-        std::os::unix::fs::chown(&instance.data_dir, Some(owner.uid), Some(owner.gid)).map_err(io)?;
+        std::os::unix::fs::chown(&instance.data_dir, Some(owner.uid), Some(owner.gid))
+            .map_err(io)?;
     }
     instance.clone_from(conninfo).await.map_err(chain)?;
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {

@@ -27,9 +27,13 @@ pub struct Blocker {
 pub enum Reason {
     Pinned(Pin),
     /// A transaction or a request has not ended.
-    Busy { what: String },
+    Busy {
+        what: String,
+    },
     /// Its state could not be read, or not be restored.
-    Failed { error: String },
+    Failed {
+        error: String,
+    },
 }
 
 impl std::fmt::Display for Reason {
@@ -94,7 +98,8 @@ impl Pauses {
     /// Percentiles by nearest rank; none of an empty list.
     pub fn of(mut pauses: Vec<f64>) -> Option<Pauses> {
         pauses.sort_by(f64::total_cmp);
-        let rank = |percent: usize| pauses.get((pauses.len() * percent).div_ceil(100).saturating_sub(1));
+        let rank =
+            |percent: usize| pauses.get((pauses.len() * percent).div_ceil(100).saturating_sub(1));
         Some(Pauses { p50: *rank(50)?, p99: *rank(99)?, max: *pauses.last()? })
     }
 }

@@ -119,7 +119,8 @@ pub enum CellError {
 impl Application {
     /// A new application: one active cell, the others passive, the first epoch.
     pub fn new(active: &str, cells: impl IntoIterator<Item = String>) -> Application {
-        let state = |name: &str| if name == active { CellState::Active } else { CellState::Passive };
+        let state =
+            |name: &str| if name == active { CellState::Active } else { CellState::Passive };
         let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
         Application { epoch: Epoch(1), cells, execution: None }
     }

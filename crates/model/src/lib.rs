@@ -14,12 +14,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod barrier;
+pub mod cell;
+pub mod lsn;
+pub mod persisted;
 pub mod session;
 pub mod sql;
-pub mod lsn;
-pub mod cell;
 pub mod switchover;
-pub mod barrier;
-pub mod persisted;
 
 pub use lsn::Lsn;

@@ -106,7 +106,9 @@ impl Application {
             Stage::Promote if self.state(to)? == CellState::Active => Ok(()),
             Stage::Promote => self.change(to, CellState::Active),
             Stage::Rejoin => self.change(from, CellState::Passive),
-            Stage::Revert if self.state(from)? == CellState::Draining => self.change(from, CellState::Active),
+            Stage::Revert if self.state(from)? == CellState::Draining => {
+                self.change(from, CellState::Active)
+            }
             _ => Ok(()),
         }
     }
@@ -174,8 +176,14 @@ mod tests {
                 }
                 let granted = app.epoch > before;
                 let ending = run(&mut app, resume(order[crash], granted));
-                let (active, ended) = if granted { ("b", Ending::Completed) } else { ("a", Ending::Aborted) };
-                assert_eq!((app.active(), ending), (Some(active), ended), "crash at {}", order[crash]);
+                let (active, ended) =
+                    if granted { ("b", Ending::Completed) } else { ("a", Ending::Aborted) };
+                assert_eq!(
+                    (app.active(), ending),
+                    (Some(active), ended),
+                    "crash at {}",
+                    order[crash]
+                );
             }
         }
     }

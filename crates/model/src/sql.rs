@@ -125,7 +125,8 @@ impl<'a> Iterator for Tokens<'a> {
                 self.take(Kind::Word, len)
             }
             [b'0'..=b'9', ..] => {
-                let len = rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'.').count();
+                let len =
+                    rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'.').count();
                 self.take(Kind::Number, len)
             }
             _ => self.take(Kind::Other, 1),
@@ -249,7 +250,11 @@ pub fn quote_name(name: &str) -> String {
 /// Quotes a value for use in SQL, whatever `standard_conforming_strings` says.
 pub fn quote_literal(value: &str) -> String {
     let quoted = value.replace('\'', "''");
-    if quoted.contains('\\') { format!("E'{}'", quoted.replace('\\', "\\\\")) } else { format!("'{quoted}'") }
+    if quoted.contains('\\') {
+        format!("E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
 }
 
 /// A statement as it may be shown: literals replaced, at most `len_max` characters. Statements hold secrets.

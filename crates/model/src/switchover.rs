@@ -117,11 +117,18 @@ pub fn next(stage: Stage, outcome: Outcome) -> Next {
         (Stage::Revert, Outcome::Done) => End(Ending::Aborted),
         // Nothing was changed yet, but sessions were prepared: going back is the same as later on.
         (
-            Stage::Prepare | Stage::Hold | Stage::Fence | Stage::Capture | Stage::CatchUp | Stage::Grant,
+            Stage::Prepare
+            | Stage::Hold
+            | Stage::Fence
+            | Stage::Capture
+            | Stage::CatchUp
+            | Stage::Grant,
             Outcome::Failed,
         ) => Go(Stage::Revert),
         // The epoch is the target's. Going back would need a new grant, which is a switchover of its own.
-        (Stage::Promote | Stage::Attach | Stage::Release | Stage::Revert, Outcome::Failed) => End(Ending::Stuck),
+        (Stage::Promote | Stage::Attach | Stage::Release | Stage::Revert, Outcome::Failed) => {
+            End(Ending::Stuck)
+        }
         (Stage::Rejoin, Outcome::Failed) => End(Ending::CompletedWithoutRejoin),
     }
 }

@@ -13,7 +13,9 @@ impl Address {
     /// Reads `host:port`, `[v6]:port` or `/directory:port`; the port may be left out (5432).
     pub fn read(text: &str) -> Option<Address> {
         let (host, port) = match text.rsplit_once(':') {
-            Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, port.parse().ok()?),
+            Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+                (host, port.parse().ok()?)
+            }
             Some(_) => (text, 5432),
             None => (text, 5432),
         };
@@ -23,7 +25,9 @@ impl Address {
 
     /// The path of the Unix socket, if it is one.
     pub fn socket_path(&self) -> Option<PathBuf> {
-        self.host.starts_with('/').then(|| PathBuf::from(format!("{}/.s.PGSQL.{}", self.host, self.port)))
+        self.host
+            .starts_with('/')
+            .then(|| PathBuf::from(format!("{}/.s.PGSQL.{}", self.host, self.port)))
     }
 }
 

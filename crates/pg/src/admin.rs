@@ -69,13 +69,17 @@ impl Admin {
     /// # Errors
     /// The server refuses it, the connection is lost, or no answer comes in time.
     pub async fn rows(&mut self, sql: &str) -> Result<Vec<crate::connection::Row>, QueryError> {
-        timeout(self.wait, self.connection.rows(sql)).await.unwrap_or(Err(QueryError::Timeout(self.wait)))
+        timeout(self.wait, self.connection.rows(sql))
+            .await
+            .unwrap_or(Err(QueryError::Timeout(self.wait)))
     }
 
     /// # Errors
     /// As [`Admin::rows`].
     pub async fn value(&mut self, sql: &str) -> Result<Option<String>, QueryError> {
-        timeout(self.wait, self.connection.value(sql)).await.unwrap_or(Err(QueryError::Timeout(self.wait)))
+        timeout(self.wait, self.connection.value(sql))
+            .await
+            .unwrap_or(Err(QueryError::Timeout(self.wait)))
     }
 
     /// # Errors
@@ -86,7 +90,9 @@ impl Admin {
             current_setting('server_version_num'), (SELECT system_identifier FROM pg_control_system()), \
             EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')";
         let rows = self.rows(sql).await?;
-        let cell = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref).unwrap_or("");
+        let cell = |at: usize| {
+            rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref).unwrap_or("")
+        };
         Ok(ServerStatus {
             in_recovery: cell(0) == "t",
             lsn: Lsn::read(cell(1)).unwrap_or_default(),
@@ -117,7 +123,11 @@ impl Admin {
     ///
     /// # Errors
     /// As [`Admin::rows`].
-    pub async fn verifier(&mut self, query: &str, user: &str) -> Result<Option<Verifier>, QueryError> {
+    pub async fn verifier(
+        &mut self,
+        query: &str,
+        user: &str,
+    ) -> Result<Option<Verifier>, QueryError> {
         let mut out = Vec::new();
         Connection::add_statement(&mut out, "", query, &[user]);
         wire::frontend::sync(&mut out);
@@ -125,7 +135,8 @@ impl Admin {
             self.connection.send(&out).await?;
             self.connection.answers().await
         };
-        let answers = timeout(self.wait, ask).await.unwrap_or(Err(QueryError::Timeout(self.wait)))?;
+        let answers =
+            timeout(self.wait, ask).await.unwrap_or(Err(QueryError::Timeout(self.wait)))?;
         let row = answers.into_iter().next().and_then(|answer| answer.rows.into_iter().next());
         // As pgbouncer's auth_query: the user, then the password.
         let password = row.and_then(|row| row.into_iter().nth(1)).flatten();

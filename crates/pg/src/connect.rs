@@ -76,7 +76,9 @@ impl Target {
         };
         match timeout(self.timeout, attempt).await {
             Ok(result) => result,
-            Err(_) => Err(ConnectError::Timeout { address: self.address.clone(), timeout: self.timeout }),
+            Err(_) => {
+                Err(ConnectError::Timeout { address: self.address.clone(), timeout: self.timeout })
+            }
         }
     }
 
@@ -95,7 +97,9 @@ impl Target {
         };
         match timeout(self.timeout, attempt).await {
             Ok(result) => result,
-            Err(_) => Err(ConnectError::Timeout { address: self.address.clone(), timeout: self.timeout }),
+            Err(_) => {
+                Err(ConnectError::Timeout { address: self.address.clone(), timeout: self.timeout })
+            }
         }
     }
 
@@ -125,19 +129,29 @@ impl Target {
                 let handshake = Handshake::client(&self.tls, &self.address.host)
                     .map_err(|source| tls(TlsError::Handshake(source)))?;
                 let mut early = Vec::new();
-                let (certificate, _) = Box::pin(stream.handshake(Box::new(handshake), Vec::new(), &mut early))
-                    .await
-                    .map_err(tls)?;
+                let (certificate, _) =
+                    Box::pin(stream.handshake(Box::new(handshake), Vec::new(), &mut early))
+                        .await
+                        .map_err(tls)?;
                 let end_point = certificate.as_deref().and_then(end_point_hash);
                 Ok(Connection::new(stream, early, end_point))
             }
-            [b'N'] if self.tls.mode == SslMode::Prefer => Ok(Connection::new(stream, Vec::new(), None)),
+            [b'N'] if self.tls.mode == SslMode::Prefer => {
+                Ok(Connection::new(stream, Vec::new(), None))
+            }
             [b'N'] => Err(ConnectError::NoTls { address: address() }),
-            _ => Err(io(io::Error::new(io::ErrorKind::InvalidData, "unexpected answer to an SSLRequest"))),
+            _ => Err(io(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "unexpected answer to an SSLRequest",
+            ))),
         }
     }
 
-    async fn authenticate(&self, mut connection: Connection, login: &Login) -> Result<Connection, ConnectError> {
+    async fn authenticate(
+        &self,
+        mut connection: Connection,
+        login: &Login,
+    ) -> Result<Connection, ConnectError> {
         let mut out = Vec::new();
         let params = login.params.iter().map(|(name, value)| (name.as_slice(), value.as_slice()));
         startup::startup_message(&mut out, Version::V3_0, params);
@@ -171,7 +185,8 @@ impl Target {
                     let Some(ScramState::First(state)) = scram.take() else {
                         return Err(self.scram(ScramError::Malformed("challenge")));
                     };
-                    let (proof, state) = state.on_server_first(challenge).map_err(|source| self.scram(source))?;
+                    let (proof, state) =
+                        state.on_server_first(challenge).map_err(|source| self.scram(source))?;
                     let mut out = Vec::new();
                     frontend::sasl_response(&mut out, proof.as_bytes());
                     connection.send(&out).await.map_err(|source| self.protocol(source))?;

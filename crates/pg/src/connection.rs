@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::io;
 
 use thiserror::Error;
+use wire::Malformed;
 use wire::backend::{Backend, TxStatus};
 use wire::frame::{self, FrameError, Side};
 use wire::frontend::{self, Target};
-use wire::Malformed;
 use wire::sqlstate::SqlState;
 
 use crate::connect::view;
@@ -133,7 +133,9 @@ impl Connection {
     pub async fn receive(&mut self) -> Result<Message, QueryError> {
         loop {
             let rest = self.buffer.get(self.at..).unwrap_or_default();
-            if let Some((tag, body, len)) = frame::whole(Side::Backend, rest).map_err(QueryError::Frame)? {
+            if let Some((tag, body, len)) =
+                frame::whole(Side::Backend, rest).map_err(QueryError::Frame)?
+            {
                 let message = Message { tag, body: body.to_vec() };
                 self.at += len;
                 if self.at == self.buffer.len() {
@@ -254,7 +256,8 @@ impl Connection {
     pub fn add_statement(out: &mut Vec<u8>, name: &str, sql: &str, params: &[&str]) {
         let name = name.as_bytes();
         frontend::parse(out, name, sql.as_bytes(), &[]);
-        let params: Vec<Option<&[u8]>> = params.iter().map(|param| Some(param.as_bytes())).collect();
+        let params: Vec<Option<&[u8]>> =
+            params.iter().map(|param| Some(param.as_bytes())).collect();
         frontend::bind_text(out, b"", name, &params);
         frontend::execute(out, b"", 0);
         frontend::close(out, Target::Statement(name));

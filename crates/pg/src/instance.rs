@@ -12,7 +12,8 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 /// Files that belong to one server and not to its data; pg_rewind would overwrite them with the source's.
-const OWN_FILES: [&str; 4] = ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
+const OWN_FILES: [&str; 4] =
+    ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
 /// Output of a program that is kept for its error.
 const OUTPUT_LEN_MAX: usize = 4_000;
 
@@ -64,7 +65,8 @@ pub fn find_bin_dir() -> Option<PathBuf> {
     found.sort();
     let on_path = || {
         let path = std::env::var_os("PATH")?;
-        std::env::split_paths(&path).find(|dir| dir.join("pg_ctl").exists() && dir.join("initdb").exists())
+        std::env::split_paths(&path)
+            .find(|dir| dir.join("pg_ctl").exists() && dir.join("initdb").exists())
     };
     found.pop().map(|(_, bin)| bin).or_else(on_path)
 }
@@ -81,14 +83,24 @@ impl Instance {
             source,
         })?;
         let run_as = is_root().then(|| RunAs { uid: owner.uid(), gid: owner.gid() });
-        Ok(Instance { bin_dir: bin_dir.to_owned(), data_dir: data_dir.to_owned(), run_as, options: Vec::new() })
+        Ok(Instance {
+            bin_dir: bin_dir.to_owned(),
+            data_dir: data_dir.to_owned(),
+            run_as,
+            options: Vec::new(),
+        })
     }
 
     /// Runs one of the server's programs to its end.
     ///
     /// # Errors
     /// It is missing, takes longer than `limit`, or fails; then with the end of its output.
-    pub async fn run(&self, program: &'static str, args: &[&str], limit: Duration) -> Result<String, InstanceError> {
+    pub async fn run(
+        &self,
+        program: &'static str,
+        args: &[&str],
+        limit: Duration,
+    ) -> Result<String, InstanceError> {
         let path = self.bin_dir.join(program);
         if !path.exists() {
             return Err(InstanceError::NoProgram { program, bin_dir: self.bin_dir.clone() });
@@ -103,7 +115,8 @@ impl Instance {
         }
         // A server started by pg_ctl would keep a pipe open for ever, so output goes to a file.
         let log = self.scratch_file(program)?;
-        let file = |what| move |source| InstanceError::File { path: PathBuf::from(program), what, source };
+        let file =
+            |what| move |source| InstanceError::File { path: PathBuf::from(program), what, source };
         let out = std::fs::File::create(&log).map_err(file("created"))?;
         command.stdout(out.try_clone().map_err(file("shared"))?).stderr(out);
         let ended = match timeout(limit, command.status()).await {
@@ -114,7 +127,8 @@ impl Instance {
         let _ = std::fs::remove_file(&log);
         let status = ended?;
         let start = output.len().saturating_sub(OUTPUT_LEN_MAX);
-        let output = String::from_utf8_lossy(output.get(start..).unwrap_or_default()).trim().to_owned();
+        let output =
+            String::from_utf8_lossy(output.get(start..).unwrap_or_default()).trim().to_owned();
         if status.success() {
             Ok(output)
         } else {
@@ -211,11 +225,14 @@ impl Instance {
     /// # Errors
     /// pg_rewind fails; then the directory may be unusable and must be copied anew.
     pub async fn rewind(&self, source_conninfo: &str) -> Result<String, InstanceError> {
-        let kept: Vec<(PathBuf, Option<Vec<u8>>)> =
-            OWN_FILES.iter().map(|name| self.data_dir.join(name)).map(|path| {
+        let kept: Vec<(PathBuf, Option<Vec<u8>>)> = OWN_FILES
+            .iter()
+            .map(|name| self.data_dir.join(name))
+            .map(|path| {
                 let bytes = std::fs::read(&path).ok();
                 (path, bytes)
-            }).collect();
+            })
+            .collect();
         let args = ["-D", self.data(), "--source-server", source_conninfo];
         let result = self.run("pg_rewind", &args, Duration::from_secs(3_600)).await;
         for (path, bytes) in kept {
@@ -255,7 +272,8 @@ impl Instance {
         let temporary = path.with_extension("holdfast-new");
         let mut file = std::fs::File::create(&temporary).map_err(error)?;
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(error)?;
-        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600)).map_err(error)?;
+        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))
+            .map_err(error)?;
         if let Some(RunAs { uid, gid }) = self.run_as {
             std::os::unix::fs::chown(&temporary, Some(uid), Some(gid)).map_err(error)?;
         }

@@ -14,11 +14,11 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
-pub mod stream;
+pub mod admin;
 pub mod connect;
 pub mod connection;
-pub mod admin;
 pub mod instance;
+pub mod stream;
 
 pub use address::Address;
 pub use connect::{ConnectError, Login, Target};

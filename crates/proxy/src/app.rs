@@ -51,7 +51,8 @@ pub struct App {
 
 impl App {
     pub fn new(config: AppConfig, active: &str) -> App {
-        let cell = |(name, target): (String, Target)| (name.clone(), Arc::new(Cell { name, target }));
+        let cell =
+            |(name, target): (String, Target)| (name.clone(), Arc::new(Cell { name, target }));
         let cells: BTreeMap<String, Arc<Cell>> = config.cells.into_iter().map(cell).collect();
         let gate = cells.get(active).map_or(Gate::Held, |cell| Gate::Open(cell.clone()));
         App {

@@ -23,7 +23,10 @@ const VERIFIERS_MAX: usize = 10_000;
 pub enum Check {
     Trust,
     /// By SCRAM. A password, where the file has one, logs in to the server.
-    Scram { verifier: Verifier, password: Option<Secret> },
+    Scram {
+        verifier: Verifier,
+        password: Option<Secret>,
+    },
 }
 
 #[derive(Debug, Error)]
@@ -56,7 +59,13 @@ impl Authenticator {
         let mut mock_secret = [0; 32];
         // Without random numbers nothing can be checked; `check` then fails at its own nonce.
         let _ = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut mock_secret);
-        Authenticator { config, login, mock_secret, verifiers: Mutex::default(), admin: tokio::sync::Mutex::default() }
+        Authenticator {
+            config,
+            login,
+            mock_secret,
+            verifiers: Mutex::default(),
+            admin: tokio::sync::Mutex::default(),
+        }
     }
 
     /// How `user` is to be checked. An unknown user gets a check that fails.
@@ -72,8 +81,12 @@ impl Authenticator {
                     Some(Entry::Verifier(verifier)) => (verifier, None),
                     Some(Entry::Password(password)) => {
                         let salt = Verifier::mock(&self.mock_secret, user.as_bytes()).salt.clone();
-                        let iterations = std::num::NonZeroU32::new(4096).ok_or(AuthError::Random)?;
-                        (Verifier::of_password(password.expose(), &salt, iterations), Some(password))
+                        let iterations =
+                            std::num::NonZeroU32::new(4096).ok_or(AuthError::Random)?;
+                        (
+                            Verifier::of_password(password.expose(), &salt, iterations),
+                            Some(password),
+                        )
                     }
                     None => (mock(), None),
                 };
@@ -107,7 +120,12 @@ impl Authenticator {
         self.verifiers.lock().unwrap_or_else(PoisonError::into_inner).remove(user);
     }
 
-    async fn ask(&self, query: &str, user: &str, server: &Target) -> Result<Option<Verifier>, AuthError> {
+    async fn ask(
+        &self,
+        query: &str,
+        user: &str,
+        server: &Target,
+    ) -> Result<Option<Verifier>, AuthError> {
         let mut slot = self.admin.lock().await;
         let address = server.address.to_string();
         // The connection may have died since it was used; then a fresh one is asked once.
@@ -121,7 +139,10 @@ impl Authenticator {
         let mut admin = Admin::connect(server, &self.login)
             .await
             .map_err(|error| AuthError::Server(Box::new(error)))?;
-        let found = admin.verifier(query, user).await.map_err(|error| AuthError::Server(Box::new(error)))?;
+        let found = admin
+            .verifier(query, user)
+            .await
+            .map_err(|error| AuthError::Server(Box::new(error)))?;
         *slot = Some((address, admin));
         Ok(found)
     }
@@ -136,7 +157,8 @@ enum Entry {
 fn from_file(path: &Path, user: &str) -> Result<Option<Entry>, AuthError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| AuthError::File { path: path.to_owned(), source })?;
-    let line = text.lines().rev().filter_map(|line| line.split_once(':')).find(|(name, _)| *name == user);
+    let line =
+        text.lines().rev().filter_map(|line| line.split_once(':')).find(|(name, _)| *name == user);
     Ok(line.map(|(_, secret)| match Verifier::read(secret) {
         Some(verifier) => Entry::Verifier(verifier),
         None => Entry::Password(Secret::new(secret)),

@@ -126,7 +126,8 @@ async fn capture_on(
     custom: &BTreeSet<String>,
     count: CountLocks,
 ) -> Result<Captured, QueryError> {
-    let version = connection.params.get("server_version").and_then(|text| ServerVersion::read(text));
+    let version =
+        connection.params.get("server_version").and_then(|text| ServerVersion::read(text));
     let questions = capture::questions(version.unwrap_or(ServerVersion(150_000)), custom);
     let mut out = Vec::new();
     for question in &questions.0 {
@@ -141,7 +142,9 @@ async fn capture_on(
         }
     };
     let rows = |at: usize| answers.get(at).map(|answer| answer.rows.as_slice()).unwrap_or_default();
-    let told = answers.iter().any(|answer| answer.infos.iter().any(|info| info == capture::SEQUENCES_TOLD));
+    let told = answers
+        .iter()
+        .any(|answer| answer.infos.iter().any(|info| info == capture::SEQUENCES_TOLD));
     let read = capture::read(rows(capture::ANSWER_PUT_ASIDE), rows(capture::ANSWER_STATE), told);
     let mut captured = read.map_err(|error| QueryError::Server {
         sqlstate: SqlState::INTERNAL_ERROR,
@@ -186,7 +189,8 @@ pub(crate) async fn prepare(
     cell: &Cell,
 ) -> Result<Prepared, Reason> {
     let connection = log_in(identity, cell).await?;
-    let mut prepared = Prepared { cell: cell.name.clone(), connection, snapshot: snapshot.beforehand() };
+    let mut prepared =
+        Prepared { cell: cell.name.clone(), connection, snapshot: snapshot.beforehand() };
     restore(&mut prepared.connection, custom, &prepared.snapshot).await?;
     Ok(prepared)
 }
@@ -286,7 +290,11 @@ pub(crate) async fn attach(
 
 /// The server must be a primary, listen to what the session listens to, and hold the unnamed statement. This
 /// is also the round trip in which parameters that changed at the promotion arrive.
-async fn last_look(connection: &mut Connection, session: &Session, snapshot: &Snapshot) -> Result<(), Reason> {
+async fn last_look(
+    connection: &mut Connection,
+    session: &Session,
+    snapshot: &Snapshot,
+) -> Result<(), Reason> {
     let mut out = Vec::new();
     let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
         SELECT c FROM pg_catalog.pg_listening_channels() c";
@@ -304,14 +312,20 @@ async fn last_look(connection: &mut Connection, session: &Session, snapshot: &Sn
     }
     let channels: BTreeSet<String> = cells.collect();
     if channels != snapshot.channels {
-        return Err(Reason::Failed { error: "the server does not listen to the session's channels".into() });
+        return Err(Reason::Failed {
+            error: "the server does not listen to the session's channels".into(),
+        });
     }
     Ok(())
 }
 
 impl Session {
     /// Swaps the server: from here on the session stands on the new one.
-    pub(crate) fn swap(&mut self, attached: Attached, cell: std::sync::Arc<Cell>) -> std::io::Result<()> {
+    pub(crate) fn swap(
+        &mut self,
+        attached: Attached,
+        cell: std::sync::Arc<Cell>,
+    ) -> std::io::Result<()> {
         let mut connection = attached.connection;
         let params: BTreeMap<String, String> = std::mem::take(&mut connection.params);
         let aside = std::mem::take(&mut connection.aside);

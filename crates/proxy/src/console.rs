@@ -21,8 +21,12 @@ pub(crate) async fn run(mut client: Client, shared: Arc<Shared>) {
     let mut out = Vec::new();
     backend::authentication_ok(&mut out);
     let version = concat!("15.0 (Holdfast ", env!("CARGO_PKG_VERSION"), ")");
-    let params =
-        [("server_version", version), ("client_encoding", "UTF8"), ("server_encoding", "UTF8"), ("DateStyle", "ISO")];
+    let params = [
+        ("server_version", version),
+        ("client_encoding", "UTF8"),
+        ("server_encoding", "UTF8"),
+        ("DateStyle", "ISO"),
+    ];
     for (name, value) in params {
         backend::parameter_status(&mut out, name.as_bytes(), value.as_bytes());
     }
@@ -104,10 +108,15 @@ async fn kill(out: &mut Vec<u8>, shared: &Shared, id: &str) {
     let id = id.parse().ok();
     let known = shared.views().await.iter().any(|view| Some(view.id) == id);
     let (Some(id), true) = (id, known) else {
-        Report::error(SqlState::UNDEFINED_OBJECT, "no such session").hint("SHOW SESSIONS").write_error(out);
+        Report::error(SqlState::UNDEFINED_OBJECT, "no such session")
+            .hint("SHOW SESSIONS")
+            .write_error(out);
         return;
     };
-    let report = Report::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command");
+    let report = Report::fatal(
+        SqlState::ADMIN_SHUTDOWN,
+        "terminating connection due to administrator command",
+    );
     for engine in &shared.engines {
         engine.send(crate::engine::Command::End(crate::engine::Want::One(id), report.clone()));
     }
@@ -118,8 +127,21 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
     Some(match topic {
         "SESSIONS" => Table {
             columns: vec![
-                "id", "app", "user", "database", "application_name", "client", "tls", "cell", "server", "pid",
-                "state", "connected_s", "idle_s", "moves", "pins",
+                "id",
+                "app",
+                "user",
+                "database",
+                "application_name",
+                "client",
+                "tls",
+                "cell",
+                "server",
+                "pid",
+                "state",
+                "connected_s",
+                "idle_s",
+                "moves",
+                "pins",
             ],
             rows: shared
                 .views()
@@ -128,23 +150,52 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 .map(|v| {
                     let pins = v.pins.join("; ");
                     vec![
-                        v.id.to_string(), v.app, v.user, v.database, v.application_name, v.client,
-                        v.tls.to_string(), v.cell, v.server, v.backend_pid.to_string(), v.state,
-                        v.connected_s.to_string(), v.idle_s.to_string(), v.moves.to_string(), pins,
+                        v.id.to_string(),
+                        v.app,
+                        v.user,
+                        v.database,
+                        v.application_name,
+                        v.client,
+                        v.tls.to_string(),
+                        v.cell,
+                        v.server,
+                        v.backend_pid.to_string(),
+                        v.state,
+                        v.connected_s.to_string(),
+                        v.idle_s.to_string(),
+                        v.moves.to_string(),
+                        pins,
                     ]
                 })
                 .collect(),
         },
         "CLIENTS" => Table {
-            columns: vec!["id", "user", "database", "client", "tls", "state", "bytes_in", "bytes_out", "requests"],
+            columns: vec![
+                "id",
+                "user",
+                "database",
+                "client",
+                "tls",
+                "state",
+                "bytes_in",
+                "bytes_out",
+                "requests",
+            ],
             rows: shared
                 .views()
                 .await
                 .into_iter()
                 .map(|v| {
                     vec![
-                        v.id.to_string(), v.user, v.database, v.client, v.tls.to_string(), v.state,
-                        v.bytes_in.to_string(), v.bytes_out.to_string(), v.requests.to_string(),
+                        v.id.to_string(),
+                        v.user,
+                        v.database,
+                        v.client,
+                        v.tls.to_string(),
+                        v.state,
+                        v.bytes_in.to_string(),
+                        v.bytes_out.to_string(),
+                        v.requests.to_string(),
                     ]
                 })
                 .collect(),
@@ -157,8 +208,14 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 .into_iter()
                 .map(|v| {
                     vec![
-                        v.id.to_string(), v.app, v.cell, v.server, v.backend_pid.to_string(), v.user,
-                        v.database, v.state,
+                        v.id.to_string(),
+                        v.app,
+                        v.cell,
+                        v.server,
+                        v.backend_pid.to_string(),
+                        v.user,
+                        v.database,
+                        v.state,
                     ]
                 })
                 .collect(),
@@ -171,7 +228,9 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 .into_iter()
                 .flat_map(|v| {
                     let (id, user, name) = (v.id.to_string(), v.user, v.application_name);
-                    v.pins.into_iter().map(move |pin| vec![id.clone(), user.clone(), name.clone(), pin])
+                    v.pins
+                        .into_iter()
+                        .map(move |pin| vec![id.clone(), user.clone(), name.clone(), pin])
                 })
                 .collect(),
         },
@@ -188,7 +247,10 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 columns: vec!["name", "value"],
                 rows: vec![
                     one("logins", shared.metrics.logins.load(Ordering::Relaxed).to_string()),
-                    one("logins_failed", shared.metrics.logins_failed.load(Ordering::Relaxed).to_string()),
+                    one(
+                        "logins_failed",
+                        shared.metrics.logins_failed.load(Ordering::Relaxed).to_string(),
+                    ),
                     one("cancels", shared.metrics.cancels.load(Ordering::Relaxed).to_string()),
                     one("requests", sum(&|c| c.requests.load(Ordering::Relaxed))),
                     one("bytes_in", sum(&|c| c.bytes_in.load(Ordering::Relaxed))),
@@ -233,10 +295,17 @@ async fn cells(shared: &Shared) -> Vec<Vec<String>> {
     for app in &shared.apps {
         let active = app.active().map(|cell| cell.name.clone());
         for (name, cell) in &app.cells {
-            let sessions = views.iter().filter(|view| view.app == app.name && view.cell == *name).count();
+            let sessions =
+                views.iter().filter(|view| view.app == app.name && view.cell == *name).count();
             let serves = Some(name) == active.as_ref();
             let address = cell.target.address.to_string();
-            rows.push(vec![app.name.clone(), name.clone(), address, serves.to_string(), sessions.to_string()]);
+            rows.push(vec![
+                app.name.clone(),
+                name.clone(),
+                address,
+                serves.to_string(),
+                sessions.to_string(),
+            ]);
         }
     }
     rows

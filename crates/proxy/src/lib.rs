@@ -21,19 +21,19 @@
 
 #![deny(unsafe_code)]
 
-pub mod config;
 pub mod app;
-pub mod session;
-pub mod relay;
+mod auth;
+mod carry;
+pub mod config;
+mod console;
 pub mod engine;
 mod listener;
 mod login;
-mod auth;
-mod carry;
-pub mod mover;
-mod console;
 pub mod metrics;
+pub mod mover;
 mod proxy;
+pub mod relay;
+pub mod session;
 
 pub use config::ProxyConfig;
 pub use proxy::{Proxy, StartError};

@@ -32,8 +32,9 @@ pub(crate) async fn run(listener: TcpListener, shared: Arc<Shared>) {
         }
         let Some(place) = shared.take_place() else {
             let max = shared.config.limits.clients_max;
-            let report = Report::fatal(SqlState::TOO_MANY_CONNECTIONS, "sorry, too many clients already")
-                .detail(format!("`clients_max` of the proxy is {max}"));
+            let report =
+                Report::fatal(SqlState::TOO_MANY_CONNECTIONS, "sorry, too many clients already")
+                    .detail(format!("`clients_max` of the proxy is {max}"));
             let mut out = Vec::new();
             report.write_error(&mut out);
             tokio::spawn(async move {

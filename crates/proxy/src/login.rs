@@ -78,7 +78,9 @@ impl Client {
                     return self.refuse(report).await;
                 }
                 Err(error) => {
-                    return self.refuse(Report::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())).await;
+                    return self
+                        .refuse(Report::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string()))
+                        .await;
                 }
             }
         }
@@ -95,7 +97,9 @@ pub(crate) async fn run(socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>
 
 async fn connection(mut client: Client, shared: &Arc<Shared>, place: Place) -> Outcome<()> {
     let packet = Box::pin(first_packet(&mut client, shared)).await?;
-    let Ok(Some((First::Startup(startup), _))) = startup::first(&packet) else { return Err(Refused) };
+    let Ok(Some((First::Startup(startup), _))) = startup::first(&packet) else {
+        return Err(Refused);
+    };
     let request = Request::read(&mut client, &startup).await?;
     if shared.config.tls_required && !client.stream.is_tls() {
         let report = Report::fatal(SqlState::INVALID_AUTHORIZATION, "TLS is required")
@@ -116,11 +120,17 @@ async fn connection(mut client: Client, shared: &Arc<Shared>, place: Place) -> O
     };
     // Authentication reads from the server, so it waits for the gate as the login does.
     let Some(cell) = app.pass_gate().await else { return Err(Refused) };
-    let credential = Box::pin(authenticate(&mut client, shared, &app, &cell, &request.user)).await?;
+    let credential =
+        Box::pin(authenticate(&mut client, shared, &app, &cell, &request.user)).await?;
     Box::pin(attach(client, shared, app, request, credential, startup.version, place)).await
 }
 
-async fn console(mut client: Client, shared: &Arc<Shared>, request: Request, place: Place) -> Outcome<()> {
+async fn console(
+    mut client: Client,
+    shared: &Arc<Shared>,
+    request: Request,
+    place: Place,
+) -> Outcome<()> {
     if !shared.config.admin_users.contains(&request.user) {
         let report = Report::fatal(
             SqlState::INVALID_AUTHORIZATION,
@@ -163,7 +173,12 @@ impl Request {
             !matches!(value.to_ascii_lowercase().as_slice(), b"" | b"false" | b"off" | b"no" | b"0")
         });
         let own = |(name, value): &(&[u8], &[u8])| (name.to_vec(), value.to_vec());
-        let params = startup.params.iter().filter(|(name, _)| !name.starts_with(b"_pq_.")).map(own).collect();
+        let params = startup
+            .params
+            .iter()
+            .filter(|(name, _)| !name.starts_with(b"_pq_."))
+            .map(own)
+            .collect();
         Ok(Request { user: text(user), database: text(database), params, replication })
     }
 }
@@ -219,7 +234,9 @@ async fn first_packet(client: &mut Client, shared: &Arc<Shared>) -> Outcome<Vec<
             start_tls(client, shared).await?;
         }
     }
-    client.refuse(Report::fatal(SqlState::PROTOCOL_VIOLATION, "too many requests for encryption")).await
+    client
+        .refuse(Report::fatal(SqlState::PROTOCOL_VIOLATION, "too many requests for encryption"))
+        .await
 }
 
 async fn start_tls(client: &mut Client, shared: &Arc<Shared>) -> Outcome<bool> {
@@ -241,8 +258,12 @@ async fn start_tls(client: &mut Client, shared: &Arc<Shared>) -> Outcome<bool> {
 
 /// A later minor version, or protocol options, are answered with what there is.
 async fn negotiate_version(client: &mut Client, startup: &Startup<'_>) -> Outcome<()> {
-    let options: Vec<&[u8]> =
-        startup.params.iter().map(|(name, _)| *name).filter(|name| name.starts_with(b"_pq_.")).collect();
+    let options: Vec<&[u8]> = startup
+        .params
+        .iter()
+        .map(|(name, _)| *name)
+        .filter(|name| name.starts_with(b"_pq_."))
+        .collect();
     if startup.version <= Version::V3_2 && options.is_empty() {
         return Ok(());
     }
@@ -287,8 +308,13 @@ async fn authenticate(
     let check = match app.auth.check(user, &cell.target).await {
         Ok(check) => check,
         Err(error) => {
-            tracing::error!(app = app.name, error = &error as &dyn std::error::Error, "clients cannot be checked");
-            let report = Report::fatal(SqlState::CANNOT_CONNECT_NOW, "clients cannot be checked now");
+            tracing::error!(
+                app = app.name,
+                error = &error as &dyn std::error::Error,
+                "clients cannot be checked"
+            );
+            let report =
+                Report::fatal(SqlState::CANNOT_CONNECT_NOW, "clients cannot be checked now");
             return client.refuse(report).await;
         }
     };
@@ -302,7 +328,9 @@ async fn authenticate(
     };
     let mut out = Vec::new();
     match &end_point {
-        Some(_) => backend::authentication_sasl(&mut out, &[scram::MECHANISM_PLUS, scram::MECHANISM]),
+        Some(_) => {
+            backend::authentication_sasl(&mut out, &[scram::MECHANISM_PLUS, scram::MECHANISM])
+        }
         None => backend::authentication_sasl(&mut out, &[scram::MECHANISM]),
     }
     client.send(&out).await?;
@@ -316,7 +344,9 @@ async fn authenticate(
     let (challenge, state) = match start.on_client_first(mechanism, first) {
         Ok(challenge) => challenge,
         Err(error) => {
-            return client.refuse(Report::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())).await;
+            return client
+                .refuse(Report::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string()))
+                .await;
         }
     };
     let mut out = Vec::new();
@@ -368,12 +398,14 @@ async fn attach(
         drop(counted);
         let Some(_) = app.pass_gate().await else { return Err(Refused) };
         let request = Request { params: login.params, ..request };
-        return Box::pin(attach(client, shared, app, request, login.credential, version, place)).await;
+        return Box::pin(attach(client, shared, app, request, login.credential, version, place))
+            .await;
     };
     let mut connection = match cell.target.login(&login).await {
         Ok(connection) => connection,
         Err(error) => {
-            if matches!(&error, ConnectError::Refused { sqlstate, .. } if *sqlstate == SqlState::INVALID_PASSWORD) {
+            if matches!(&error, ConnectError::Refused { sqlstate, .. } if *sqlstate == SqlState::INVALID_PASSWORD)
+            {
                 app.auth.forget(&request.user);
             }
             shared.metrics.logins_failed.fetch_add(1, Ordering::Relaxed);
@@ -383,7 +415,11 @@ async fn attach(
                 client.stream.close().await;
                 return Err(Refused);
             }
-            tracing::warn!(app = app.name, error = &error as &dyn std::error::Error, "server cannot be reached");
+            tracing::warn!(
+                app = app.name,
+                error = &error as &dyn std::error::Error,
+                "server cannot be reached"
+            );
             let report = Report::fatal(SqlState::CONNECTION_FAILURE, error.to_string());
             return client.refuse(report).await;
         }
@@ -416,7 +452,8 @@ async fn attach(
     };
     let server = Leg::new(server.into_parts().map_err(|_| Refused)?, unread, Side::Backend);
     let received = std::mem::take(&mut client.received);
-    let client = Leg::new(client.stream.into_parts().map_err(|_| Refused)?, received, Side::Frontend);
+    let client =
+        Leg::new(client.stream.into_parts().map_err(|_| Refused)?, received, Side::Frontend);
     std::mem::forget(counted);
     let session = Session {
         id: shared.next_id(),

@@ -9,7 +9,8 @@ use std::time::Duration;
 use model::barrier::Reason;
 
 /// Upper bounds of the pause histogram, in seconds.
-const PAUSE_BOUNDS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 2.5, 5.0];
+const PAUSE_BOUNDS: [f64; 12] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 2.5, 5.0];
 
 #[derive(Debug, Default)]
 pub struct Metrics {
@@ -63,18 +64,33 @@ impl Metrics {
             ("holdfast_cancels_total", "Cancel requests that were forwarded.", &self.cancels),
         ];
         for (name, help, value) in plain {
-            write_metric(out, name, "counter", help, &[(String::new(), value.load(Ordering::Relaxed))]);
+            write_metric(
+                out,
+                name,
+                "counter",
+                help,
+                &[(String::new(), value.load(Ordering::Relaxed))],
+            );
         }
         let moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
         let lines: Vec<(String, u64)> = moves
             .iter()
-            .map(|((result, reason), n)| (format!("{{result=\"{result}\",reason=\"{reason}\"}}"), *n))
+            .map(|((result, reason), n)| {
+                (format!("{{result=\"{result}\",reason=\"{reason}\"}}"), *n)
+            })
             .collect();
-        write_metric(out, "holdfast_moves_total", "counter", "Sessions by what became of their move.", &lines);
+        write_metric(
+            out,
+            "holdfast_moves_total",
+            "counter",
+            "Sessions by what became of their move.",
+            &lines,
+        );
         let pauses = self.pauses.lock().unwrap_or_else(PoisonError::into_inner);
         let name = "holdfast_pause_seconds";
         // Writing to a String does not fail.
-        let _ = writeln!(out, "# HELP {name} How long sessions were held.\n# TYPE {name} histogram");
+        let _ =
+            writeln!(out, "# HELP {name} How long sessions were held.\n# TYPE {name} histogram");
         for (bound, bucket) in PAUSE_BOUNDS.iter().zip(pauses.buckets) {
             let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {bucket}");
         }

@@ -75,7 +75,10 @@ impl Mover {
     }
 
     fn cell(app: &App, name: &str) -> Result<Arc<Cell>, String> {
-        app.cells.get(name).cloned().ok_or_else(|| format!("application `{}` has no cell `{name}`", app.name))
+        app.cells
+            .get(name)
+            .cloned()
+            .ok_or_else(|| format!("application `{}` has no cell `{name}`", app.name))
     }
 
     /// Reads every session at its next idle moment, and attaches a copy of it to `to`, if one is named.
@@ -84,7 +87,8 @@ impl Mover {
         let to = to.map(|name| Mover::cell(&app, name)).transpose()?;
         app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
         let views = self.shared.views().await;
-        let ids: Vec<u64> = views.iter().filter(|view| view.app == app.name).map(|view| view.id).collect();
+        let ids: Vec<u64> =
+            views.iter().filter(|view| view.app == app.name).map(|view| view.id).collect();
         let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
         let mut tasks = JoinSet::new();
         for id in &ids {
@@ -110,7 +114,12 @@ impl Mover {
     }
 
     /// Closes the gate and collects sessions as they come to a safe point.
-    async fn hold(&mut self, app: &str, limit: Duration, on_timeout: OnTimeout) -> Result<Report, String> {
+    async fn hold(
+        &mut self,
+        app: &str,
+        limit: Duration,
+        on_timeout: OnTimeout,
+    ) -> Result<Report, String> {
         let app = self.app(app)?;
         let deadline = Instant::now() + limit;
         let holding = self.holdings.entry(app.name.clone()).or_default();
@@ -152,8 +161,12 @@ impl Mover {
     }
 
     fn backends(&self, app: &str) -> Report {
-        let held = self.holdings.get(app).map(|holding| holding.sessions.as_slice()).unwrap_or_default();
-        Report { backends: held.iter().map(|held| held.session.backend_pid).collect(), ..Report::default() }
+        let held =
+            self.holdings.get(app).map(|holding| holding.sessions.as_slice()).unwrap_or_default();
+        Report {
+            backends: held.iter().map(|held| held.session.backend_pid).collect(),
+            ..Report::default()
+        }
     }
 
     async fn busy(&self, app: &App) -> Vec<Blocker> {
@@ -185,7 +198,9 @@ impl Mover {
                     holding.sessions.push(held);
                 }
                 Err(reasons) => {
-                    report.blockers.push(Blocker { session: held.session.named(), reasons: reasons.clone() });
+                    report
+                        .blockers
+                        .push(Blocker { session: held.session.named(), reasons: reasons.clone() });
                     if force {
                         report.told += 1;
                         let why: Vec<String> = reasons.iter().map(Reason::to_string).collect();
@@ -218,7 +233,8 @@ impl Mover {
             });
         }
         while let Some(result) = tasks.join_next().await {
-            let (mut held, result) = result.map_err(|error| format!("attaching a session broke off: {error}"))?;
+            let (mut held, result) =
+                result.map_err(|error| format!("attaching a session broke off: {error}"))?;
             match result {
                 Ok(()) => {
                     held.moved = true;
@@ -284,12 +300,20 @@ fn count(len: usize) -> u64 {
 }
 
 fn forced(why: &str) -> backend::Report {
-    backend::Report::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
-        .detail(format!("the session could not be moved to another server: {why}"))
-        .hint("connect again; the session's temporary state is lost")
+    backend::Report::fatal(
+        SqlState::ADMIN_SHUTDOWN,
+        "terminating connection due to administrator command",
+    )
+    .detail(format!("the session could not be moved to another server: {why}"))
+    .hint("connect again; the session's temporary state is lost")
 }
 
-async fn prepare_one(shared: &Shared, app: &Arc<App>, to: Option<&Cell>, id: u64) -> Result<(), Option<Blocker>> {
+async fn prepare_one(
+    shared: &Shared,
+    app: &Arc<App>,
+    to: Option<&Cell>,
+    id: u64,
+) -> Result<(), Option<Blocker>> {
     let (out, mut incoming) = mpsc::unbounded_channel();
     for engine in &shared.engines {
         engine.send(Command::Want(Want::One(id), out.clone()));
@@ -315,7 +339,8 @@ async fn prepare_one(shared: &Shared, app: &Arc<App>, to: Option<&Cell>, id: u64
         return Err(Some(Blocker { session, reasons: vec![Reason::Busy { what: view.state }] }));
     };
     let captured = carry::capture(&mut session, CountLocks::Shared).await;
-    let (named, identity, custom) = (session.named(), session.identity.clone(), session.hints.custom.clone());
+    let (named, identity, custom) =
+        (session.named(), session.identity.clone(), session.hints.custom.clone());
     // The client goes on while its copy is made.
     shared.give(session);
     let reasons = match captured {
@@ -323,7 +348,8 @@ async fn prepare_one(shared: &Shared, app: &Arc<App>, to: Option<&Cell>, id: u64
             None => return Ok(()),
             Some(cell) => match carry::prepare(&identity, &custom, captured.snapshot, cell).await {
                 Ok(prepared) => {
-                    let mut all = app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let mut all =
+                        app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                     all.insert(id, prepared);
                     return Ok(());
                 }
@@ -359,7 +385,9 @@ async fn capture_one(held: &mut Held) -> Result<(), Vec<Reason>> {
     while held.session.cancels_under_way() && Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
     }
-    let captured = carry::capture(&mut held.session, CountLocks::Alone).await.map_err(|reason| vec![reason])?;
+    let captured = carry::capture(&mut held.session, CountLocks::Alone)
+        .await
+        .map_err(|reason| vec![reason])?;
     if captured.pins.is_empty() {
         held.snapshot = Some(captured.snapshot);
         Ok(())

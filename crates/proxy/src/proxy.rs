@@ -107,7 +107,11 @@ impl Shared {
         }
     }
 
-    pub(crate) fn session_of_key(&self, pid: i32, secret: &[u8]) -> Option<(u64, Arc<EngineHandle>)> {
+    pub(crate) fn session_of_key(
+        &self,
+        pid: i32,
+        secret: &[u8],
+    ) -> Option<(u64, Arc<EngineHandle>)> {
         let keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
         let (id, engine) = *keys.get(&(pid, secret.into()))?;
         Some((id, self.engines.get(engine)?.clone()))
@@ -146,7 +150,10 @@ impl Proxy {
     ///
     /// # Errors
     /// An address is taken, or the state names a cell that is not configured.
-    pub async fn start(config: ProxyConfig, active: &BTreeMap<String, String>) -> Result<Proxy, StartError> {
+    pub async fn start(
+        config: ProxyConfig,
+        active: &BTreeMap<String, String>,
+    ) -> Result<Proxy, StartError> {
         let mut apps = Vec::new();
         for app in &config.apps {
             let cell = active.get(&app.name).map(String::as_str).unwrap_or_default();
@@ -159,8 +166,9 @@ impl Proxy {
         let idle = u32::try_from(config.limits.idle_timeout.as_secs()).unwrap_or(u32::MAX);
         let (mut engines, mut threads) = (Vec::new(), Vec::new());
         for number in 0..config.engines.max(1) {
-            let (engine, thread) = EngineHandle::start(&format!("engine-{number}"), idle, clock.clone())
-                .map_err(StartError::Engine)?;
+            let (engine, thread) =
+                EngineHandle::start(&format!("engine-{number}"), idle, clock.clone())
+                    .map_err(StartError::Engine)?;
             engines.push(engine);
             threads.push(thread);
         }
@@ -178,7 +186,8 @@ impl Proxy {
         });
         let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
         for address in &shared.config.listen {
-            let listener = listen(*address).map_err(|source| StartError::Listen { address: *address, source })?;
+            let listener = listen(*address)
+                .map_err(|source| StartError::Listen { address: *address, source })?;
             addresses.extend(listener.local_addr());
             listeners.push(tokio::spawn(listener::run(listener, shared.clone())));
         }
@@ -189,7 +198,12 @@ impl Proxy {
                 clock.set(u32::try_from(began.elapsed().as_secs()).unwrap_or(u32::MAX));
             }
         }));
-        Ok(Proxy { shared, listeners: Mutex::new(listeners), addresses, threads: Mutex::new(threads) })
+        Ok(Proxy {
+            shared,
+            listeners: Mutex::new(listeners),
+            addresses,
+            threads: Mutex::new(threads),
+        })
     }
 
     /// Where clients may connect.
@@ -223,22 +237,52 @@ impl Proxy {
         let held = self.shared.apps.iter().map(|app| {
             (format!("{{app=\"{}\"}}", app.name), u64::from(app.holding.load(Ordering::SeqCst)))
         });
-        write_metric(out, "holdfast_held", "gauge", "1 while new work is held.", &held.collect::<Vec<_>>());
+        write_metric(
+            out,
+            "holdfast_held",
+            "gauge",
+            "1 while new work is held.",
+            &held.collect::<Vec<_>>(),
+        );
         let clients = u64::try_from(self.shared.clients.load(Ordering::SeqCst)).unwrap_or(0);
-        write_metric(out, "holdfast_clients", "gauge", "Connections of clients.", &[(String::new(), clients)]);
+        write_metric(
+            out,
+            "holdfast_clients",
+            "gauge",
+            "Connections of clients.",
+            &[(String::new(), clients)],
+        );
         let bytes = [
             ("{direction=\"in\"}".to_owned(), sum(&|c| c.bytes_in.load(Ordering::Relaxed))),
             ("{direction=\"out\"}".to_owned(), sum(&|c| c.bytes_out.load(Ordering::Relaxed))),
         ];
-        write_metric(out, "holdfast_bytes_total", "counter", "Bytes from clients and to clients.", &bytes);
+        write_metric(
+            out,
+            "holdfast_bytes_total",
+            "counter",
+            "Bytes from clients and to clients.",
+            &bytes,
+        );
         let one = |value| [(String::new(), value)];
         let requests = sum(&|c| c.requests.load(Ordering::Relaxed));
-        write_metric(out, "holdfast_requests_total", "counter", "Requests answered.", &one(requests));
+        write_metric(
+            out,
+            "holdfast_requests_total",
+            "counter",
+            "Requests answered.",
+            &one(requests),
+        );
         let errors = [
             ("{kind=\"protocol\"}".to_owned(), sum(&|c| c.protocol_errors.load(Ordering::Relaxed))),
             ("{kind=\"server_lost\"}".to_owned(), sum(&|c| c.lost_server.load(Ordering::Relaxed))),
         ];
-        write_metric(out, "holdfast_errors_total", "counter", "Sessions ended by an error.", &errors);
+        write_metric(
+            out,
+            "holdfast_errors_total",
+            "counter",
+            "Sessions ended by an error.",
+            &errors,
+        );
         self.shared.metrics.write(out);
     }
 
@@ -247,8 +291,11 @@ impl Proxy {
         for task in self.listeners.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             task.abort();
         }
-        let report = Report::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
-            .detail("the proxy is shutting down");
+        let report = Report::fatal(
+            SqlState::ADMIN_SHUTDOWN,
+            "terminating connection due to administrator command",
+        )
+        .detail("the proxy is shutting down");
         let deadline = Instant::now() + grace;
         let (out, mut incoming) = tokio::sync::mpsc::unbounded_channel();
         for app in &self.shared.apps {
@@ -257,9 +304,13 @@ impl Proxy {
                 engine.send(Command::Want(Want::App(app.clone()), out.clone()));
             }
         }
-        let left = || self.shared.apps.iter().map(|app| app.sessions.load(Ordering::SeqCst)).sum::<usize>();
+        let left = || {
+            self.shared.apps.iter().map(|app| app.sessions.load(Ordering::SeqCst)).sum::<usize>()
+        };
         while left() > 0 && Instant::now() < deadline {
-            if let Ok(Some(session)) = tokio::time::timeout(Duration::from_millis(10), incoming.recv()).await {
+            if let Ok(Some(session)) =
+                tokio::time::timeout(Duration::from_millis(10), incoming.recv()).await
+            {
                 session.tell_and_end(&report);
             }
         }

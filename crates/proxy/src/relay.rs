@@ -69,7 +69,9 @@ impl Session {
                     at += len;
                 }
                 Step::Frame(header) => {
-                    if self.protocol.is_full() || (self.wanted && self.protocol.must_wait(header.tag)) {
+                    if self.protocol.is_full()
+                        || (self.wanted && self.protocol.must_wait(header.tag))
+                    {
                         break;
                     }
                     let body = rest.get(HEADER_LEN..).unwrap_or_default();
@@ -117,7 +119,8 @@ impl Session {
                 }
                 if body.len() < body_len {
                     let keep = note == Note::KeepUnnamed && !self.unnamed_too_long;
-                    let tail = body.get(body.len().saturating_sub(OVERLAP)..).unwrap_or_default().to_vec();
+                    let tail =
+                        body.get(body.len().saturating_sub(OVERLAP)..).unwrap_or_default().to_vec();
                     self.long = Some(Box::new(LongText { tail, keep }));
                 }
             }
@@ -244,7 +247,6 @@ impl Session {
         self.params = self.app.share(now.clone());
     }
 }
-
 
 /// Whether an error ends the connection, by its severity that is not translated.
 #[cold]

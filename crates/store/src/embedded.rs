@@ -31,7 +31,8 @@ impl EmbeddedStore {
     pub fn open(dir: &Path) -> Result<EmbeddedStore, StoreError> {
         let file = |what| move |source| StoreError::File { path: dir.to_owned(), what, source };
         std::fs::create_dir_all(dir).map_err(file("created"))?;
-        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).map_err(file("protected"))?;
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+            .map_err(file("protected"))?;
         let lock = File::options()
             .create(true)
             .truncate(false)
@@ -40,7 +41,9 @@ impl EmbeddedStore {
             .map_err(file("locked"))?;
         match lock.try_lock() {
             Ok(()) => (),
-            Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: dir.to_owned() }),
+            Err(TryLockError::WouldBlock) => {
+                return Err(StoreError::InUse { path: dir.to_owned() });
+            }
             Err(TryLockError::Error(source)) => return Err(file("locked")(source)),
         }
         let path = dir.join("store.db");
@@ -86,7 +89,8 @@ fn revision(number: i64) -> Revision {
 impl Store for EmbeddedStore {
     fn get(&self, key: &str) -> Result<Option<Versioned>, StoreError> {
         let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut statement = connection.prepare_cached("SELECT value, revision FROM keys WHERE key = ?1")?;
+        let mut statement =
+            connection.prepare_cached("SELECT value, revision FROM keys WHERE key = ?1")?;
         let found = statement.query_row([key], |row| {
             Ok(Versioned { value: row.get(0)?, revision: revision(row.get(1)?) })
         });
@@ -106,7 +110,8 @@ impl Store for EmbeddedStore {
     fn commit(&self, txn: &Txn) -> Result<Revision, StoreError> {
         check_sizes(txn)?;
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        let sqlite = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let sqlite =
+            connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         for (key, expected) in &txn.conditions {
             let found = sqlite
                 .query_row("SELECT revision FROM keys WHERE key = ?1", [key], |row| row.get(0))
@@ -116,7 +121,10 @@ impl Store for EmbeddedStore {
                 return Err(StoreError::Conflict { key: key.clone(), expected: *expected, found });
             }
         }
-        let next: i64 = sqlite.query_row("UPDATE revision SET last = last + 1 RETURNING last", [], |row| row.get(0))?;
+        let next: i64 =
+            sqlite.query_row("UPDATE revision SET last = last + 1 RETURNING last", [], |row| {
+                row.get(0)
+            })?;
         let next = revision(next);
         for (key, value) in &txn.writes {
             match value {

@@ -9,8 +9,8 @@
 
 use thiserror::Error;
 
-pub mod memory;
 pub mod embedded;
+pub mod memory;
 
 /// Largest value of a key.
 pub const VALUE_LEN_MAX: usize = 4 * 1024 * 1024;

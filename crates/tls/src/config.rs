@@ -29,7 +29,9 @@ pub enum TlsConfigError {
     Authority { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("TLS cannot be set up")]
     Setup(#[source] rustls::Error),
-    #[error("`verify-ca` and `verify-full` need a root certificate: none was given and the system has none")]
+    #[error(
+        "`verify-ca` and `verify-full` need a root certificate: none was given and the system has none"
+    )]
     NoRoots,
 }
 
@@ -49,7 +51,8 @@ pub enum SslMode {
 }
 
 impl SslMode {
-    pub const NAMES: [&'static str; 5] = ["disable", "prefer", "require", "verify-ca", "verify-full"];
+    pub const NAMES: [&'static str; 5] =
+        ["disable", "prefer", "require", "verify-ca", "verify-full"];
 
     pub fn from_name(name: &str) -> Option<SslMode> {
         Some(match name {
@@ -169,7 +172,8 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsConfigError> {
-    let file = |source| TlsConfigError::File { path: path.to_owned(), what: "certificates", source };
+    let file =
+        |source| TlsConfigError::File { path: path.to_owned(), what: "certificates", source };
     let chain: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(file)?.collect();
     let chain = chain.map_err(file)?;
     if chain.is_empty() {
@@ -179,16 +183,20 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsConfigEr
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsConfigError> {
-    PrivateKeyDer::from_pem_file(path)
-        .map_err(|source| TlsConfigError::File { path: path.to_owned(), what: "a private key", source })
+    PrivateKeyDer::from_pem_file(path).map_err(|source| TlsConfigError::File {
+        path: path.to_owned(),
+        what: "a private key",
+        source,
+    })
 }
 
 fn roots(path: &Path) -> Result<RootCertStore, TlsConfigError> {
     let mut store = RootCertStore::empty();
     for cert in certificates(path)? {
-        store
-            .add(cert)
-            .map_err(|source| TlsConfigError::Authority { path: path.to_owned(), source: source.into() })?;
+        store.add(cert).map_err(|source| TlsConfigError::Authority {
+            path: path.to_owned(),
+            source: source.into(),
+        })?;
     }
     Ok(store)
 }
@@ -245,7 +253,12 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, signature, &self.provider.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            cert,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -254,7 +267,12 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, signature, &self.provider.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            cert,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -111,7 +111,8 @@ impl Handshake {
         let secrets = Arc::new(Secrets::default());
         let mut config = (*tls.config).clone();
         config.key_log = secrets.clone();
-        let connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(HandshakeError::Refused)?;
+        let connection =
+            UnbufferedServerConnection::new(Arc::new(config)).map_err(HandshakeError::Refused)?;
         Ok(Handshake::new(Connection::Server(Box::new(connection)), secrets))
     }
 
@@ -125,8 +126,8 @@ impl Handshake {
         config.key_log = secrets.clone();
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| HandshakeError::HostName(host.to_owned()))?;
-        let connection =
-            UnbufferedClientConnection::new(Arc::new(config), name).map_err(HandshakeError::Refused)?;
+        let connection = UnbufferedClientConnection::new(Arc::new(config), name)
+            .map_err(HandshakeError::Refused)?;
         Ok(Handshake::new(Connection::Client(Box::new(connection)), secrets))
     }
 
@@ -146,14 +147,20 @@ impl Handshake {
         self.input.extend_from_slice(input);
         loop {
             let turn = match &mut self.connection {
-                Connection::Client(c) => turn(c.process_tls_records(&mut self.input), &mut self.early, out),
-                Connection::Server(c) => turn(c.process_tls_records(&mut self.input), &mut self.early, out),
+                Connection::Client(c) => {
+                    turn(c.process_tls_records(&mut self.input), &mut self.early, out)
+                }
+                Connection::Server(c) => {
+                    turn(c.process_tls_records(&mut self.input), &mut self.early, out)
+                }
             };
             self.input.drain(..turn.discard);
             match turn.next {
                 Ok(Next::Again) => (),
                 Ok(Next::Read) => return Ok(Progress::Pending(Box::new(self))),
-                Ok(Next::Done) => return self.establish().map(|done| Progress::Done(Box::new(done))),
+                Ok(Next::Done) => {
+                    return self.establish().map(|done| Progress::Done(Box::new(done)));
+                }
                 Err(error) => {
                     self.write_alert(out);
                     return Err(error);
@@ -177,13 +184,18 @@ impl Handshake {
             Connection::Client(c) => c,
             Connection::Server(c) => c,
         };
-        let peer_certificate = common.peer_certificates().and_then(|chain| chain.first()).map(|cert| cert.to_vec());
+        let peer_certificate =
+            common.peer_certificates().and_then(|chain| chain.first()).map(|cert| cert.to_vec());
         let alpn = common.alpn_protocol().is_some();
         let version = common.protocol_version().ok_or(HandshakeError::Secrets)?;
         let suite = common.negotiated_cipher_suite().ok_or(HandshakeError::Secrets)?.suite();
         let (is_client, secrets) = match self.connection {
-            Connection::Client(c) => (true, c.dangerous_into_kernel_connection().map(|(secrets, _)| secrets)),
-            Connection::Server(c) => (false, c.dangerous_into_kernel_connection().map(|(secrets, _)| secrets)),
+            Connection::Client(c) => {
+                (true, c.dangerous_into_kernel_connection().map(|(secrets, _)| secrets))
+            }
+            Connection::Server(c) => {
+                (false, c.dangerous_into_kernel_connection().map(|(secrets, _)| secrets))
+            }
         };
         let secrets = secrets.map_err(HandshakeError::Refused)?;
         let mut traffic = self.secrets.0.lock().map_err(|_| HandshakeError::Secrets)?;
@@ -193,7 +205,8 @@ impl Handshake {
         } else {
             (&traffic.server, &traffic.client)
         };
-        let record = Record::from_secrets(version, suite, secrets, tx, rx).ok_or(HandshakeError::Secrets)?;
+        let record =
+            Record::from_secrets(version, suite, secrets, tx, rx).ok_or(HandshakeError::Secrets)?;
         Ok(Established { record, early: self.early, unread: self.input, peer_certificate, alpn })
     }
 }
@@ -210,7 +223,11 @@ enum Next {
 }
 
 /// Does what one state of rustls asks for.
-fn turn<Data>(status: UnbufferedStatus<'_, '_, Data>, early: &mut Vec<u8>, out: &mut Vec<u8>) -> Turn {
+fn turn<Data>(
+    status: UnbufferedStatus<'_, '_, Data>,
+    early: &mut Vec<u8>,
+    out: &mut Vec<u8>,
+) -> Turn {
     let UnbufferedStatus { mut discard, state, .. } = status;
     let next = match state {
         Err(error) => Err(HandshakeError::Refused(error)),

@@ -16,10 +16,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+pub mod certificate;
 pub mod config;
 pub mod handshake;
 pub mod record;
-pub mod certificate;
 
 pub use config::{ClientTls, ServerTls, SslMode, TlsConfigError};
 pub use handshake::{Established, Handshake, HandshakeError, Progress};

@@ -167,7 +167,12 @@ impl Record {
         self.seal_record(ALERT, &[1, 0], out)
     }
 
-    fn seal_record(&mut self, content: u8, plain: &[u8], out: &mut Vec<u8>) -> Result<(), RecordError> {
+    fn seal_record(
+        &mut self,
+        content: u8,
+        plain: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), RecordError> {
         let seq = self.tx.seq;
         self.tx.seq = seq.checked_add(1).ok_or(RecordError::Exhausted)?;
         let nonce = nonce(&self.tx.iv, seq);
@@ -189,7 +194,11 @@ impl Record {
             Version::Tls13 => {
                 out.push(content);
                 let nonce = aead::Nonce::assume_unique_for_key(nonce);
-                self.tx.key.seal_in_place_separate_tag(nonce, aead::Aad::from(header), &mut out[start..])
+                self.tx.key.seal_in_place_separate_tag(
+                    nonce,
+                    aead::Aad::from(header),
+                    &mut out[start..],
+                )
             }
             Version::Tls12 => {
                 let aad = aead::Aad::from(aad_tls12(seq, content, plain.len()));
@@ -265,7 +274,11 @@ impl Record {
     }
 
     /// Opens one whole record: its content type, and where its plaintext stands.
-    fn open_record(&mut self, outer: u8, record: &mut [u8]) -> Result<(u8, usize, usize), RecordError> {
+    fn open_record(
+        &mut self,
+        outer: u8,
+        record: &mut [u8],
+    ) -> Result<(u8, usize, usize), RecordError> {
         let seq = self.rx.seq;
         self.rx.seq = seq.checked_add(1).ok_or(RecordError::Exhausted)?;
         match self.version {
@@ -313,7 +326,8 @@ impl Record {
 
     fn on_handshake(&mut self, reply: &mut Vec<u8>) -> Result<(), RecordError> {
         while let Some(&[kind, a, b, c]) = self.handshake.first_chunk::<4>() {
-            let end = 4 + usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap_or(usize::MAX - 4);
+            let end =
+                4 + usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap_or(usize::MAX - 4);
             if end > HANDSHAKE_LEN_MAX {
                 return Err(RecordError::Unexpected("length of a handshake message"));
             }
@@ -346,7 +360,8 @@ impl Record {
 }
 
 fn header(content: u8, len: usize) -> [u8; HEADER_LEN] {
-    let [high, low] = u16::try_from(len).expect("a record is at most 16 KiB and its expansion").to_be_bytes();
+    let [high, low] =
+        u16::try_from(len).expect("a record is at most 16 KiB and its expansion").to_be_bytes();
     [content, 3, 3, high, low]
 }
 
@@ -369,7 +384,9 @@ fn raw(keys: &ConnectionTrafficSecrets) -> Option<Raw<'_>> {
     let (algorithm, key, iv) = match keys {
         ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&aead::AES_128_GCM, key, iv),
         ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&aead::AES_256_GCM, key, iv),
-        ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&aead::CHACHA20_POLY1305, key, iv),
+        ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => {
+            (&aead::CHACHA20_POLY1305, key, iv)
+        }
         _ => return None,
     };
     let key = key.as_ref().get(..algorithm.key_len())?;
@@ -399,7 +416,11 @@ fn expand_label(hkdf: hkdf::Algorithm, secret: &[u8], label: &str, len: usize) -
     Some(out)
 }
 
-fn keys_of(hkdf: hkdf::Algorithm, secret: &[u8], algorithm: &aead::Algorithm) -> Option<(Vec<u8>, [u8; 12])> {
+fn keys_of(
+    hkdf: hkdf::Algorithm,
+    secret: &[u8],
+    algorithm: &aead::Algorithm,
+) -> Option<(Vec<u8>, [u8; 12])> {
     let key = expand_label(hkdf, secret, "key", algorithm.key_len())?;
     let iv = expand_label(hkdf, secret, "iv", 12)?;
     Some((key, iv.try_into().ok()?))

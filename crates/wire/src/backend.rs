@@ -37,8 +37,12 @@ pub enum Backend<'a> {
 pub enum Authentication<'a> {
     Ok,
     CleartextPassword,
-    Md5Password { salt: [u8; 4] },
-    Sasl { mechanisms: Vec<&'a [u8]> },
+    Md5Password {
+        salt: [u8; 4],
+    },
+    Sasl {
+        mechanisms: Vec<&'a [u8]>,
+    },
     SaslContinue(&'a [u8]),
     SaslFinal(&'a [u8]),
     /// Kerberos, GSS and SSPI, which Holdfast does not answer.
@@ -185,7 +189,9 @@ fn authentication<'a>(r: &mut Reader<'a>) -> Result<Authentication<'a>, Malforme
         3 => Authentication::CleartextPassword,
         5 => {
             let salt = r.bytes(4, "salt")?;
-            Authentication::Md5Password { salt: salt.try_into().map_err(|_| Malformed::Short("salt"))? }
+            Authentication::Md5Password {
+                salt: salt.try_into().map_err(|_| Malformed::Short("salt"))?,
+            }
         }
         10 => {
             let mut mechanisms = Vec::new();

@@ -47,8 +47,8 @@ impl Side {
             (Side::Frontend, b'S' | b'H' | b'c' | b'X') => Some(SMALL_LEN_MAX),
             (
                 Side::Backend,
-                b'R' | b'K' | b'S' | b'E' | b'N' | b'A' | b'Z' | b'T' | b't' | b'D' | b'C' | b'I' | b'1'
-                | b'2' | b'3' | b'n' | b's' | b'G' | b'H' | b'W' | b'd' | b'c' | b'V' | b'v',
+                b'R' | b'K' | b'S' | b'E' | b'N' | b'A' | b'Z' | b'T' | b't' | b'D' | b'C' | b'I'
+                | b'1' | b'2' | b'3' | b'n' | b's' | b'G' | b'H' | b'W' | b'd' | b'c' | b'V' | b'v',
             ) => Some(LARGE_LEN_MAX),
             _ => None,
         }
@@ -142,12 +142,15 @@ impl Scanner {
     }
 }
 
-/// Splits one whole message off the start of `bytes`: its tag, its body and its length in all.
+/// A whole message: its tag, its body and its length in all.
+pub type Whole<'a> = (u8, &'a [u8], usize);
+
+/// Splits one whole message off the start of `bytes`.
 /// `Ok(None)` while it is not whole.
 ///
 /// # Errors
 /// See [`Side::header`].
-pub fn whole(side: Side, bytes: &[u8]) -> Result<Option<(u8, &[u8], usize)>, FrameError> {
+pub fn whole(side: Side, bytes: &[u8]) -> Result<Option<Whole<'_>>, FrameError> {
     let Some(header) = side.header(bytes)? else { return Ok(None) };
     let end = HEADER_LEN + usize::try_from(header.body_len).unwrap_or(usize::MAX - HEADER_LEN);
     Ok(bytes.get(HEADER_LEN..end).map(|body| (header.tag, body, end)))

@@ -6,18 +6,29 @@ use crate::write::{self, message};
 /// One message of the client, seen in its body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frontend<'a> {
-    Query { sql: &'a [u8] },
-    Parse { name: &'a [u8], sql: &'a [u8], types: Vec<u32> },
+    Query {
+        sql: &'a [u8],
+    },
+    Parse {
+        name: &'a [u8],
+        sql: &'a [u8],
+        types: Vec<u32>,
+    },
     Bind(Bind<'a>),
     Describe(Target<'a>),
-    Execute { portal: &'a [u8], rows_max: i32 },
+    Execute {
+        portal: &'a [u8],
+        rows_max: i32,
+    },
     Close(Target<'a>),
     Sync,
     Flush,
     FunctionCall(FunctionCall<'a>),
     CopyData(&'a [u8]),
     CopyDone,
-    CopyFail { reason: &'a [u8] },
+    CopyFail {
+        reason: &'a [u8],
+    },
     /// Password, SASL initial response, SASL response or GSS response: what it is depends on what was asked.
     Password(&'a [u8]),
     Terminate,

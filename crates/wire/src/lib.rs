@@ -20,11 +20,11 @@
 mod read;
 mod write;
 
-pub mod frame;
-pub mod startup;
-pub mod frontend;
 pub mod backend;
+pub mod frame;
+pub mod frontend;
 pub mod scram;
 pub mod sqlstate;
+pub mod startup;
 
 pub use read::Malformed;

@@ -24,7 +24,11 @@ impl<'a> Reader<'a> {
         Reader(body)
     }
 
-    pub(crate) fn bytes(&mut self, count: usize, what: &'static str) -> Result<&'a [u8], Malformed> {
+    pub(crate) fn bytes(
+        &mut self,
+        count: usize,
+        what: &'static str,
+    ) -> Result<&'a [u8], Malformed> {
         let (taken, rest) = self.0.split_at_checked(count).ok_or(Malformed::Short(what))?;
         self.0 = rest;
         Ok(taken)

@@ -216,7 +216,11 @@ pub struct ClientFinal {
 
 impl ClientFirst {
     /// Begins: the mechanism to ask for, the first message, and what to await.
-    pub fn start(credential: Credential, binding: Binding, nonce: String) -> (&'static str, String, ClientFirst) {
+    pub fn start(
+        credential: Credential,
+        binding: Binding,
+        nonce: String,
+    ) -> (&'static str, String, ClientFirst) {
         // PostgreSQL takes the user from the startup packet and ignores this one, so it stays empty.
         let first_bare = format!("n=,r={nonce}");
         let message = format!("{}{first_bare}", binding.gs2_header());
@@ -333,8 +337,11 @@ impl ServerStart {
             return Err(ScramError::Malformed("nonce"));
         }
         let nonce = format!("{client_nonce}{}", self.nonce);
-        let challenge =
-            format!("r={nonce},s={},i={}", BASE64.encode(&self.verifier.salt), self.verifier.iterations);
+        let challenge = format!(
+            "r={nonce},s={},i={}",
+            BASE64.encode(&self.verifier.salt),
+            self.verifier.iterations
+        );
         let messages = format!("{bare},{challenge}");
         Ok((challenge, ServerChallenge { verifier: self.verifier, binding, nonce, messages }))
     }

@@ -201,6 +201,9 @@ mod tests {
     fn a_cancel_request_round_trips() {
         let mut bytes = Vec::new();
         cancel_request(&mut bytes, 42, &[9; 32]);
-        assert_eq!(first(&bytes), Ok(Some((First::Cancel { pid: 42, secret: &[9; 32] }, bytes.len()))));
+        assert_eq!(
+            first(&bytes),
+            Ok(Some((First::Cancel { pid: 42, secret: &[9; 32] }, bytes.len())))
+        );
     }
 }

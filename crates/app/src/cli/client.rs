@@ -24,13 +24,16 @@ fn send(global: &Global, method: &str, path: &str, body: Option<String>) -> Resu
     let url = format!("{}{path}", global.api.trim_end_matches('/'));
     let token = match &global.token_file {
         Some(file) => {
-            let text = std::fs::read_to_string(file).map_err(|error| format!("`{}`: {error}", file.display()))?;
+            let text = std::fs::read_to_string(file)
+                .map_err(|error| format!("`{}`: {error}", file.display()))?;
             Some(format!("Bearer {}", text.trim()))
         }
         None => None,
     };
     let unreachable = |error: ureq::Error| {
-        format!("`{url}` does not answer: {error}; is Holdfast running there? `--api` says where it is")
+        format!(
+            "`{url}` does not answer: {error}; is Holdfast running there? `--api` says where it is"
+        )
     };
     let mut response = if method == "POST" {
         let mut request = agent.post(&url).header("content-type", "application/json");
@@ -42,12 +45,18 @@ fn send(global: &Global, method: &str, path: &str, body: Option<String>) -> Resu
         agent.get(&url).call().map_err(unreachable)?
     };
     let status = response.status();
-    let text = response.body_mut().with_config().limit(ANSWER_LEN_MAX).read_to_string().map_err(unreachable)?;
+    let text = response
+        .body_mut()
+        .with_config()
+        .limit(ANSWER_LEN_MAX)
+        .read_to_string()
+        .map_err(unreachable)?;
     if status.is_success() {
         return Ok(text);
     }
     let error = serde_json::from_str::<serde_json::Value>(&text).ok();
-    let error = error.as_ref().and_then(|value| value.get("error")).and_then(|value| value.as_str());
+    let error =
+        error.as_ref().and_then(|value| value.get("error")).and_then(|value| value.as_str());
     Err(error.map_or_else(|| format!("{status}: {text}"), str::to_owned))
 }
 
@@ -59,7 +68,11 @@ pub(super) fn get<T: DeserializeOwned>(global: &Global, path: &str) -> Result<T,
     read(&send(global, "GET", path, None)?)
 }
 
-pub(super) fn post<T: DeserializeOwned>(global: &Global, path: &str, body: &impl Serialize) -> Result<T, String> {
+pub(super) fn post<T: DeserializeOwned>(
+    global: &Global,
+    path: &str,
+    body: &impl Serialize,
+) -> Result<T, String> {
     let body = serde_json::to_string(body).map_err(|error| error.to_string())?;
     read(&send(global, "POST", path, Some(body))?)
 }

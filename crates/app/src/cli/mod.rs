@@ -68,7 +68,9 @@ enum Verb {
         pinned: bool,
     },
     /// Make another cell the active one, with every session kept.
-    #[command(after_help = "Example: holdfast switchover shop --to b --deadline 10s --on-timeout abort")]
+    #[command(
+        after_help = "Example: holdfast switchover shop --to b --deadline 10s --on-timeout abort"
+    )]
     Switchover {
         app: String,
         /// The cell that becomes active.
@@ -114,7 +116,8 @@ pub(crate) fn main() -> ExitCode {
         Verb::Status { app } => show::status(&cli.global, app.as_deref()),
         Verb::Sessions { app, pinned } => show::sessions(&cli.global, &app, pinned),
         Verb::Switchover { app, to, dry_run, deadline, on_timeout } => {
-            let request = control::SwitchoverRequest { to, dry_run, deadline_ms: deadline, on_timeout };
+            let request =
+                control::SwitchoverRequest { to, dry_run, deadline_ms: deadline, on_timeout };
             show::switchover(&cli.global, &app, &request)
         }
         Verb::Executions { id } => show::executions(&cli.global, id),

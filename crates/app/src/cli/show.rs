@@ -55,7 +55,10 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
             println!();
         }
         let active = app.active.as_deref().unwrap_or("none");
-        println!("{}: active cell {active}, epoch {}, {} sessions", app.name, app.epoch, app.sessions);
+        println!(
+            "{}: active cell {active}, epoch {}, {} sessions",
+            app.name, app.epoch, app.sessions
+        );
         let rows: Vec<Vec<String>> = app
             .cells
             .iter()
@@ -64,7 +67,12 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
                 let lsn = cell.lsn.clone().unwrap_or_else(|| "-".into());
                 let streaming = if cell.streaming { "yes" } else { "-" };
                 vec![
-                    cell.name.clone(), cell.state.to_string(), cell.server.clone(), cell.role.clone(), lsn, lag,
+                    cell.name.clone(),
+                    cell.state.to_string(),
+                    cell.server.clone(),
+                    cell.role.clone(),
+                    lsn,
+                    lag,
                     streaming.into(),
                 ]
             })
@@ -84,7 +92,13 @@ fn print_blockers(blockers: &[Blocker]) {
             let session = &blocker.session;
             let reasons: Vec<String> = blocker.reasons.iter().map(ToString::to_string).collect();
             let name = session.application_name.clone();
-            vec![session.id.to_string(), session.user.clone(), session.database.clone(), name, reasons.join("; ")]
+            vec![
+                session.id.to_string(),
+                session.user.clone(),
+                session.database.clone(),
+                name,
+                reasons.join("; "),
+            ]
         })
         .collect();
     table(&["session", "user", "database", "application", "reason"], &rows);
@@ -92,7 +106,8 @@ fn print_blockers(blockers: &[Blocker]) {
 
 pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
     if pinned {
-        let report: Report = client::get(global, &format!("/v1/applications/{app}/sessions?pinned"))?;
+        let report: Report =
+            client::get(global, &format!("/v1/applications/{app}/sessions?pinned"))?;
         if global.json {
             json(&report)?;
             return Ok(ExitCode::SUCCESS);
@@ -103,7 +118,8 @@ pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let sessions: Vec<SessionView> = client::get(global, &format!("/v1/applications/{app}/sessions"))?;
+    let sessions: Vec<SessionView> =
+        client::get(global, &format!("/v1/applications/{app}/sessions"))?;
     if global.json {
         json(&sessions)?;
         return Ok(ExitCode::SUCCESS);
@@ -112,13 +128,33 @@ pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
         .into_iter()
         .map(|v| {
             vec![
-                v.id.to_string(), v.user, v.database, v.application_name, v.client, v.cell,
-                v.backend_pid.to_string(), v.state, format!("{} s", v.idle_s), v.moves.to_string(), v.pins.join("; "),
+                v.id.to_string(),
+                v.user,
+                v.database,
+                v.application_name,
+                v.client,
+                v.cell,
+                v.backend_pid.to_string(),
+                v.state,
+                format!("{} s", v.idle_s),
+                v.moves.to_string(),
+                v.pins.join("; "),
             ]
         })
         .collect();
-    let header =
-        ["session", "user", "database", "application", "client", "cell", "pid", "state", "idle", "moves", "pins"];
+    let header = [
+        "session",
+        "user",
+        "database",
+        "application",
+        "client",
+        "cell",
+        "pid",
+        "state",
+        "idle",
+        "moves",
+        "pins",
+    ];
     table(&header, &rows);
     Ok(ExitCode::SUCCESS)
 }
@@ -147,7 +183,8 @@ pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest
 
 pub(super) fn retry(global: &Global, id: u64) -> Done {
     let all: Vec<Execution> = client::get(global, "/v1/executions")?;
-    let found = all.iter().find(|execution| execution.id == id).ok_or(format!("no execution {id}"))?;
+    let found =
+        all.iter().find(|execution| execution.id == id).ok_or(format!("no execution {id}"))?;
     let path = format!("/v1/applications/{}/executions/{id}/retry", found.app);
     let execution: Execution = client::post(global, &path, &serde_json::json!({}))?;
     ended(global, &execution)
@@ -190,9 +227,8 @@ pub(crate) fn print_execution(execution: &Execution) {
         })
         .collect();
     table(&["stage", "", "took", ""], &rows);
-    match execution.ending {
-        Some(Ending::Stuck | Ending::CompletedWithoutRejoin) => println!("next: holdfast retry {id}"),
-        _ => (),
+    if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
+        println!("next: holdfast retry {id}");
     }
 }
 
@@ -219,7 +255,14 @@ pub(super) fn executions(global: &Global, id: Option<u64>) -> Done {
         .map(|execution| {
             let e = execution;
             let reason = e.reason.clone().unwrap_or_default();
-            vec![e.id.to_string(), e.app.clone(), e.from.clone(), e.to.clone(), ending(e).into(), reason]
+            vec![
+                e.id.to_string(),
+                e.app.clone(),
+                e.from.clone(),
+                e.to.clone(),
+                ending(e).into(),
+                reason,
+            ]
         })
         .collect();
     table(&["id", "app", "from", "to", "ended", "reason"], &rows);

@@ -54,7 +54,11 @@ pub(crate) enum ConfigError {
 fn shown(path: &Path, mistakes: &[Mistake]) -> String {
     let lines = mistakes.iter().map(|m| format!("\n{}:{}: {}", path.display(), m.line, m.text));
     let count = mistakes.len();
-    format!("configuration has {count} mistake{}:{}", if count == 1 { "" } else { "s" }, lines.collect::<String>())
+    format!(
+        "configuration has {count} mistake{}:{}",
+        if count == 1 { "" } else { "s" },
+        lines.collect::<String>()
+    )
 }
 
 impl Config {
@@ -69,7 +73,8 @@ impl Config {
             return Err(file(std::io::ErrorKind::FileTooLarge.into()));
         }
         let text = std::fs::read_to_string(path).map_err(file)?;
-        Config::read(&text).map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })
+        Config::read(&text)
+            .map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })
     }
 
     /// Reads and checks the text of a file.
@@ -101,7 +106,8 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
     let limits = read_limits(&mut proxy, mistakes);
     let keepalive = read_keepalive(&mut proxy, mistakes);
     let engines = proxy.number(mistakes, "engines", 1..65).unwrap_or(1);
-    let connect_timeout = proxy.duration(mistakes, "connect_timeout").unwrap_or(Duration::from_secs(10));
+    let connect_timeout =
+        proxy.duration(mistakes, "connect_timeout").unwrap_or(Duration::from_secs(10));
     let (tls, tls_required) = match proxy.table(mistakes, "tls") {
         Some(mut table) => {
             let read = read_server_tls(&mut table, mistakes);
@@ -112,7 +118,8 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
     };
     proxy.end(mistakes);
     let api = read_api(&mut control, mistakes);
-    let state_dir = control.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast".into());
+    let state_dir =
+        control.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast".into());
     control.end(mistakes);
 
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
@@ -121,7 +128,8 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         mistakes.add(0..0, "there is no [[app]]; at least one is needed");
     }
     for mut table in tables {
-        let (span, read) = (table.span(), read_app(&mut table, mistakes, keepalive, connect_timeout));
+        let (span, read) =
+            (table.span(), read_app(&mut table, mistakes, keepalive, connect_timeout));
         table.end(mistakes);
         let Some((app, its_servers)) = read else { continue };
         if servers.insert(app.name.clone(), its_servers).is_some() {
@@ -185,7 +193,10 @@ fn read_keepalive(proxy: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Keepali
     }
 }
 
-fn read_server_tls(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> (Option<ServerTls>, bool) {
+fn read_server_tls(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+) -> (Option<ServerTls>, bool) {
     let cert = table.required_text(mistakes, "cert");
     let key = table.required_text(mistakes, "key");
     let client_ca = table.path(mistakes, "client_ca");
@@ -217,19 +228,32 @@ fn read_api(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<ApiC
     let span = control.span_of("listen");
     let listen = control.text(mistakes, "listen").unwrap_or_else(|| "127.0.0.1:7432".into());
     let token_span = control.span_of("token_file");
-    let token = control.path(mistakes, "token_file").and_then(|path| secret_file(&path, token_span, mistakes));
+    let token = control
+        .path(mistakes, "token_file")
+        .and_then(|path| secret_file(&path, token_span, mistakes));
     let Ok(address) = listen.parse::<SocketAddr>() else {
-        mistakes.add(span, format!("`control.listen` must be an address such as \"127.0.0.1:7432\", it is `{listen}`"));
+        mistakes.add(
+            span,
+            format!(
+                "`control.listen` must be an address such as \"127.0.0.1:7432\", it is `{listen}`"
+            ),
+        );
         return None;
     };
     if !address.ip().is_loopback() && token.is_none() {
-        let text = format!("`control.listen` is `{address}`, which others can reach, so `token_file` is needed");
+        let text = format!(
+            "`control.listen` is `{address}`, which others can reach, so `token_file` is needed"
+        );
         mistakes.add(span, text);
     }
     Some(ApiConfig { listen: address, token })
 }
 
-fn secret_file(path: &Path, span: std::ops::Range<usize>, mistakes: &mut Mistakes<'_>) -> Option<Secret> {
+fn secret_file(
+    path: &Path,
+    span: std::ops::Range<usize>,
+    mistakes: &mut Mistakes<'_>,
+) -> Option<Secret> {
     match std::fs::read_to_string(path) {
         Ok(text) if !text.trim().is_empty() => Some(Secret::new(text.trim())),
         Ok(_) => {
@@ -279,7 +303,8 @@ fn read_app(
     let mut active = Vec::new();
     for mut cell in table.tables(mistakes, "cell") {
         let span = cell.span();
-        let (cell_name, server, first) = read_cell(&mut cell, mistakes, &admin, tls.clone(), keepalive, timeout);
+        let (cell_name, server, first) =
+            read_cell(&mut cell, mistakes, &admin, tls.clone(), keepalive, timeout);
         cell.end(mistakes);
         if first {
             active.push(cell_name.clone());
@@ -295,28 +320,35 @@ fn read_app(
         mistakes.add(table.span(), text);
     }
     if active.len() != 1 {
-        let text = format!("application `{name}` has {} cells with `active = true`, exactly 1 is needed", active.len());
+        let text = format!(
+            "application `{name}` has {} cells with `active = true`, exactly 1 is needed",
+            active.len()
+        );
         mistakes.add(table.span(), text);
     }
     let first_active = active.pop()?;
-    let targets = cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
-    let databases = databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
+    let targets =
+        cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
+    let databases =
+        databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
     let app = AppConfig { name, databases, cells: targets, auth, admin };
     Some((app, AppServers { first_active, cells }))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {
     let accepted = ["scram", "trust", "file"];
-    let kind = table.choice(mistakes, "auth", &accepted, |text| {
-        accepted.iter().position(|name| *name == text)
-    });
+    let kind = table
+        .choice(mistakes, "auth", &accepted, |text| accepted.iter().position(|name| *name == text));
     let query = table.text(mistakes, "auth_query");
     let file = table.path(mistakes, "auth_file");
     match (kind.unwrap_or(0), file) {
         (1, _) => AuthConfig::Trust,
         (2, Some(path)) => {
             if let Err(error) = std::fs::metadata(&path) {
-                mistakes.add(table.span_of("auth_file"), format!("`{}` cannot be read: {error}", path.display()));
+                mistakes.add(
+                    table.span_of("auth_file"),
+                    format!("`{}` cannot be read: {error}", path.display()),
+                );
             }
             AuthConfig::File(path)
         }
@@ -333,7 +365,8 @@ fn read_admin(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AdminLogin 
     let database = table.text(mistakes, "admin_database").unwrap_or_else(|| "postgres".into());
     let span = table.span_of("admin_password_file");
     let password = table.path(mistakes, "admin_password_file");
-    let credential = password.and_then(|path| secret_file(&path, span, mistakes)).map(Credential::Password);
+    let credential =
+        password.and_then(|path| secret_file(&path, span, mistakes)).map(Credential::Password);
     AdminLogin { user, database, credential }
 }
 
@@ -358,7 +391,10 @@ fn read_cell(
     let options = table.texts(mistakes, "server_options").unwrap_or_default();
     let instance = data_dir.and_then(|data_dir| {
         let Some(bin_dir) = bin_dir.or_else(instance::find_bin_dir) else {
-            mistakes.add(table.span(), "PostgreSQL's programs are not on this machine; `bin_dir` says where they are");
+            mistakes.add(
+                table.span(),
+                "PostgreSQL's programs are not on this machine; `bin_dir` says where they are",
+            );
             return None;
         };
         match Instance::of(&bin_dir, &data_dir) {
@@ -375,7 +411,10 @@ fn read_cell(
     let conninfo = table.text(mistakes, "conninfo");
     let (Some(address), Some(tls)) = (address, tls) else { return (name, None, active) };
     let conninfo = conninfo.unwrap_or_else(|| {
-        format!("host={} port={} user={} dbname={}", address.host, address.port, admin.user, admin.database)
+        format!(
+            "host={} port={} user={} dbname={}",
+            address.host, address.port, admin.user, admin.database
+        )
     });
     let target = Target { address, tls, keepalive, timeout };
     (name, Some(CellServer { target, admin: admin.clone(), instance, conninfo }), active)
@@ -385,10 +424,12 @@ fn read_cell(
 fn check_databases(apps: &[AppConfig], mistakes: &mut Mistakes<'_>) {
     let mut seen = BTreeSet::new();
     for app in apps {
-        let names = if app.databases.is_empty() { vec!["*".to_owned()] } else { app.databases.clone() };
+        let names =
+            if app.databases.is_empty() { vec!["*".to_owned()] } else { app.databases.clone() };
         for name in names {
             if !seen.insert(name.clone()) {
-                mistakes.add(0..0, format!("database `{name}` belongs to more than one application"));
+                mistakes
+                    .add(0..0, format!("database `{name}` belongs to more than one application"));
             }
         }
     }

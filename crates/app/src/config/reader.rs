@@ -46,8 +46,15 @@ pub(crate) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    pub(crate) fn new(name: impl Into<String>, table: &'a DeTable<'a>, span: Range<usize>) -> Table<'a> {
-        let entries = table.iter().map(|(key, value)| (key.get_ref().to_string(), value, key.span())).collect();
+    pub(crate) fn new(
+        name: impl Into<String>,
+        table: &'a DeTable<'a>,
+        span: Range<usize>,
+    ) -> Table<'a> {
+        let entries = table
+            .iter()
+            .map(|(key, value)| (key.get_ref().to_string(), value, key.span()))
+            .collect();
         Table { name: name.into(), span, entries, asked: Vec::new() }
     }
 
@@ -74,16 +81,29 @@ impl<'a> Table<'a> {
         found.map_or(self.span(), |(.., span)| span.clone())
     }
 
-    fn wrong(&self, mistakes: &mut Mistakes<'_>, key: &str, wanted: &str, found: &Spanned<DeValue<'_>>) {
+    fn wrong(
+        &self,
+        mistakes: &mut Mistakes<'_>,
+        key: &str,
+        wanted: &str,
+        found: &Spanned<DeValue<'_>>,
+    ) {
         let found_is = found.get_ref().type_str();
-        mistakes.add(found.span(), format!("`{}{key}` must be {wanted}, it is a {found_is}", self.prefix()));
+        mistakes.add(
+            found.span(),
+            format!("`{}{key}` must be {wanted}, it is a {found_is}", self.prefix()),
+        );
     }
 
     fn prefix(&self) -> String {
         if self.name.is_empty() { String::new() } else { format!("{}.", self.name) }
     }
 
-    pub(crate) fn text(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Option<String> {
+    pub(crate) fn text(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> Option<String> {
         let value = self.find(key)?;
         match value.get_ref() {
             DeValue::String(text) => Some(text.to_string()),
@@ -94,7 +114,11 @@ impl<'a> Table<'a> {
         }
     }
 
-    pub(crate) fn required_text(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> String {
+    pub(crate) fn required_text(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> String {
         let has = self.has(key);
         let text = self.text(mistakes, key);
         if !has {
@@ -103,7 +127,11 @@ impl<'a> Table<'a> {
         text.unwrap_or_default()
     }
 
-    pub(crate) fn path(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Option<PathBuf> {
+    pub(crate) fn path(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> Option<PathBuf> {
         self.text(mistakes, key).map(PathBuf::from)
     }
 
@@ -119,7 +147,12 @@ impl<'a> Table<'a> {
     }
 
     /// A whole number within bounds.
-    pub(crate) fn number(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str, bounds: Range<u64>) -> Option<u64> {
+    pub(crate) fn number(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+        bounds: Range<u64>,
+    ) -> Option<u64> {
         let value = self.find(key)?;
         let number = match value.get_ref() {
             DeValue::Integer(number) => number.as_str().parse::<u64>().ok(),
@@ -145,7 +178,11 @@ impl<'a> Table<'a> {
     }
 
     /// A duration such as `"500ms"`, `"5s"`, `"2m"`, or `"0s"` for none.
-    pub(crate) fn duration(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Option<Duration> {
+    pub(crate) fn duration(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> Option<Duration> {
         let span = self.span_of(key);
         let text = self.text(mistakes, key)?;
         let duration = read_duration(&text);
@@ -156,7 +193,11 @@ impl<'a> Table<'a> {
         duration
     }
 
-    pub(crate) fn texts(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Option<Vec<(String, Range<usize>)>> {
+    pub(crate) fn texts(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> Option<Vec<(String, Range<usize>)>> {
         let value = self.find(key)?;
         let DeValue::Array(array) = value.get_ref() else {
             self.wrong(mistakes, key, "a list of texts", value);
@@ -185,15 +226,24 @@ impl<'a> Table<'a> {
         let choice = read(&text);
         if choice.is_none() {
             let name = format!("{}{key}", self.prefix());
-            mistakes.add(span, format!("`{name}` must be one of {}, it is `{text}`", accepted.join(", ")));
+            mistakes.add(
+                span,
+                format!("`{name}` must be one of {}, it is `{text}`", accepted.join(", ")),
+            );
         }
         choice
     }
 
-    pub(crate) fn table(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Option<Table<'a>> {
+    pub(crate) fn table(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> Option<Table<'a>> {
         let value = self.find(key)?;
         match value.get_ref() {
-            DeValue::Table(table) => Some(Table::new(format!("{}{key}", self.prefix()), table, self.span_of(key))),
+            DeValue::Table(table) => {
+                Some(Table::new(format!("{}{key}", self.prefix()), table, self.span_of(key)))
+            }
             _ => {
                 self.wrong(mistakes, key, "a table", value);
                 None
@@ -202,7 +252,11 @@ impl<'a> Table<'a> {
     }
 
     /// The tables of `[[key]]`.
-    pub(crate) fn tables(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Vec<Table<'a>> {
+    pub(crate) fn tables(
+        &mut self,
+        mistakes: &mut Mistakes<'_>,
+        key: &'static str,
+    ) -> Vec<Table<'a>> {
         let Some(value) = self.find(key) else { return Vec::new() };
         let DeValue::Array(array) = value.get_ref() else {
             self.wrong(mistakes, key, "tables, written [[..]]", value);
@@ -227,7 +281,8 @@ impl<'a> Table<'a> {
                 let mut known = self.asked.clone();
                 known.sort_unstable();
                 known.dedup();
-                let text = format!("`{}{key}` is unknown; known are {}", self.prefix(), known.join(", "));
+                let text =
+                    format!("`{}{key}` is unknown; known are {}", self.prefix(), known.join(", "));
                 mistakes.add(span.clone(), text);
             }
         }

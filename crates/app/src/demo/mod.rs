@@ -47,7 +47,8 @@ pub(crate) fn main(args: DemoArgs) -> Result<ExitCode, String> {
         };
         let result = if args.no_tour {
             demo.print_invitation();
-            let workload = workload::Workload::start(&demo.dsn(), usize::from(args.sessions)).await?;
+            let workload =
+                workload::Workload::start(&demo.dsn(), usize::from(args.sessions)).await?;
             stop.await?;
             workload.stop().await;
             Ok(ExitCode::SUCCESS)
@@ -93,7 +94,8 @@ impl Demo {
         )?;
         let (dir, remove) = directory(args.dir.as_deref())?;
         let run_as = unprivileged(&dir)?;
-        let mut demo = Demo { dir, remove, instances: Vec::new(), ports: Vec::new(), running: None };
+        let mut demo =
+            Demo { dir, remove, instances: Vec::new(), ports: Vec::new(), running: None };
         // From here on whatever was started is stopped, also if something fails.
         match Box::pin(demo.start_all(&bin_dir, run_as)).await {
             Ok(()) => Ok(demo),
@@ -117,10 +119,20 @@ impl Demo {
                 format!("-c unix_socket_directories={}", sockets.display()),
             ];
             self.ports.push(port);
-            self.instances.push(Instance { bin_dir: bin_dir.to_owned(), data_dir, run_as, options });
+            self.instances.push(Instance {
+                bin_dir: bin_dir.to_owned(),
+                data_dir,
+                run_as,
+                options,
+            });
         }
-        let [primary, standby] = self.instances.as_slice() else { return Err("two cells are needed".into()) };
-        let step = Progress::begin(&format!("initialising cell {} (primary, port {})", CELLS[0], self.ports[0]));
+        let [primary, standby] = self.instances.as_slice() else {
+            return Err("two cells are needed".into());
+        };
+        let step = Progress::begin(&format!(
+            "initialising cell {} (primary, port {})",
+            CELLS[0], self.ports[0]
+        ));
         primary.init(SUPERUSER).await.map_err(|e| chain(&e))?;
         let conf = primary.data_dir.join("postgresql.conf");
         let mut text = std::fs::read_to_string(&conf).map_err(|e| e.to_string())?;
@@ -128,13 +140,17 @@ impl Demo {
         primary.write(&conf, text.as_bytes()).map_err(|e| chain(&e))?;
         primary.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
         step.end();
-        let step = Progress::begin(&format!("copying it to cell {} (standby, port {})", CELLS[1], self.ports[1]));
+        let step = Progress::begin(&format!(
+            "copying it to cell {} (standby, port {})",
+            CELLS[1], self.ports[1]
+        ));
         standby.clone_from(&conninfo(self.ports[0])).await.map_err(|e| chain(&e))?;
         standby.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
         step.end();
         let step = Progress::begin("starting proxy and control");
         let path = self.dir.join("holdfast.toml");
-        std::fs::write(&path, self.config_text(free_port()?, free_port()?, bin_dir)).map_err(|e| e.to_string())?;
+        std::fs::write(&path, self.config_text(free_port()?, free_port()?, bin_dir))
+            .map_err(|e| e.to_string())?;
         let config = Config::load(&path).map_err(|e| chain(&e))?;
         self.running = Some(Running::start(config).await.map_err(|e| chain(&e))?);
         workload::create_tables(&self.dsn()).await?;
@@ -151,7 +167,8 @@ impl Demo {
             self.dir.join("state").display()
         );
         for (at, cell) in CELLS.iter().enumerate() {
-            let options: Vec<String> = self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();
+            let options: Vec<String> =
+                self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();
             text.push_str(&format!(
                 "\n[[app.cell]]\nname = \"{cell}\"\nserver = \"127.0.0.1:{}\"\nactive = {}\ndata_dir = \"{}\"\n\
                  bin_dir = \"{}\"\nserver_options = [{}]\n",
@@ -171,7 +188,8 @@ impl Demo {
 
     /// The connection string of clients: through the proxy.
     pub(crate) fn dsn(&self) -> Dsn {
-        let address = self.running.as_ref().and_then(|running| running.proxy.addresses().first().copied());
+        let address =
+            self.running.as_ref().and_then(|running| running.proxy.addresses().first().copied());
         Dsn { port: address.map_or(0, |address| address.port()) }
     }
 
@@ -183,8 +201,11 @@ impl Demo {
     fn write_facts(&self) -> Result<(), String> {
         let Some(running) = &self.running else { return Ok(()) };
         let pids: Vec<u32> = self.instances.iter().filter_map(Instance::pid).collect();
-        let servers: std::collections::BTreeMap<&str, String> =
-            CELLS.iter().copied().zip(self.ports.iter().map(|port| Dsn { port: *port }.to_string())).collect();
+        let servers: std::collections::BTreeMap<&str, String> = CELLS
+            .iter()
+            .copied()
+            .zip(self.ports.iter().map(|port| Dsn { port: *port }.to_string()))
+            .collect();
         let facts = serde_json::json!({
             "dsn": self.dsn().to_string(),
             "api": format!("http://{}", running.api),
@@ -257,11 +278,15 @@ fn directory(given: Option<&Path>) -> Result<(PathBuf, bool), String> {
     let dir = dir.canonicalize().map_err(|e| format!("`{}`: {e}", dir.display()))?;
     for cell in CELLS {
         if dir.join(cell).join("PG_VERSION").exists() {
-            return Err(format!("`{}` holds a demo already; remove it or name another with --dir", dir.display()));
+            return Err(format!(
+                "`{}` holds a demo already; remove it or name another with --dir",
+                dir.display()
+            ));
         }
     }
     // The servers' user must be able to get into it.
-    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(|e| e.to_string())?;
+    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755))
+        .map_err(|e| e.to_string())?;
     Ok((dir, remove))
 }
 
@@ -272,7 +297,10 @@ fn unprivileged(dir: &Path) -> Result<Option<RunAs>, String> {
         return Ok(None);
     }
     let passwd = std::fs::read_to_string("/etc/passwd").map_err(|e| e.to_string())?;
-    let entry = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|f| f.first() == Some(&"postgres"));
+    let entry = passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|f| f.first() == Some(&"postgres"));
     let ids = entry.and_then(|fields| {
         let number = |at: usize| fields.get(at)?.parse().ok();
         Some(RunAs { uid: number(2)?, gid: number(3)? })
@@ -286,7 +314,9 @@ fn make_directory(path: &Path, owner: Option<RunAs>) -> Result<(), String> {
     std::fs::create_dir_all(path).map_err(error)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(error)?;
     match owner {
-        Some(RunAs { uid, gid }) => std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(error),
+        Some(RunAs { uid, gid }) => {
+            std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(error)
+        }
         None => Ok(()),
     }
 }

@@ -17,7 +17,9 @@ const WORK: Duration = Duration::from_secs(2);
 
 pub(super) async fn run(demo: &Demo, sessions: usize) -> Result<ExitCode, String> {
     let Some(running) = demo.running() else { return Err("nothing runs".into()) };
-    let step = Progress::begin(&format!("connecting {sessions} clients: writers, settings, prepared statements, listeners, locks, transactions"));
+    let step = Progress::begin(&format!(
+        "connecting {sessions} clients: writers, settings, prepared statements, listeners, locks, transactions"
+    ));
     let workload = Workload::start(&demo.dsn(), sessions).await?;
     step.end();
     println!("\n  psql '{}'   # works all the time, try it\n", demo.dsn());
@@ -27,9 +29,14 @@ pub(super) async fn run(demo: &Demo, sessions: usize) -> Result<ExitCode, String
     for to in [CELLS[1], CELLS[0]] {
         workload.take_gaps().await;
         println!("switchover to cell {to}");
-        let request =
-            SwitchoverRequest { to: to.into(), dry_run: false, deadline_ms: 10_000, on_timeout: OnTimeout::Abort };
-        let execution = running.control.switchover(APP, request).await.map_err(|e| crate::config::chain(&e))?;
+        let request = SwitchoverRequest {
+            to: to.into(),
+            dry_run: false,
+            deadline_ms: 10_000,
+            on_timeout: OnTimeout::Abort,
+        };
+        let execution =
+            running.control.switchover(APP, request).await.map_err(|e| crate::config::chain(&e))?;
         print_execution(&execution);
         println!();
         fine &= execution.ending == Some(Ending::Completed);
@@ -45,7 +52,9 @@ pub(super) async fn run(demo: &Demo, sessions: usize) -> Result<ExitCode, String
     }
     let connected = workload.sessions;
     let summary = workload.stop().await;
-    println!("what {connected} clients saw (longest gap between two answers, a client works every 5 ms):");
+    println!(
+        "what {connected} clients saw (longest gap between two answers, a client works every 5 ms):"
+    );
     table(&["switchover", "sessions", "gap p50 / p99 / max", "errors so far"], &rows);
     let found = commits_on(&demo.dsn()).await?;
     println!();
@@ -64,12 +73,19 @@ pub(super) async fn run(demo: &Demo, sessions: usize) -> Result<ExitCode, String
     let copied = wait_for_commits(&passive, found).await?;
     println!("\n{} of {found} commits are on the standby", copied);
     fine &= copied == found;
-    println!("{}", if fine { "\neverything held fast" } else { "\nsomething went wrong, see above" });
+    println!(
+        "{}",
+        if fine { "\neverything held fast" } else { "\nsomething went wrong, see above" }
+    );
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn moved(execution: &Execution) -> String {
-    let attach = execution.log.iter().rev().find(|entry| entry.stage == Stage::Attach && entry.took_ms.is_some());
+    let attach = execution
+        .log
+        .iter()
+        .rev()
+        .find(|entry| entry.stage == Stage::Attach && entry.took_ms.is_some());
     attach.map_or("none moved".into(), |entry| entry.text.clone())
 }
 

@@ -65,10 +65,14 @@ pub(crate) struct Summary {
 pub(crate) async fn connect(dsn: &Dsn, name: &str) -> Result<Connection, String> {
     let tls = ClientTls::load(SslMode::Disable, None, None).map_err(|e| e.to_string())?;
     let address = Address { host: "127.0.0.1".into(), port: dsn.port };
-    let target = Target { address, tls, keepalive: Keepalive::default(), timeout: Duration::from_secs(30) };
+    let target =
+        Target { address, tls, keepalive: Keepalive::default(), timeout: Duration::from_secs(30) };
     let param = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
-    let params =
-        vec![param("user", "postgres"), param("database", "postgres"), param("application_name", name)];
+    let params = vec![
+        param("user", "postgres"),
+        param("database", "postgres"),
+        param("application_name", name),
+    ];
     target.login(&Login { params, credential: None }).await.map_err(|e| crate::config::chain(&e))
 }
 
@@ -102,7 +106,8 @@ impl Workload {
         for number in 0..sessions {
             let kind = KINDS[number % KINDS.len()];
             let mut connection = connect(dsn, &format!("demo {kind:?}").to_lowercase()).await?;
-            let client = Client { kind, number, counts: counts.clone(), measuring: measuring.clone() };
+            let client =
+                Client { kind, number, counts: counts.clone(), measuring: measuring.clone() };
             client.set_up(&mut connection).await?;
             let stopping = stopping.clone();
             clients.spawn(async move { client.work(connection, &stopping).await });
@@ -125,7 +130,8 @@ impl Workload {
     pub(crate) async fn stop(mut self) -> Summary {
         self.stopping.store(true, Ordering::SeqCst);
         while self.clients.join_next().await.is_some() {}
-        let errors = std::mem::take(&mut *self.counts.errors.lock().unwrap_or_else(PoisonError::into_inner));
+        let errors =
+            std::mem::take(&mut *self.counts.errors.lock().unwrap_or_else(PoisonError::into_inner));
         Summary {
             statements: self.counts.statements.load(Ordering::SeqCst),
             commits: self.counts.commits.load(Ordering::SeqCst),
@@ -214,17 +220,24 @@ impl Client {
                 expect(run(c, sql).await?, &expected)?;
             }
             Kind::Prepared => {
-                expect(run(c, &format!("EXECUTE doubled ({number})")).await?, &(number * 2 + n as u64).to_string())?;
+                expect(
+                    run(c, &format!("EXECUTE doubled ({number})")).await?,
+                    &(number * 2 + n as u64).to_string(),
+                )?;
                 let mut out = Vec::new();
                 let param = number.to_string();
                 frontend::bind_text(&mut out, b"", b"tripled", &[Some(param.as_bytes())]);
                 frontend::execute(&mut out, b"", 0);
                 frontend::sync(&mut out);
                 c.send(&out).await.map_err(|e| e.to_string())?;
-                let answers = timeout(STATEMENT_MAX, c.answers()).await.map_err(|e| e.to_string())?;
+                let answers =
+                    timeout(STATEMENT_MAX, c.answers()).await.map_err(|e| e.to_string())?;
                 let answers = answers.map_err(|e| e.to_string())?;
                 let row = answers.into_iter().next().and_then(|a| a.rows.into_iter().next());
-                expect(row.and_then(|row| row.into_iter().next()).flatten(), &(number * 3).to_string())?;
+                expect(
+                    row.and_then(|row| row.into_iter().next()).flatten(),
+                    &(number * 3).to_string(),
+                )?;
             }
             Kind::Listener => {
                 run(c, &format!("NOTIFY \"Channel {n}\", '{number}'")).await?;

@@ -165,7 +165,11 @@ pub struct Unreadable(&'static str);
 ///
 /// # Errors
 /// A column is missing or is not what was asked for.
-pub fn read(put_aside: &[Row], state: &[Row], sequences_told: bool) -> Result<Captured, Unreadable> {
+pub fn read(
+    put_aside: &[Row],
+    state: &[Row],
+    sequences_told: bool,
+) -> Result<Captured, Unreadable> {
     let mut captured = Captured::default();
     let first = put_aside.first().ok_or(Unreadable("settings"))?;
     let snapshot = &mut captured.snapshot;
@@ -236,7 +240,9 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
         }),
         "slot" => captured.pins.push(Pin::TemporarySlot { slot: text(row, 1)?.to_owned() }),
         "origin" => captured.pins.push(Pin::ReplicationOrigin),
-        "language" => captured.pins.push(Pin::StatefulLanguage { language: text(row, 1)?.to_owned() }),
+        "language" => {
+            captured.pins.push(Pin::StatefulLanguage { language: text(row, 1)?.to_owned() })
+        }
         _ => return Err(Unreadable("known kind of row")),
     }
     Ok(())

@@ -130,7 +130,9 @@ impl Hints {
         }
         match parts.into_iter().collect::<Option<Vec<String>>>() {
             Some(parts) => self.learn(parts.join("."), sql),
-            None => drop(self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) })),
+            None => drop(
+                self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) }),
+            ),
         }
     }
 
@@ -140,7 +142,8 @@ impl Hints {
         if !open.is_other(b'(') {
             return;
         }
-        let literal = if comma.is_other(b',') || comma.is_other(b':') { sql::literal_of(name) } else { None };
+        let literal =
+            if comma.is_other(b',') || comma.is_other(b':') { sql::literal_of(name) } else { None };
         match literal {
             Some(name) if name.contains('.') => self.learn(name.to_lowercase(), sql),
             Some(_) => (),
@@ -160,7 +163,8 @@ impl Hints {
             [b'\'', body @ .., b'\''] => body,
             _ => {
                 if FINDER.is_match(text) {
-                    self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+                    self.pins
+                        .insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
                 }
                 return;
             }
@@ -189,7 +193,9 @@ fn has_several(sql: &[u8]) -> bool {
 }
 
 fn contains_set(sql: &[u8]) -> bool {
-    sql.windows(4).any(|w| w[..3].eq_ignore_ascii_case(b"set") && !w[3].is_ascii_alphanumeric() && w[3] != b'_')
+    sql.windows(4).any(|w| {
+        w[..3].eq_ignore_ascii_case(b"set") && !w[3].is_ascii_alphanumeric() && w[3] != b'_'
+    })
 }
 
 #[cfg(test)]
@@ -234,7 +240,10 @@ mod tests {
         learns("select set_config('app.tenant', $1, false)", &["app.tenant"]);
         learns("select pg_catalog.set_config('app.tenant'::text, $1, false)", &["app.tenant"]);
         learns("select set_config('work_mem', '1MB', false)", &[]);
-        learns("do $$ begin set app.x = 1; perform set_config('app.y', '1', false); end $$", &["app.x", "app.y"]);
+        learns(
+            "do $$ begin set app.x = 1; perform set_config('app.y', '1', false); end $$",
+            &["app.x", "app.y"],
+        );
         learns("do 'begin set app.x = 1; end'", &["app.x"]);
     }
 

@@ -7,12 +7,12 @@
 //! - [`replay`]: the statements that make a fresh server session equal to a snapshot.
 //! - [`pin`]: why a session cannot be moved, in words.
 
-pub mod protocol;
-pub mod inspect;
 pub mod capture;
-pub mod snapshot;
-pub mod replay;
+pub mod inspect;
 pub mod pin;
+pub mod protocol;
+pub mod replay;
+pub mod snapshot;
 
 pub use pin::Pin;
 pub use protocol::Protocol;

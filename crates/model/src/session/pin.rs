@@ -74,10 +74,16 @@ impl std::fmt::Display for Pin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Pin::BackupMode { statement } => {
-                write!(f, "a base backup is under way since `{statement}`; it ends with pg_backup_stop")
+                write!(
+                    f,
+                    "a base backup is under way since `{statement}`; it ends with pg_backup_stop"
+                )
             }
             Pin::CustomSettings { statement } => {
-                write!(f, "`{statement}` computes the name of a setting, so it cannot be found again")
+                write!(
+                    f,
+                    "`{statement}` computes the name of a setting, so it cannot be found again"
+                )
             }
             Pin::Dblink { statement } => {
                 write!(f, "`{statement}` may have opened a dblink connection inside the server")
@@ -89,7 +95,9 @@ impl std::fmt::Display for Pin {
             Pin::Library => write!(f, "a library was loaded by LOAD"),
             Pin::OutOfStep => write!(f, "the server answered what was not asked"),
             Pin::Prepared { name, why } => write!(f, "prepared statement `{name}` {why}"),
-            Pin::Refused { what, error } => write!(f, "{what} is refused by the other server: {error}"),
+            Pin::Refused { what, error } => {
+                write!(f, "{what} is refused by the other server: {error}")
+            }
             Pin::Replication => write!(f, "it is a replication connection"),
             Pin::ReplicationOrigin => write!(f, "a replication origin is set up"),
             Pin::Seed { statement } => write!(f, "`{statement}` may have set the random seed"),
@@ -100,11 +108,18 @@ impl std::fmt::Display for Pin {
                 write!(f, "functions in `{language}` may keep state inside the server")
             }
             Pin::Temporary { objects, example } => {
-                write!(f, "{objects} temporary objects, such as `{example}`; DISCARD TEMP drops them")
+                write!(
+                    f,
+                    "{objects} temporary objects, such as `{example}`; DISCARD TEMP drops them"
+                )
             }
             Pin::TemporarySlot { slot } => write!(f, "temporary replication slot `{slot}`"),
-            Pin::TooLarge { what, size, max } => write!(f, "{what} is {size} large, at most {max} are moved"),
-            Pin::Unnamed => write!(f, "the text of the unnamed statement is not known after an error"),
+            Pin::TooLarge { what, size, max } => {
+                write!(f, "{what} is {size} large, at most {max} are moved")
+            }
+            Pin::Unnamed => {
+                write!(f, "the text of the unnamed statement is not known after an error")
+            }
         }
     }
 }

@@ -108,7 +108,12 @@ impl Protocol {
 
     /// What is under way, in words, for those who wait for it.
     pub fn occupation(&self) -> &'static str {
-        match (self.out_of_step, self.requests.is_empty(), self.batch_open || self.skipping, self.status) {
+        match (
+            self.out_of_step,
+            self.requests.is_empty(),
+            self.batch_open || self.skipping,
+            self.status,
+        ) {
             (true, ..) => "answers are out of step",
             (_, false, ..) => "a request is running",
             (_, _, true, _) => "a pipeline is open without its Sync",

@@ -76,7 +76,8 @@ fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
 fn lock(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
     let mut steps = Vec::new();
     for (lock, count) in &to.locks {
-        let function = if lock.shared { "pg_try_advisory_lock_shared" } else { "pg_try_advisory_lock" };
+        let function =
+            if lock.shared { "pg_try_advisory_lock_shared" } else { "pg_try_advisory_lock" };
         for _ in from.locks.get(lock).copied().unwrap_or(0)..*count {
             // Not getting it must be an error, so that it is not overlooked. A CASE would not do: its constant
             // division is carried out by the planner.
@@ -120,8 +121,10 @@ mod tests {
 
     #[test]
     fn steps_come_in_the_order_that_rights_allow() {
-        let from = Snapshot { role: "none".into(), session_user: "root".into(), ..Snapshot::default() };
-        let mut to = Snapshot { role: "reader".into(), session_user: "app".into(), ..Snapshot::default() };
+        let from =
+            Snapshot { role: "none".into(), session_user: "root".into(), ..Snapshot::default() };
+        let mut to =
+            Snapshot { role: "reader".into(), session_user: "app".into(), ..Snapshot::default() };
         to.settings.insert("geqo".into(), Setting { value: "off".into(), set_in_session: true });
         to.custom.insert("app.x".into(), "1".into());
         let prepared = |from_sql| Prepared { text: "t".into(), from_sql, types: vec![23] };

@@ -77,7 +77,11 @@ impl Snapshot {
             + self.custom.len()
             + self.prepared.len()
             + self.channels.len()
-            + self.locks.values().map(|count| usize::try_from(*count).unwrap_or(usize::MAX)).sum::<usize>()
+            + self
+                .locks
+                .values()
+                .map(|count| usize::try_from(*count).unwrap_or(usize::MAX))
+                .sum::<usize>()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -101,7 +105,11 @@ impl Snapshot {
                 pins.push(Pin::Differs { what, here: or_none(here), there: or_none(there) });
             }
         };
-        differs("session_user".into(), Some(self.session_user.clone()), Some(there.session_user.clone()));
+        differs(
+            "session_user".into(),
+            Some(self.session_user.clone()),
+            Some(there.session_user.clone()),
+        );
         differs("role".into(), Some(self.role.clone()), Some(there.role.clone()));
         both(&self.settings, &there.settings, |name, a, b| {
             let value = |setting: Option<&Setting>| setting.map(|s| s.value.clone());
@@ -110,20 +118,36 @@ impl Snapshot {
         both(&self.custom, &there.custom, |name, a, b| {
             // Values of custom settings may be secrets, so they are not shown.
             let same = a == b;
-            let shown = |present: bool| Some(if same { "same" } else if present { "set" } else { "other" }.into());
+            let shown = |present: bool| {
+                Some(
+                    if same {
+                        "same"
+                    } else if present {
+                        "set"
+                    } else {
+                        "other"
+                    }
+                    .into(),
+                )
+            };
             if !same {
                 differs(format!("setting {name}"), shown(true), shown(false));
             }
         });
         both(&self.prepared, &there.prepared, |name, a, b| {
-            let shown = |p: Option<&Prepared>| p.map(|p| format!("{} types {:?}", crate::sql::shown(p.text.as_bytes(), 60), p.types));
+            let shown = |p: Option<&Prepared>| {
+                p.map(|p| {
+                    format!("{} types {:?}", crate::sql::shown(p.text.as_bytes(), 60), p.types)
+                })
+            };
             if a != b {
                 let (a, b) = (shown(a), shown(b));
                 let b = if a == b { Some("another text".into()) } else { b };
                 differs(format!("prepared statement {name}"), a, b);
             }
         });
-        let channels = |set: &BTreeSet<String>| Some(set.iter().cloned().collect::<Vec<_>>().join(","));
+        let channels =
+            |set: &BTreeSet<String>| Some(set.iter().cloned().collect::<Vec<_>>().join(","));
         differs("listened channels".into(), channels(&self.channels), channels(&there.channels));
         both(&self.locks, &there.locks, |lock, a, b| {
             let shown = |count: Option<&u32>| count.map(u32::to_string);
@@ -149,7 +173,8 @@ mod tests {
 
     #[test]
     fn lock_keys_are_read_back_with_their_sign() {
-        let lock = |classid, objid, objsubid| AdvisoryLock { classid, objid, objsubid, shared: false };
+        let lock =
+            |classid, objid, objsubid| AdvisoryLock { classid, objid, objsubid, shared: false };
         assert_eq!(lock(0, 42, 1).arguments(), "'42'::pg_catalog.int8");
         assert_eq!(lock(0x8000_0000, 0, 1).arguments(), "'-9223372036854775808'::pg_catalog.int8");
         let two = "'-1'::pg_catalog.int4, '7'::pg_catalog.int4";
@@ -159,7 +184,8 @@ mod tests {
     #[test]
     fn equal_snapshots_do_not_differ_and_others_say_how() {
         let setting = |value: &str| Setting { value: value.into(), set_in_session: true };
-        let mut here = Snapshot { role: "none".into(), session_user: "app".into(), ..Snapshot::default() };
+        let mut here =
+            Snapshot { role: "none".into(), session_user: "app".into(), ..Snapshot::default() };
         here.settings.insert("work_mem".into(), setting("4096"));
         let mut there = here.clone();
         there.settings.get_mut("work_mem").unwrap().set_in_session = false;

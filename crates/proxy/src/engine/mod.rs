@@ -80,7 +80,8 @@ impl EngineHandle {
         clock: Clock,
     ) -> io::Result<(Arc<EngineHandle>, std::thread::JoinHandle<()>)> {
         let wake = sys::eventfd()?;
-        let handle = Arc::new(EngineHandle { queue: Mutex::default(), wake, counters: Counters::default() });
+        let handle =
+            Arc::new(EngineHandle { queue: Mutex::default(), wake, counters: Counters::default() });
         let poll = poll::Engine::new(handle.clone(), idle_timeout_s, clock)?;
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || poll.run())?;
         Ok((handle, thread))

@@ -140,7 +140,11 @@ impl Engine {
             return;
         }
         let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
-        let leg = if event.token & 1 == 1 { &mut entry.session.server } else { &mut entry.session.client };
+        let leg = if event.token & 1 == 1 {
+            &mut entry.session.server
+        } else {
+            &mut entry.session.client
+        };
         leg.readable |= event.readable;
         leg.eof |= event.closing;
         if !entry.queued {
@@ -204,7 +208,8 @@ impl Engine {
             }
             Command::Views(reply) => {
                 let now = self.clock.seconds();
-                let views = self.slots.iter().flatten().map(|entry| entry.session.view(now)).collect();
+                let views =
+                    self.slots.iter().flatten().map(|entry| entry.session.view(now)).collect();
                 let _ = reply.send(views);
             }
             Command::Stop => return false,
@@ -217,7 +222,9 @@ impl Engine {
             Want::One(id) => self.by_id.get(id).copied().into_iter().collect(),
             Want::App(app) => {
                 let of_app = |(at, slot): (usize, &Option<Slot>)| {
-                    slot.as_ref().is_some_and(|entry| Arc::ptr_eq(&entry.session.app, app)).then_some(at)
+                    slot.as_ref()
+                        .is_some_and(|entry| Arc::ptr_eq(&entry.session.app, app))
+                        .then_some(at)
                 };
                 self.slots.iter().enumerate().filter_map(of_app).collect()
             }
@@ -234,12 +241,16 @@ impl Engine {
         session.server.readable = true;
         session.active_at = self.clock.seconds();
         let generation = self.generations.get(slot).copied().unwrap_or(0);
-        let registered = self
-            .epoll
-            .add(session.client_fd(), token(slot, generation, Side::Client))
-            .and_then(|()| self.epoll.add(session.server_fd(), token(slot, generation, Side::Server)));
+        let registered =
+            self.epoll.add(session.client_fd(), token(slot, generation, Side::Client)).and_then(
+                |()| self.epoll.add(session.server_fd(), token(slot, generation, Side::Server)),
+            );
         self.by_id.insert(session.id, slot);
-        let out = self.wants.iter().find(|(app, _)| Arc::ptr_eq(app, &session.app)).map(|(_, out)| out.clone());
+        let out = self
+            .wants
+            .iter()
+            .find(|(app, _)| Arc::ptr_eq(app, &session.app))
+            .map(|(_, out)| out.clone());
         session.wanted = out.is_some();
         let entry = Slot { session, out, queued: false };
         if let Some(place) = self.slots.get_mut(slot) {
@@ -293,7 +304,9 @@ impl Engine {
         for slot in 0..self.slots.len() {
             let Some(Some(entry)) = self.slots.get(slot) else { continue };
             let session = &entry.session;
-            if session.protocol.is_safe_point() && now.saturating_sub(session.active_at) > self.idle_timeout_s {
+            if session.protocol.is_safe_point()
+                && now.saturating_sub(session.active_at) > self.idle_timeout_s
+            {
                 let report = Report::fatal(
                     SqlState::IDLE_SESSION_TIMEOUT,
                     format!("session was idle for more than {} s", self.idle_timeout_s),
@@ -354,7 +367,8 @@ impl Engine {
             }
             End::Server => {
                 counters.lost_server.fetch_add(1, Ordering::Relaxed);
-                let lost = Report::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection");
+                let lost =
+                    Report::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection");
                 (!session.server_said_why).then_some(lost)
             }
             End::Fault(fault) => {
@@ -368,7 +382,10 @@ impl Engine {
             }
             End::Lost(error) => {
                 tracing::debug!(session = session.id, %error, "session ended");
-                Some(Report::fatal(SqlState::CONNECTION_FAILURE, "connection to the server was lost"))
+                Some(Report::fatal(
+                    SqlState::CONNECTION_FAILURE,
+                    "connection to the server was lost",
+                ))
             }
         };
         // An error in the middle of a message would be read as part of it.
@@ -426,7 +443,12 @@ fn flush(leg: &mut Leg) -> io::Result<()> {
 }
 
 /// Reads into `plain`, behind what was carried. Gives how much stands there, and whether the peer has closed.
-fn fill(leg: &mut Leg, plain: &mut [u8], cipher: &mut [u8], sealed: &mut Vec<u8>) -> io::Result<(usize, bool)> {
+fn fill(
+    leg: &mut Leg,
+    plain: &mut [u8],
+    cipher: &mut [u8],
+    sealed: &mut Vec<u8>,
+) -> io::Result<(usize, bool)> {
     let carried = leg.carry.len();
     plain.get_mut(..carried).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.carry);
     let room = plain.get_mut(carried..).unwrap_or_default();
@@ -480,7 +502,9 @@ fn fill(leg: &mut Leg, plain: &mut [u8], cipher: &mut [u8], sealed: &mut Vec<u8>
             }
             Opened::Data { consumed, start, len } => {
                 let text = rest.get(start..start + len).unwrap_or_default();
-                room.get_mut(filled..filled + len).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(text);
+                room.get_mut(filled..filled + len)
+                    .ok_or(io::ErrorKind::OutOfMemory)?
+                    .copy_from_slice(text);
                 filled += len;
                 at += consumed;
             }
@@ -535,13 +559,15 @@ fn pass_on(leg: &mut Leg, bytes: &[u8], sealed: &mut Vec<u8>) -> io::Result<()> 
 
 fn from_client(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> {
     let Buffers { plain, cipher, sealed } = buffers;
-    let (filled, closed) = fill(&mut session.client, plain, cipher, sealed).map_err(|_| End::Client)?;
+    let (filled, closed) =
+        fill(&mut session.client, plain, cipher, sealed).map_err(|_| End::Client)?;
     let bytes = plain.get(..filled).unwrap_or_default();
     let pass = session.on_client_bytes(bytes);
     let pass = pass.map_err(End::Fault)?;
     session.bytes_in += u64::try_from(pass.len).unwrap_or(0);
     keep(&mut session.client.carry, bytes.get(pass.len..).unwrap_or_default());
-    pass_on(&mut session.server, bytes.get(..pass.len).unwrap_or_default(), sealed).map_err(End::Lost)?;
+    pass_on(&mut session.server, bytes.get(..pass.len).unwrap_or_default(), sealed)
+        .map_err(End::Lost)?;
     if pass.terminated || closed {
         return Err(End::Client);
     }
@@ -555,7 +581,8 @@ fn from_server(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> 
     let len = session.on_server_bytes(bytes).map_err(End::Fault)?;
     session.bytes_out += u64::try_from(len).unwrap_or(0);
     keep(&mut session.server.carry, bytes.get(len..).unwrap_or_default());
-    pass_on(&mut session.client, bytes.get(..len).unwrap_or_default(), sealed).map_err(|_| End::Client)?;
+    pass_on(&mut session.client, bytes.get(..len).unwrap_or_default(), sealed)
+        .map_err(|_| End::Client)?;
     if closed {
         // What a slow client has not taken yet is still its due.
         session.server_gone = true;

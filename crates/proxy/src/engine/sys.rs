@@ -9,7 +9,9 @@ fn check(result: i32) -> io::Result<i32> {
 
 pub(super) fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: eventfd takes no pointers; the descriptor it returns is ours alone.
-    unsafe { Ok(OwnedFd::from_raw_fd(check(libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))?)) }
+    unsafe {
+        Ok(OwnedFd::from_raw_fd(check(libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))?))
+    }
 }
 
 pub(super) fn notify(fd: RawFd) {
@@ -49,12 +51,17 @@ impl Epoll {
         let flags = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
         let mut event = libc::epoll_event { events: flags.cast_unsigned(), u64: token };
         // SAFETY: the event is a live local; the kernel copies it.
-        check(unsafe { libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) }).map(drop)
+        check(unsafe {
+            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event)
+        })
+        .map(drop)
     }
 
     pub(super) fn remove(&self, fd: RawFd) {
         // SAFETY: no event is passed for DEL. A socket that is not registered is not an error that matters.
-        unsafe { libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
+        unsafe {
+            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut())
+        };
     }
 
     /// Waits at most `timeout_ms` and appends what happened to `events`.
@@ -62,7 +69,12 @@ impl Epoll {
         let mut raw = [libc::epoll_event { events: 0, u64: 0 }; EVENTS_MAX];
         // SAFETY: the kernel writes at most EVENTS_MAX events into a live local array of that length.
         let count = unsafe {
-            libc::epoll_wait(self.0.as_raw_fd(), raw.as_mut_ptr(), i32::try_from(EVENTS_MAX).unwrap_or(1), timeout_ms)
+            libc::epoll_wait(
+                self.0.as_raw_fd(),
+                raw.as_mut_ptr(),
+                i32::try_from(EVENTS_MAX).unwrap_or(1),
+                timeout_ms,
+            )
         };
         let count = match check(count) {
             Ok(count) => usize::try_from(count).unwrap_or(0),
@@ -72,7 +84,11 @@ impl Epoll {
         for event in raw.iter().take(count) {
             let flags = event.events.cast_signed();
             let closing = flags & (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) != 0;
-            events.push(Event { token: event.u64, readable: flags & libc::EPOLLIN != 0 || closing, closing });
+            events.push(Event {
+                token: event.u64,
+                readable: flags & libc::EPOLLIN != 0 || closing,
+                closing,
+            });
         }
         Ok(())
     }
@@ -81,7 +97,8 @@ impl Epoll {
 /// Reads at most as much as fits into `buffer`, without waiting.
 pub(super) fn receive(fd: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the kernel writes at most `buffer.len()` bytes into `buffer`.
-    let len = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
+    let len =
+        unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 

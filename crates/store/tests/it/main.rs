@@ -1,5 +1,7 @@
 //! One suite that every store passes, and what only a durable one must do.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::PathBuf;
 
 use store::embedded::EmbeddedStore;
@@ -10,7 +12,8 @@ struct Dir(PathBuf);
 
 impl Dir {
     fn new(name: &str) -> Dir {
-        let dir = std::env::temp_dir().join(format!("holdfast-store-{name}-{}", std::process::id()));
+        let dir =
+            std::env::temp_dir().join(format!("holdfast-store-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         Dir(dir)
     }
@@ -24,21 +27,31 @@ impl Drop for Dir {
 
 fn conforms(store: &dyn Store) {
     assert_eq!(store.get("app/a").unwrap(), None);
-    let first = store.commit(&Txn::default().expect("app/a", None).put("app/a", b"1".to_vec())).unwrap();
+    let first =
+        store.commit(&Txn::default().expect("app/a", None).put("app/a", b"1".to_vec())).unwrap();
     let seen = store.get("app/a").unwrap().unwrap();
     assert_eq!((seen.value.as_slice(), seen.revision), (&b"1"[..], first));
 
     // A condition that does not hold leaves everything as it was.
-    let stale = Txn::default().expect("app/a", None).put("app/a", b"2".to_vec()).put("app/b", b"2".to_vec());
-    assert!(matches!(store.commit(&stale), Err(StoreError::Conflict { found: Some(r), .. }) if r == first));
+    let stale = Txn::default()
+        .expect("app/a", None)
+        .put("app/a", b"2".to_vec())
+        .put("app/b", b"2".to_vec());
+    assert!(
+        matches!(store.commit(&stale), Err(StoreError::Conflict { found: Some(r), .. }) if r == first)
+    );
     assert_eq!(store.get("app/b").unwrap(), None);
 
-    let next = Txn::default().expect("app/a", Some(first)).put("app/a", b"2".to_vec()).put("app/b", vec![0; 9]);
+    let next = Txn::default()
+        .expect("app/a", Some(first))
+        .put("app/a", b"2".to_vec())
+        .put("app/b", vec![0; 9]);
     let second = store.commit(&next).unwrap();
     assert!(second > first);
     assert!(store.commit(&next).is_err());
 
-    let keys = |prefix| store.list(prefix).unwrap().into_iter().map(|(key, _)| key).collect::<Vec<_>>();
+    let keys =
+        |prefix| store.list(prefix).unwrap().into_iter().map(|(key, _)| key).collect::<Vec<_>>();
     assert_eq!(keys("app/"), ["app/a", "app/b"]);
     assert_eq!(keys("app/b"), ["app/b"]);
     assert_eq!(keys("app_"), Vec::<String>::new());

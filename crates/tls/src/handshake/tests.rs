@@ -97,7 +97,11 @@ fn pass(from: &mut Record, to: &mut Established, plain: &[u8], reply: &mut Vec<u
     open_all(&mut to.record, &mut wire, reply).unwrap()
 }
 
-fn open_all(record: &mut Record, wire: &mut [u8], reply: &mut Vec<u8>) -> Result<Vec<u8>, RecordError> {
+fn open_all(
+    record: &mut Record,
+    wire: &mut [u8],
+    reply: &mut Vec<u8>,
+) -> Result<Vec<u8>, RecordError> {
     let (mut at, mut got) = (0, Vec::new());
     loop {
         match record.open(&mut wire[at..], reply)? {
@@ -117,7 +121,8 @@ fn data_passes_both_ways_after_a_handshake_in_pieces_of_any_size() {
     let files = Files::new("pieces");
     for chunk in [1, 7, 100, 100_000] {
         let (mut client, mut server) =
-            handshake(&files.client(SslMode::VerifyFull), &files.server(), "localhost", chunk).unwrap();
+            handshake(&files.client(SslMode::VerifyFull), &files.server(), "localhost", chunk)
+                .unwrap();
         assert!(client.alpn && server.alpn);
         let big: Vec<u8> = (0..100_000u32).map(|n| n.to_le_bytes()[0]).collect();
         let mut reply = Vec::new();
@@ -188,7 +193,8 @@ fn a_record_that_announces_too_much_is_refused_at_its_header() {
 #[test]
 fn modes_check_as_much_as_they_say() {
     let (ours, other) = (Files::new("modes"), Files::new("other"));
-    let connect = |tls: &ClientTls, host: &str| handshake(tls, &ours.server(), host, 4096).map(|_| ());
+    let connect =
+        |tls: &ClientTls, host: &str| handshake(tls, &ours.server(), host, 4096).map(|_| ());
     assert!(connect(&ours.client(SslMode::VerifyFull), "localhost").is_ok());
     assert!(connect(&ours.client(SslMode::VerifyFull), "db.example").is_err());
     assert!(connect(&ours.client(SslMode::VerifyCa), "db.example").is_ok());

@@ -101,11 +101,18 @@ fn a_server_that_asks_for_endless_work_is_refused() {
 
 #[test]
 fn malformed_messages_are_refused_without_a_panic() {
-    for message in ["", ",", "n,,", "n,,n=", "n,,n=,r=", "p=x,,n=,r=a", "n,a=b,n=,r=a", "n,,m=x,n=,r=a"] {
+    for message in
+        ["", ",", "n,,", "n,,n=", "n,,n=,r=", "p=x,,n=,r=a", "n,a=b,n=,r=a", "n,,m=x,n=,r=a"]
+    {
         let server = ServerStart::new(verifier(), "s".into(), None);
-        assert!(server.on_client_first(MECHANISM.as_bytes(), message.as_bytes()).is_err(), "{message}");
+        assert!(
+            server.on_client_first(MECHANISM.as_bytes(), message.as_bytes()).is_err(),
+            "{message}"
+        );
     }
-    for message in ["", "c=", "c=biws", "c=biws,r=as", "c=biws,r=as,p=", "c=biws,r=as,p=AAAA", "c=!,r=as,p=A"] {
+    for message in
+        ["", "c=", "c=biws", "c=biws,r=as", "c=biws,r=as,p=", "c=biws,r=as,p=AAAA", "c=!,r=as,p=A"]
+    {
         let server = ServerStart::new(verifier(), "s".into(), None);
         let (_, server) = server.on_client_first(MECHANISM.as_bytes(), b"n,,n=,r=a").unwrap();
         assert!(server.on_client_final(message.as_bytes()).is_err(), "{message}");

@@ -1,6 +1,8 @@
 //! Properties of the codec: what is written is read back, whatever the split; what is cut or changed is an
 //! error, never a panic.
 
+#![allow(clippy::unwrap_used)]
+
 use proptest::prelude::*;
 use wire::backend::{self, Backend, Report, TxStatus};
 use wire::frame::{self, Side};

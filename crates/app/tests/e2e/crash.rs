@@ -1,0 +1,75 @@
+//! Holdfast is killed at the begin and at the end of every stage of a switchover. Started again, it goes back
+//! before the grant and forward after it; the store, the servers and what clients can do agree.
+
+use crate::support::{Installation, run, shown, value};
+
+const STAGES: [(&str, bool); 10] = [
+    ("prepare", false),
+    ("hold", false),
+    ("fence", false),
+    ("capture", false),
+    ("catch_up", false),
+    ("grant", true),
+    ("promote", true),
+    ("attach", true),
+    ("release", true),
+    ("rejoin", true),
+];
+
+#[tokio::test]
+async fn a_crash_at_any_step_finds_its_way() {
+    let mut installation = Installation::start("crash");
+    run(&mut installation.connect().await, "CREATE TABLE t (n serial)").await;
+    let (mut active, mut other, mut epoch) = ("a", "b", 1);
+    let mut written = 0;
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    for (stage, granted) in STAGES {
+        for at in ["begin", "end"] {
+            let point = format!("{stage}:{at}");
+            installation.restart(&[("HOLDFAST_CRASH_AT", &point)]);
+            run(&mut installation.connect().await, "INSERT INTO t DEFAULT VALUES").await;
+            written += 1;
+            let output =
+                installation.holdfast(&["switchover", "shop", "--to", other, "--deadline", "5s"]);
+            assert_eq!(output.status.code(), Some(1), "{point}: {}", shown(&output));
+            installation.wait_crashed();
+
+            installation.restart(&[]);
+            if granted {
+                std::mem::swap(&mut active, &mut other);
+                epoch += 1;
+            }
+            let status = shown(&installation.holdfast(&["status", "shop"]));
+            assert!(
+                status.contains(&format!("active cell {active}, epoch {epoch}")),
+                "{point}: {status}"
+            );
+            assert!(!status.contains('!'), "{point}: {status}");
+            let executions = shown(&installation.holdfast(&["executions"]));
+            let ended = if granted { "completed" } else { "aborted" };
+            let newest = executions.lines().nth(1).unwrap();
+            assert!(newest.contains(ended), "{point}: {executions}");
+            // Clients write on the active cell, and see all that was acknowledged.
+            let mut client = installation.connect().await;
+            run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
+            written += 1;
+            assert_eq!(
+                value(&mut client, "SELECT count(*) FROM t").await,
+                written.to_string(),
+                "{point}"
+            );
+            assert_eq!(
+                value(&mut client, "SHOW default_transaction_read_only").await,
+                "off",
+                "{point}"
+            );
+            // The server that is not active takes no writes from whomever.
+            let mut passive = installation.direct(other).await;
+            assert!(passive.query("INSERT INTO t DEFAULT VALUES").await.is_err(), "{point}");
+            crate::support::signal(installation.pid(), "KILL");
+            installation.wait_crashed();
+        }
+    }
+    installation.restart(&[]);
+}

@@ -1,0 +1,218 @@
+//! SCRAM passed through without a password, TLS of every mode, cancel requests, limits.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tls::{ClientTls, SslMode};
+use wire::sqlstate::SqlState;
+
+use crate::support::{HOLDFAST, Installation, connect, login, run, shown, signal, value};
+
+/// A second proxy before the same servers, with a configuration of its own.
+struct Second {
+    child: Child,
+    port: u16,
+}
+
+impl Second {
+    fn start(installation: &Installation, name: &str, proxy: &str, app: &str) -> Second {
+        let free =
+            || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (port, api) = (free(), free());
+        let dir = installation.dir.join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        let (a, b) = (installation.facts.servers["a"], installation.facts.servers["b"]);
+        let text = format!(
+            "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\n{proxy}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
+             state_dir = \"{}\"\n[[app]]\nname = \"shop\"\n{app}\n\
+             [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:{a}\"\nactive = true\n\
+             [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:{b}\"\n",
+            dir.join("state").display()
+        );
+        let path = dir.join("holdfast.toml");
+        std::fs::write(&path, text).unwrap();
+        let child = Command::new(HOLDFAST)
+            .args(["run", "-c"])
+            .arg(&path)
+            .env("HOLDFAST_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let second = Second { child, port };
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(std::time::Instant::now() < deadline, "the second proxy does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        second
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        signal(self.child.id(), "TERM");
+        let _ = self.child.wait();
+    }
+}
+
+/// Makes server `a` ask roles other than the superuser for SCRAM, and gives it a role.
+async fn ask_for_scram(installation: &Installation) {
+    let path = installation.dir.join("a/pg_hba.conf");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, format!("host all app 127.0.0.1/32 scram-sha-256\n{text}")).unwrap();
+    let sql = "CREATE ROLE app LOGIN PASSWORD 'sesame'; SELECT pg_reload_conf()";
+    run(&mut installation.direct("a").await, sql).await;
+}
+
+#[tokio::test]
+async fn scram_is_passed_through_without_a_password() {
+    let installation = Installation::start("scram");
+    ask_for_scram(&installation).await;
+    let proxy =
+        Second::start(&installation, "scram", "", "auth = \"scram\"\nsslmode = \"disable\"");
+    let mut session = connect(proxy.port, "app", Some("sesame")).await.unwrap();
+    assert_eq!(value(&mut session, "SELECT current_user").await, "app");
+    for (user, password) in [("app", "simsim"), ("nobody", "sesame"), ("postgres", "")] {
+        let error = connect(proxy.port, user, Some(password)).await.unwrap_err();
+        let raw = String::from_utf8_lossy(error.raw_error().unwrap()).into_owned();
+        assert!(raw.contains("C28P01"), "{user}: {raw}");
+        assert!(
+            raw.contains(&format!("password authentication failed for user \"{user}\"")),
+            "{raw}"
+        );
+    }
+    // A new password counts at once: the old one fails at the server, whatever is remembered here.
+    run(&mut installation.direct("a").await, "ALTER ROLE app PASSWORD 'new'").await;
+    assert!(connect(proxy.port, "app", Some("sesame")).await.is_err());
+    assert!(connect(proxy.port, "app", Some("new")).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_password_file_serves_development() {
+    let installation = Installation::start("file");
+    ask_for_scram(&installation).await;
+    let file = installation.dir.join("users");
+    std::fs::write(&file, "app:sesame\n").unwrap();
+    let app = format!("auth = \"file\"\nauth_file = \"{}\"\nsslmode = \"disable\"", file.display());
+    let proxy = Second::start(&installation, "file", "", &app);
+    let mut session = connect(proxy.port, "app", Some("sesame")).await.unwrap();
+    assert_eq!(value(&mut session, "SELECT current_user").await, "app");
+    assert!(connect(proxy.port, "app", Some("simsim")).await.is_err());
+}
+
+/// A certificate for `localhost` and `127.0.0.1`, and its key.
+fn certificate(installation: &Installation) -> (PathBuf, PathBuf) {
+    let names = vec!["localhost".into(), "127.0.0.1".into()];
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(names).unwrap();
+    let (cert_path, key_path) =
+        (installation.dir.join("cert.pem"), installation.dir.join("key.pem"));
+    std::fs::write(&cert_path, cert.pem()).unwrap();
+    std::fs::write(&key_path, signing_key.serialize_pem()).unwrap();
+    (cert_path, key_path)
+}
+
+#[tokio::test]
+async fn tls_of_every_mode_with_the_channel_bound() {
+    let installation = Installation::start("tls");
+    ask_for_scram(&installation).await;
+    let (cert, key) = certificate(&installation);
+    let tls = format!(
+        "[proxy.tls]\ncert = \"{}\"\nkey = \"{}\"\nrequired = true\n",
+        cert.display(),
+        key.display()
+    );
+    let proxy =
+        Second::start(&installation, "tls", &tls, "auth = \"scram\"\nsslmode = \"disable\"");
+    for mode in [SslMode::Require, SslMode::VerifyCa, SslMode::VerifyFull] {
+        let tls = ClientTls::load(mode, Some(&cert), None).unwrap();
+        let mut session = login(proxy.port, "app", Some("sesame"), tls, &[]).await.unwrap();
+        // Answers of all sizes: many records, and one that fills several.
+        for len in [1, 100, 16_384, 300_000] {
+            let text = value(&mut session, &format!("SELECT repeat('x', {len})")).await;
+            assert_eq!(text.len(), len);
+        }
+    }
+    let error = connect(proxy.port, "app", Some("sesame")).await.unwrap_err();
+    assert!(error.to_string().contains("TLS is required"), "{error}");
+    // OpenSSL's view of the same, with channel binding demanded, and a client that speaks TLS 1.2 at most.
+    for options in ["channel_binding=require", "ssl_max_protocol_version=TLSv1.2"] {
+        let dsn = format!(
+            "host=localhost port={} user=app dbname=postgres sslmode=verify-full sslrootcert={} {options}",
+            proxy.port,
+            cert.display()
+        );
+        let output = Command::new("psql")
+            .args(["-X", "-A", "-t", "-c", "SELECT length(repeat('y', 100000))", &dsn])
+            .env("PGPASSWORD", "sesame")
+            .output()
+            .unwrap();
+        assert_eq!(shown(&output).trim(), "100000", "{options}");
+    }
+}
+
+#[tokio::test]
+async fn a_cancel_request_reaches_its_query_and_no_other() {
+    let installation = Installation::start("cancel");
+    let mut session = installation.connect().await;
+    let (pid, secret) = (session.pid, session.secret.clone());
+    let cancel = |secret: Vec<u8>| {
+        let port = installation.facts.port;
+        async move {
+            let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
+            let address = pg::Address { host: "127.0.0.1".into(), port };
+            let timeout = Duration::from_secs(20);
+            let target = pg::Target { address, tls, keepalive: Default::default(), timeout };
+            target.cancel(pid, &secret).await.unwrap();
+        }
+    };
+    for cell in ["a", "b"] {
+        if cell == "b" {
+            installation.switch_to("b");
+        }
+        // With nothing running, and with a wrong secret, nothing happens.
+        cancel(secret.clone()).await;
+        cancel(vec![0; 4]).await;
+        assert_eq!(value(&mut session, "SELECT 1").await, "1");
+        let asked = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            cancel(secret.clone()).await;
+        };
+        let (result, ()) = tokio::join!(session.query("SELECT pg_sleep(60)"), asked);
+        assert_eq!(result.unwrap_err().sqlstate(), Some(SqlState::QUERY_CANCELED), "on {cell}");
+        assert_eq!(value(&mut session, "SELECT 2").await, "2");
+    }
+}
+
+#[tokio::test]
+async fn one_client_too_many_is_told_and_idle_ones_are_ended() {
+    let installation = Installation::start("limits");
+    let limits = "clients_max = 2\nidle_timeout = \"1s\"";
+    let proxy =
+        Second::start(&installation, "limits", limits, "auth = \"trust\"\nsslmode = \"disable\"");
+    let mut first = connect(proxy.port, "postgres", None).await.unwrap();
+    let _second = connect(proxy.port, "postgres", None).await.unwrap();
+    let error = connect(proxy.port, "postgres", None).await.unwrap_err();
+    assert!(error.to_string().contains("53300"), "{error}");
+    let message = first.receive().await.unwrap();
+    let wire::backend::Backend::Error(fields) = message.view().unwrap() else {
+        panic!("{message:?}")
+    };
+    assert_eq!(fields.sqlstate(), Some(SqlState::IDLE_SESSION_TIMEOUT));
+}
+
+#[tokio::test]
+async fn a_wrong_configuration_starts_nothing() {
+    let path = std::env::temp_dir().join(format!("holdfast-wrong-{}.toml", std::process::id()));
+    std::fs::write(&path, "[proxy]\nlisten = [\"x\"]\ncolour = 1\n").unwrap();
+    for verb in ["check", "run"] {
+        let output = Command::new(HOLDFAST).args([verb, "-c"]).arg(&path).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let text = shown(&output);
+        assert!(text.contains("configuration has 3 mistakes"), "{text}");
+        assert!(text.contains(":2: ") && text.contains(":3: `proxy.colour` is unknown"), "{text}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(Command::new(HOLDFAST).arg("nonsense").output().unwrap().status.code(), Some(2));
+}

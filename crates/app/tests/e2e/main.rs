@@ -1,0 +1,12 @@
+//! The whole product on real servers: real processes, real clients, killed on purpose.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+mod crash;
+mod drivers;
+mod hostile;
+mod login;
+mod moves;
+mod pins;

@@ -1,0 +1,371 @@
+//! Sessions of every kind that is carried, there and back, and what their clients see meanwhile.
+
+use std::time::Duration;
+
+use wire::backend::TxStatus;
+use wire::frontend;
+
+use crate::support::{Installation, extended, login, run, shown, value};
+
+/// Each kind of state: how it is set up, how it is looked at, and what must be seen there for ever.
+const KINDS: &[(&str, &[&str], &str)] = &[
+    ("setting in units", &["SET work_mem = '12345kB'"], "SHOW work_mem"),
+    (
+        "search_path with quotes",
+        &["SET search_path = \"$user\", \"odd\"\"name\", public"],
+        "SHOW search_path",
+    ),
+    ("time zone that is no name", &["SET TIME ZONE '<+02:30>-02:30'"], "SHOW TimeZone"),
+    (
+        "empty list",
+        &["SET temp_tablespaces = ''"],
+        "SELECT '[' || current_setting('temp_tablespaces') || ']'",
+    ),
+    (
+        "date style and interval style",
+        &["SET DateStyle = 'SQL, DMY'", "SET IntervalStyle = iso_8601"],
+        "SELECT date '2020-02-01' || ' ' || interval '1 day 2 hours'",
+    ),
+    ("float digits", &["SET extra_float_digits = -3"], "SELECT 1.0::float8/3"),
+    (
+        "isolation and read only",
+        &[
+            "SET default_transaction_isolation = serializable",
+            "SET default_transaction_read_only = on",
+            "SET default_transaction_deferrable = on",
+        ],
+        "SELECT concat_ws(' ', current_setting('transaction_isolation'), current_setting('transaction_read_only'))",
+    ),
+    (
+        "tiny timeouts",
+        &[
+            "SET statement_timeout = '2s'",
+            "SET lock_timeout = 1",
+            "SET idle_in_transaction_session_timeout = 0",
+        ],
+        "SELECT concat_ws(' ', current_setting('statement_timeout'), current_setting('lock_timeout'))",
+    ),
+    ("row security", &["SET row_security = off"], "SHOW row_security"),
+    (
+        "replication role",
+        &["SET session_replication_role = replica"],
+        "SHOW session_replication_role",
+    ),
+    (
+        "planner settings",
+        &["SET enable_seqscan = off", "SET random_page_cost = 1.1"],
+        "SELECT current_setting('enable_seqscan') || current_setting('random_page_cost')",
+    ),
+    (
+        "custom settings",
+        &[
+            "SET app.user_id = '7'",
+            "SELECT set_config('app.tenant', 'it''s', false)",
+            "SET my.\"Odd\" = 'x'",
+        ],
+        "SELECT concat_ws('|', current_setting('app.user_id'), current_setting('app.tenant'))",
+    ),
+    (
+        "role",
+        &["SET ROLE reader"],
+        "SELECT current_user || ' ' || session_user || ' ' || current_setting('role')",
+    ),
+    (
+        "session authorization",
+        &["SET SESSION AUTHORIZATION writer"],
+        "SELECT current_user || ' ' || session_user",
+    ),
+    (
+        "both",
+        &["SET SESSION AUTHORIZATION writer", "SET ROLE reader"],
+        "SELECT current_user || ' ' || session_user || ' ' || current_setting('role')",
+    ),
+    (
+        "setting that only a superuser sees, then a role",
+        &["SET log_min_duration_statement = 54321", "SET ROLE reader"],
+        "SELECT current_user",
+    ),
+    (
+        "prepared by SQL",
+        &["PREPARE \"odd \"\"name\" (int, text) AS SELECT $1 || $2"],
+        "EXECUTE \"odd \"\"name\" (1, 'x')",
+    ),
+    (
+        "prepared inside a block",
+        &["DO $$ BEGIN EXECUTE 'PREPARE inner_one AS SELECT 42'; END $$"],
+        "EXECUTE inner_one",
+    ),
+    (
+        "locks of every form",
+        &[
+            "SELECT pg_advisory_lock(-9223372036854775808), pg_advisory_lock(42), pg_advisory_lock(42)",
+            "SELECT pg_advisory_lock_shared(42), pg_advisory_lock(-1, 2147483647), pg_advisory_lock_shared(7, -7)",
+        ],
+        "SELECT string_agg(concat_ws(':', classid, objid, objsubid, mode), ' ' ORDER BY classid, objid, mode) \
+         FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+    ),
+    (
+        "channels",
+        &["LISTEN jobs", "LISTEN \"Odd \"\" channel\""],
+        "SELECT string_agg(c, ',' ORDER BY c) FROM pg_listening_channels() c",
+    ),
+    ("client encoding", &["SET client_encoding = LATIN1"], "SHOW client_encoding"),
+    ("application name", &["SET application_name = 'it''s me'"], "SHOW application_name"),
+];
+
+const ROLES: &str = "CREATE ROLE reader; CREATE ROLE writer; GRANT reader TO writer; \
+    CREATE TABLE IF NOT EXISTS t (n int)";
+
+#[tokio::test]
+async fn every_kind_of_carried_state_is_the_same_there_and_back() {
+    let installation = Installation::start("kinds");
+    run(&mut installation.connect().await, ROLES).await;
+    let mut sessions = Vec::new();
+    for (name, set_up, look) in KINDS {
+        let mut session = installation.connect().await;
+        for sql in *set_up {
+            run(&mut session, sql).await;
+        }
+        let before = value(&mut session, look).await;
+        sessions.push((name, look, before, session));
+    }
+    for cell in ["b", "a"] {
+        let text = installation.switch_to(cell);
+        assert!(
+            text.contains(&format!("{} of {} sessions moved", KINDS.len(), KINDS.len())),
+            "{text}"
+        );
+        for (name, look, before, session) in &mut sessions {
+            assert_eq!(value(session, look).await, *before, "{name}, on {cell}");
+            assert_eq!(session.status, TxStatus::Idle);
+        }
+    }
+}
+
+#[tokio::test]
+async fn locks_are_held_as_often_as_before_and_keep_others_out() {
+    let installation = Installation::start("locks");
+    let mut holder = installation.connect().await;
+    run(&mut holder, "SELECT pg_advisory_lock(1), pg_advisory_lock(1), pg_advisory_lock(1)").await;
+    installation.switch_to("b");
+    let mut other = installation.connect().await;
+    assert_eq!(value(&mut other, "SELECT pg_try_advisory_lock(1)").await, "f");
+    for expected in ["t", "t", "t", "f"] {
+        assert_eq!(value(&mut holder, "SELECT pg_advisory_unlock(1)").await, expected);
+    }
+    assert_eq!(value(&mut other, "SELECT pg_try_advisory_lock(1)").await, "t");
+}
+
+#[tokio::test]
+async fn statements_of_the_protocol_go_on_with_and_without_a_name() {
+    let installation = Installation::start("statements");
+    let mut session = installation.connect().await;
+    let mut out = Vec::new();
+    // A name with odd bytes, a text with a comment, declared types, an empty statement, and one without a name.
+    frontend::parse(&mut out, b"a \"name\"", b"/* why */ SELECT $1 + $2 -- end", &[23, 20]);
+    frontend::parse(&mut out, b"empty", b"", &[]);
+    frontend::parse(&mut out, b"begins", b"begin", &[]);
+    frontend::parse(&mut out, b"", b"SELECT $1::text || ' unnamed'", &[]);
+    frontend::sync(&mut out);
+    extended(&mut session, &out).await;
+    for cell in ["b", "a"] {
+        installation.switch_to(cell);
+        let mut out = Vec::new();
+        frontend::bind_text(&mut out, b"", b"", &[Some(b"still")]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::bind_text(&mut out, b"", b"a \"name\"", &[Some(b"1"), Some(b"2")]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::bind_text(&mut out, b"", b"empty", &[]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::sync(&mut out);
+        let found = extended(&mut session, &out).await;
+        assert_eq!(found, [Some("still unnamed".into()), Some("3".into()), None], "on {cell}");
+        let types = "SELECT string_agg(name || parameter_types::text, ' ' ORDER BY name) FROM pg_prepared_statements";
+        // A simple query would destroy the unnamed statement, so this one is asked by the other protocol.
+        let mut out = Vec::new();
+        frontend::parse(&mut out, b"look", types.as_bytes(), &[]);
+        frontend::bind_text(&mut out, b"", b"look", &[]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::close(&mut out, frontend::Target::Statement(b"look"));
+        frontend::sync(&mut out);
+        let found = extended(&mut session, &out).await;
+        assert_eq!(
+            found,
+            [Some("a \"name\"{integer,bigint} begins{} empty{} look{}".into())],
+            "on {cell}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn startup_options_and_later_defaults_do_not_change_a_session() {
+    let installation = Installation::start("startup");
+    let tls = || tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let mut admin = installation.connect().await;
+    run(
+        &mut admin,
+        "CREATE ROLE app LOGIN; ALTER ROLE app SET work_mem = '3MB'; GRANT pg_read_all_data TO app",
+    )
+    .await;
+    let more = [
+        ("options", "-c geqo=off -c enable_sort=off"),
+        ("application_name", "first"),
+        ("DateStyle", "German"),
+    ];
+    let port = installation.facts.port;
+    let mut session = login(port, "app", None, tls(), &more).await.unwrap();
+    // What was changed for later logins must not reach this session.
+    run(&mut admin, "ALTER ROLE app SET work_mem = '9MB'").await;
+    let look = "SELECT concat_ws(' ', current_setting('geqo'), current_setting('enable_sort'), \
+        current_setting('application_name'), current_setting('DateStyle'), current_setting('work_mem'))";
+    let before = value(&mut session, look).await;
+    assert_eq!(before, "off off first German, DMY 3MB");
+    installation.switch_to("b");
+    assert_eq!(value(&mut session, look).await, before);
+    // RESET goes back to what the client asked for at its login.
+    run(&mut session, "SET geqo = on; RESET geqo").await;
+    assert_eq!(value(&mut session, "SHOW geqo").await, "off");
+}
+
+#[tokio::test]
+async fn a_transaction_ends_where_it_began_and_the_next_begins_elsewhere() {
+    let installation = Installation::start("transaction");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE TABLE t (n int)").await;
+    run(&mut session, "BEGIN; INSERT INTO t VALUES (1)").await;
+    let switch = std::thread::spawn({
+        let api = installation.facts.api.clone();
+        move || {
+            let args = ["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"];
+            std::process::Command::new(crate::support::HOLDFAST).args(args).output().unwrap()
+        }
+    });
+    // The transaction works on while the switchover waits for it.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    run(&mut session, "INSERT INTO t VALUES (2)").await;
+    run(&mut session, "COMMIT").await;
+    run(&mut session, "BEGIN; INSERT INTO t VALUES (3); COMMIT").await;
+    assert_eq!(value(&mut session, "SELECT sum(n) FROM t").await, "6");
+    let output = switch.join().unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(
+        value(&mut installation.direct("b").await, "SELECT sum(n), pg_is_in_recovery() FROM t")
+            .await,
+        "6"
+    );
+}
+
+#[tokio::test]
+async fn a_deadline_gives_the_switchover_up_and_nobody_notices() {
+    let installation = Installation::start("deadline");
+    let mut busy = installation.connect().await;
+    let mut idle = installation.connect().await;
+    run(&mut busy, "CREATE TABLE t (n int)").await;
+    run(&mut busy, "BEGIN; INSERT INTO t VALUES (1)").await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b", "--deadline", "300ms"]);
+    assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+    assert!(shown(&output).contains("a transaction is open"), "{}", shown(&output));
+    run(&mut busy, "INSERT INTO t VALUES (2); COMMIT").await;
+    run(&mut idle, "INSERT INTO t VALUES (3)").await;
+    assert_eq!(value(&mut idle, "SELECT sum(n) FROM t").await, "6");
+    // By force the busy one is told, and what it had not committed is gone.
+    run(&mut busy, "BEGIN; INSERT INTO t VALUES (4)").await;
+    let args = ["switchover", "shop", "--to", "b", "--deadline", "300ms", "--on-timeout", "force"];
+    let output = installation.holdfast(&args);
+    assert!(output.status.success(), "{}", shown(&output));
+    let error = busy.query("COMMIT").await.unwrap_err();
+    assert!(
+        error.sqlstate().is_none_or(|state| state == wire::sqlstate::SqlState::ADMIN_SHUTDOWN),
+        "{error}"
+    );
+    assert_eq!(value(&mut idle, "SELECT sum(n) FROM t").await, "6");
+}
+
+#[tokio::test]
+async fn notifications_of_the_session_itself_carry_the_pid_that_it_knows() {
+    let installation = Installation::start("notify");
+    let mut session = installation.connect().await;
+    let pid = session.pid;
+    run(&mut session, "LISTEN jobs").await;
+    installation.switch_to("b");
+    run(&mut session, "NOTIFY jobs, 'after'").await;
+    // Tag, length, pid.
+    assert_eq!(session.aside.get(..1), Some(&b"A"[..]));
+    assert_eq!(session.aside.get(5..9), Some(&pid.to_be_bytes()[..]));
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing_and_says_who_is_in_the_way() {
+    let installation = Installation::start("dry");
+    let mut pinned = installation.connect().await;
+    run(&mut pinned, "CREATE TEMP TABLE mine (n int)").await;
+    let _free = installation.connect().await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b", "--dry-run"]);
+    let text = shown(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("1 of 2 sessions could be moved now"), "{text}");
+    assert!(text.contains("temporary objects, such as `mine`"), "{text}");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("active cell a, epoch 1"), "{status}");
+    let output = installation.holdfast(&["switchover", "shop", "--to", "nowhere"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        shown(&output).contains("has no cell `nowhere`; its cells are a, b"),
+        "{}",
+        shown(&output)
+    );
+}
+
+#[tokio::test]
+async fn the_console_and_the_metrics_show_what_is_there() {
+    let installation = Installation::start("console");
+    let mut session = installation.connect().await;
+    run(&mut session, "SET application_name = 'watched'").await;
+    let psql = |sql: &str| {
+        let port = installation.facts.port.to_string();
+        let args = [
+            "-X",
+            "-A",
+            "-t",
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "postgres",
+            "-d",
+            "holdfast",
+            "-p",
+            &port,
+            "-c",
+            sql,
+        ];
+        let output = std::process::Command::new("psql").args(args).output().unwrap();
+        shown(&output)
+    };
+    for topic in ["SESSIONS", "CLIENTS", "SERVERS", "STATS", "PINS", "CELLS", "CONFIG", "VERSION"] {
+        let text = psql(&format!("SHOW {topic}"));
+        assert!(!text.contains("ERROR"), "{topic}: {text}");
+    }
+    assert!(psql("show sessions;").contains("watched"));
+    assert!(psql("SHOW NOTHING").contains("HINT"));
+    installation.switch_to("b");
+    let api = installation.facts.api.strip_prefix("http://").unwrap().to_owned();
+    let text = http_get(&api, "/metrics");
+    for line in [
+        "holdfast_sessions{app=\"shop\"} 1",
+        "holdfast_moves_total{result=\"moved\",reason=\"\"} 1",
+        "holdfast_pause_seconds_count 1",
+        "holdfast_epoch{app=\"shop\"} 2",
+    ] {
+        assert!(text.contains(line), "{line} is missing: {text}");
+    }
+    assert!(http_get(&api, "/primary").starts_with("HTTP/1.1 200"));
+}
+
+fn http_get(address: &str, path: &str) -> String {
+    use std::io::{Read, Write};
+    let mut socket = std::net::TcpStream::connect(address).unwrap();
+    write!(socket, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    text
+}

@@ -1,0 +1,227 @@
+//! Starts the demo's installation for a test, speaks to it, and ends it, whatever happens.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use pg::connect::Login;
+use pg::stream::Keepalive;
+use pg::{Address, ConnectError, Connection, Target};
+use tls::{ClientTls, SslMode};
+use wire::scram::{Credential, Secret};
+
+pub(crate) const HOLDFAST: &str = env!("CARGO_BIN_EXE_holdfast");
+const START_MAX: Duration = Duration::from_secs(120);
+
+/// What `demo.json` says.
+pub(crate) struct Facts {
+    pub(crate) port: u16,
+    pub(crate) api: String,
+    pub(crate) servers: BTreeMap<String, u16>,
+}
+
+/// An installation: servers `a` and `b`, proxy and control in one process.
+pub(crate) struct Installation {
+    pub(crate) dir: PathBuf,
+    pub(crate) facts: Facts,
+    child: Child,
+}
+
+fn port_of(dsn: &str) -> u16 {
+    dsn.split("port=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap()
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + START_MAX;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited {START_MAX:?} for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl Installation {
+    pub(crate) fn start(name: &str) -> Installation {
+        Installation::start_with(name, &[])
+    }
+
+    pub(crate) fn start_with(name: &str, env: &[(&str, &str)]) -> Installation {
+        let dir = std::env::temp_dir().join(format!("holdfast-e2e-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        let child = Command::new(HOLDFAST)
+            .args(["demo", "--no-tour", "--sessions", "0", "--dir"])
+            .arg(&dir)
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let facts = Facts { port: 0, api: String::new(), servers: BTreeMap::new() };
+        let mut installation = Installation { dir, facts, child };
+        let path = installation.dir.join("demo.json");
+        wait_until("demo.json", || {
+            assert!(installation.child.try_wait().unwrap().is_none(), "the demo has ended");
+            std::fs::read(&path)
+                .is_ok_and(|text| serde_json::from_slice::<serde_json::Value>(&text).is_ok())
+        });
+        let text = std::fs::read(&path).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        installation.facts = Facts {
+            port: port_of(&text(&json["dsn"])),
+            api: text(&json["api"]),
+            servers: json["servers"]
+                .as_object()
+                .unwrap()
+                .iter()
+                .map(|(name, dsn)| (name.clone(), port_of(&text(dsn))))
+                .collect(),
+        };
+        installation
+    }
+
+    /// Runs the command line against this installation.
+    pub(crate) fn holdfast(&self, args: &[&str]) -> Output {
+        Command::new(HOLDFAST)
+            .args(["--api", &self.facts.api])
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    /// A switchover that must complete.
+    pub(crate) fn switch_to(&self, cell: &str) -> String {
+        let output = self.holdfast(&["switchover", "shop", "--to", cell, "--deadline", "10s"]);
+        let text = shown(&output);
+        assert!(output.status.success(), "{text}");
+        text
+    }
+
+    /// Clients that connect through the proxy, as the superuser.
+    pub(crate) async fn connect(&self) -> Connection {
+        connect(self.facts.port, "postgres", None).await.unwrap()
+    }
+
+    pub(crate) async fn direct(&self, cell: &str) -> Connection {
+        connect(self.facts.servers[cell], "postgres", None).await.unwrap()
+    }
+
+    pub(crate) fn config(&self) -> PathBuf {
+        self.dir.join("holdfast.toml")
+    }
+
+    /// Waits until the process of proxy and control has ended by itself.
+    pub(crate) fn wait_crashed(&mut self) {
+        let child = &mut self.child;
+        wait_until("the crash", || child.try_wait().unwrap().is_some());
+    }
+
+    /// Starts proxy and control again, with the same state, after a crash.
+    pub(crate) fn restart(&mut self, env: &[(&str, &str)]) {
+        self.child = Command::new(HOLDFAST)
+            .args(["run", "-c"])
+            .arg(self.config())
+            .envs(env.iter().copied())
+            .env("HOLDFAST_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let api = self.facts.api.strip_prefix("http://").unwrap().to_owned();
+        let child = &mut self.child;
+        wait_until("the API", || {
+            assert!(child.try_wait().unwrap().is_none(), "holdfast has ended");
+            std::net::TcpStream::connect(&api).is_ok()
+        });
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+pub(crate) fn shown(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+pub(crate) fn signal(pid: u32, name: &str) {
+    let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+}
+
+impl Drop for Installation {
+    fn drop(&mut self) {
+        signal(self.child.id(), "INT");
+        let _ = self.child.wait();
+        // After a crash the servers are still there: they are ended by their own pid files.
+        for cell in ["a", "b"] {
+            let pid = std::fs::read_to_string(self.dir.join(cell).join("postmaster.pid"))
+                .unwrap_or_default();
+            if let Some(Ok(pid)) = pid.lines().next().map(str::parse::<u32>) {
+                signal(pid, "QUIT");
+                let process = format!("/proc/{pid}");
+                let deadline = Instant::now() + Duration::from_secs(20);
+                while Path::new(&process).exists() && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// Logs in to a port of this machine.
+pub(crate) async fn connect(
+    port: u16,
+    user: &str,
+    password: Option<&str>,
+) -> Result<Connection, ConnectError> {
+    let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
+    login(port, user, password, tls, &[]).await
+}
+
+pub(crate) async fn login(
+    port: u16,
+    user: &str,
+    password: Option<&str>,
+    tls: ClientTls,
+    more: &[(&str, &str)],
+) -> Result<Connection, ConnectError> {
+    let address = Address { host: "127.0.0.1".into(), port };
+    let target =
+        Target { address, tls, keepalive: Keepalive::default(), timeout: Duration::from_secs(20) };
+    let param = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
+    let mut params = vec![param("user", user), param("database", "postgres")];
+    params.extend(more.iter().map(|(name, value)| param(name, value)));
+    let credential = password.map(|text| Credential::Password(Secret::new(text)));
+    target.login(&Login { params, credential }).await
+}
+
+/// The first column of the first row, which must be there.
+pub(crate) async fn value(connection: &mut Connection, sql: &str) -> String {
+    match connection.value(sql).await {
+        Ok(value) => value.unwrap_or_else(|| "(null)".into()),
+        Err(error) => panic!("{sql}: {error}"),
+    }
+}
+
+pub(crate) async fn run(connection: &mut Connection, sql: &str) {
+    if let Err(error) = connection.query(sql).await {
+        panic!("{sql}: {error}");
+    }
+}
+
+/// Sends messages of the extended protocol and gives the values of the first row of each answer.
+pub(crate) async fn extended(connection: &mut Connection, messages: &[u8]) -> Vec<Option<String>> {
+    connection.send(messages).await.unwrap();
+    let answers = connection.answers().await.unwrap();
+    answers
+        .into_iter()
+        .map(|a| a.rows.into_iter().next().and_then(|row| row.into_iter().next()).flatten())
+        .collect()
+}
