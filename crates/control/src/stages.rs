@@ -192,7 +192,8 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
 }
 
 fn is_pinned(blocker: &Blocker) -> bool {
-    blocker.reasons.iter().any(|reason| matches!(reason, model::barrier::Reason::Pinned(_)))
+    // A busy session may be free by the time it is held; nothing else gets better by waiting.
+    blocker.reasons.iter().any(|reason| !matches!(reason, model::barrier::Reason::Busy { .. }))
 }
 
 async fn hold(control: &Control, execution: &Execution) -> Done {
@@ -305,7 +306,11 @@ fn open_hba(instance: &Instance, hba: &Hba) -> Result<(), String> {
 }
 
 async fn capture(control: &Control, execution: &Execution) -> Done {
-    let order = Order::Capture { app: execution.app.clone(), on_timeout: execution.on_timeout };
+    let order = Order::Capture {
+        app: execution.app.clone(),
+        to: execution.to.clone(),
+        on_timeout: execution.on_timeout,
+    };
     let report = reported(control.order(order).await)?;
     if execution.on_timeout == OnTimeout::Abort && !report.blockers.is_empty() {
         let shown = describe_blockers(&report.blockers);

@@ -59,8 +59,9 @@ pub enum Order {
     Hold { app: String, deadline_ms: u64, on_timeout: OnTimeout },
     /// Name the servers' backends of held sessions; whoever else is connected is an outsider.
     Backends { app: String },
-    /// Read the state of every held session. Those that cannot be moved are told if `on_timeout` says so.
-    Capture { app: String, on_timeout: OnTimeout },
+    /// Read the state of every held session, and see to it that `to`, still a standby, has a copy of each. Those
+    /// that cannot be moved are told if `on_timeout` says so.
+    Capture { app: String, to: String, on_timeout: OnTimeout },
     /// Attach every held session to `to` and prove that it is the same.
     Attach { app: String, to: String },
     /// Let every held session go on, and new logins to `to`.

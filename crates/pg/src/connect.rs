@@ -45,7 +45,13 @@ pub enum ConnectError {
     #[error("TLS to `{address}` cannot be set up")]
     Tls { address: Address, source: TlsError },
     #[error("`{address}` refuses the login: {message} ({sqlstate})")]
-    Refused { address: Address, sqlstate: SqlState, message: String, raw: Vec<u8> },
+    Refused {
+        address: Address,
+        sqlstate: SqlState,
+        message: String,
+        raw: Vec<u8>,
+        authenticated: bool,
+    },
     #[error("`{address}` asks for {what}, for which no credential is at hand")]
     NoCredential { address: Address, what: &'static str },
     #[error("SCRAM with `{address}` did not succeed")]
@@ -55,6 +61,11 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// The server refused after it had said that the client is who it is.
+    pub fn after_authentication(&self) -> bool {
+        matches!(self, ConnectError::Refused { authenticated: true, .. })
+    }
+
     /// The server's own error message, to be passed on as it is.
     pub fn raw_error(&self) -> Option<&[u8]> {
         match self {
@@ -205,7 +216,7 @@ impl Target {
                 Backend::Authentication(Authentication::Other(_)) => {
                     return Err(self.no_credential("GSSAPI or SSPI"));
                 }
-                Backend::Error(fields) => return Err(self.refused(&fields, &message)),
+                Backend::Error(fields) => return Err(self.refused(&fields, &message, false)),
                 Backend::Notice(_) => connection.keep_notice(&message),
                 Backend::NegotiateVersion { .. } => (),
                 _ => return Err(self.protocol(QueryError::Unexpected(message.tag))),
@@ -227,7 +238,7 @@ impl Target {
                     connection.pid = pid;
                     connection.secret = secret.to_vec();
                 }
-                Backend::Error(fields) => return Err(self.refused(&fields, &message)),
+                Backend::Error(fields) => return Err(self.refused(&fields, &message, true)),
                 Backend::Notice(_) => connection.keep_notice(&message),
                 // Kept by the connection itself.
                 Backend::ParameterStatus { .. } => (),
@@ -245,12 +256,13 @@ impl Target {
         }
     }
 
-    fn refused(&self, fields: &Fields<'_>, message: &Message) -> ConnectError {
+    fn refused(&self, fields: &Fields<'_>, message: &Message, authenticated: bool) -> ConnectError {
         ConnectError::Refused {
             address: self.address.clone(),
             sqlstate: fields.sqlstate().unwrap_or(SqlState::INTERNAL_ERROR),
             message: fields.message(),
             raw: message.raw(),
+            authenticated,
         }
     }
 

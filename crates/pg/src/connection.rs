@@ -15,6 +15,8 @@ use crate::stream::Stream;
 
 /// Largest single message that is read whole. Rows of ours are far smaller; statement texts may not be.
 pub const MESSAGE_LEN_MAX: usize = 64 * 1024 * 1024;
+/// Notifications that are kept for the client; at more the connection is given up, never a notification.
+const NOTIFICATIONS_LEN_MAX: usize = 16 * 1024 * 1024;
 /// Notices that are kept for the client; more are dropped.
 const NOTICES_LEN_MAX: usize = 64 * 1024;
 
@@ -238,7 +240,11 @@ impl Connection {
                     Some(b"INFO") => current.infos.push(fields.message()),
                     _ => self.keep_notice(&message),
                 },
-                Backend::Notification { .. } => self.keep_notice(&message),
+                // Never dropped: the client was promised every one.
+                Backend::Notification { .. } if self.aside.len() > NOTIFICATIONS_LEN_MAX => {
+                    return Err(QueryError::TooLong);
+                }
+                Backend::Notification { .. } => self.aside.extend_from_slice(&message.raw()),
                 Backend::Error(fields) => {
                     let sqlstate = fields.sqlstate().unwrap_or(SqlState::INTERNAL_ERROR);
                     error.get_or_insert(QueryError::Server { sqlstate, message: fields.message() });

@@ -61,21 +61,41 @@ fn borrow(session: &mut Session) -> std::io::Result<Connection> {
         tls: server.tls.take(),
         cipher: std::mem::take(&mut server.cipher),
     };
-    let stream = Stream::from_parts(parts)?;
+    let stream = match Stream::from_parts(parts) {
+        Ok(stream) => stream,
+        Err(error) => {
+            // Its TLS state is gone with it; in the clear it must not go on.
+            cut(session);
+            return Err(error);
+        }
+    };
     let mut connection = Connection::new(stream, Vec::new(), None);
     connection.pid = session.backend_pid;
     connection.params = (*session.params).clone();
     Ok(connection)
 }
 
-fn give_back(session: &mut Session, connection: Connection) -> std::io::Result<()> {
+/// Ends the server connection, because what it would send next is an answer to us. The engine then tells the
+/// client that its server is gone, which is true: better than somebody else's answers.
+fn cut(session: &mut Session) {
+    let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Both);
+    session.server.carry.clear();
+}
+
+/// Gives the socket back. `in_step` says that every question of ours was answered.
+fn give_back(session: &mut Session, connection: Connection, in_step: bool) -> std::io::Result<()> {
+    if !in_step {
+        cut(session);
+        return Ok(());
+    }
     let params = connection.params.clone();
-    let aside = connection.aside.clone();
+    let mut aside = connection.aside.clone();
     let (stream, unread) = connection.into_stream();
     let parts = stream.into_parts()?;
     session.server.tls = parts.tls;
     session.server.cipher = parts.cipher;
     session.server.carry.extend_from_slice(&unread);
+    session.know_pids(&mut aside);
     session.client.push(&aside);
     // Parameters that changed under our questions, such as by a reload, are the client's to know.
     session.tell_params(&params);
@@ -95,7 +115,8 @@ pub(crate) async fn capture(session: &mut Session, count: CountLocks) -> Result<
             _ => break,
         }
     }
-    give_back(session, connection).map_err(failed)?;
+    let in_step = matches!(&result, Ok(_) | Err(QueryError::Server { .. }));
+    give_back(session, connection, in_step).map_err(failed)?;
     let mut captured = result.map_err(failed)?;
     captured.pins.extend(session.known_pins());
     match session.protocol.unnamed() {
@@ -146,22 +167,46 @@ async fn capture_on(
         .iter()
         .any(|answer| answer.infos.iter().any(|info| info == capture::SEQUENCES_TOLD));
     let read = capture::read(rows(capture::ANSWER_PUT_ASIDE), rows(capture::ANSWER_STATE), told);
+    let origin =
+        answers.iter().any(|answer| answer.infos.iter().any(|info| info == capture::ORIGIN_TOLD));
     let mut captured = read.map_err(|error| QueryError::Server {
         sqlstate: SqlState::INTERNAL_ERROR,
         message: error.to_string(),
     })?;
+    if origin {
+        captured.pins.push(Pin::ReplicationOrigin);
+    }
     if count == CountLocks::Alone
         && let Some(question) = capture::count_locks_question(&captured.snapshot.locks)
     {
-        let mut out = Vec::new();
-        Connection::add_statement(&mut out, STATEMENT_NAME, &question, &[]);
-        frontend::sync(&mut out);
-        let answers = exchange(connection, &out).await?;
-        let counts = answers.iter().flat_map(|answer| &answer.infos);
-        let counts = counts.filter_map(|info| capture::read_lock_count(info));
-        captured.snapshot.locks.values_mut().zip(counts).for_each(|(held, count)| *held = count);
+        count_locks(connection, &question, &mut captured.snapshot).await?;
     }
     Ok(captured)
+}
+
+/// Locks are let go of and taken again here, which no rollback takes back. So the session's timeouts are put
+/// aside, and an error that is left leaves a session that must not go on as if nothing had happened.
+async fn count_locks(
+    connection: &mut Connection,
+    question: &str,
+    snapshot: &mut Snapshot,
+) -> Result<(), QueryError> {
+    let mut out = Vec::new();
+    for sql in [capture::BEGIN, &capture::protect(), question, "COMMIT"] {
+        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
+    }
+    frontend::sync(&mut out);
+    let answers = exchange(connection, &out).await.map_err(|error| {
+        tracing::error!(%error, "counting advisory locks broke off");
+        QueryError::Unexpected(b'E')
+    })?;
+    let counts = answers.iter().flat_map(|answer| &answer.infos);
+    let counts: Vec<u32> = counts.filter_map(|info| capture::read_lock_count(info)).collect();
+    if counts.len() != snapshot.locks.len() {
+        return Err(QueryError::Unexpected(b'D'));
+    }
+    snapshot.locks.values_mut().zip(counts).for_each(|(held, count)| *held = count);
+    Ok(())
 }
 
 /// After a refused statement our transaction is failed; the client's session must not see it.
@@ -215,15 +260,24 @@ async fn restore(
     }
 }
 
-/// Runs each step by itself, so that a refusal names what was refused.
+/// Runs each step by itself, so that a refusal names what was refused; all of them in one transaction, under
+/// settings that are in nobody's way. What the steps set stays when it is committed.
 async fn run_steps(connection: &mut Connection, steps: &[Step]) -> Result<(), Reason> {
+    if steps.is_empty() {
+        return Ok(());
+    }
     let mut out = Vec::new();
+    let ours = |sql: &str, params: &[&str], out: &mut Vec<u8>| {
+        Connection::add_statement(out, STATEMENT_NAME, sql, params);
+        frontend::sync(out);
+    };
+    ours(capture::BEGIN, &[], &mut out);
+    ours(&capture::protect(), &[], &mut out);
     for step in steps {
         match step {
             Step::Run { sql, params, .. } => {
                 let params: Vec<&str> = params.iter().map(String::as_str).collect();
-                Connection::add_statement(&mut out, STATEMENT_NAME, sql, &params);
-                frontend::sync(&mut out);
+                ours(sql, &params, &mut out);
             }
             Step::Prepare { sql, .. } => frontend::query(&mut out, sql.as_bytes()),
             Step::Parse { name, sql, types } => {
@@ -232,16 +286,23 @@ async fn run_steps(connection: &mut Connection, steps: &[Step]) -> Result<(), Re
             }
         }
     }
+    ours("COMMIT", &[], &mut out);
     let ask = async {
         connection.send(&out).await?;
         let mut results = Vec::new();
-        for _ in steps {
+        for _ in 0..steps.len() + 3 {
             results.push(connection.answers().await);
         }
         Ok::<_, QueryError>(results)
     };
     let results = timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)));
-    for (step, result) in steps.iter().zip(results.map_err(failed)?) {
+    let mut results = results.map_err(failed)?.into_iter();
+    for _ in 0..2 {
+        if let Some(Err(error)) = results.next() {
+            return Err(failed(error));
+        }
+    }
+    for (step, result) in steps.iter().zip(results) {
         if let Err(error) = result {
             return Err(refused(step, &error));
         }
@@ -298,25 +359,59 @@ async fn last_look(
     let mut out = Vec::new();
     let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
         SELECT c FROM pg_catalog.pg_listening_channels() c";
-    Connection::add_statement(&mut out, STATEMENT_NAME, question, &[]);
-    // The unnamed statement comes last: everything of ours has a name and leaves it alone.
-    if session.protocol.unnamed() == Unnamed::Last {
-        out.extend_from_slice(&session.unnamed);
+    for sql in [capture::BEGIN, &capture::protect(), question, "COMMIT"] {
+        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     frontend::sync(&mut out);
     let answers = exchange(connection, &out).await.map_err(failed)?;
-    let rows = answers.into_iter().next().unwrap_or_default().rows;
+    let rows = answers.into_iter().nth(2).unwrap_or_default().rows;
     let mut cells = rows.into_iter().filter_map(|row| row.into_iter().next().flatten());
     if cells.next().as_deref() != Some("false") {
         return Err(Reason::Failed { error: "the server is still in recovery".into() });
     }
     let channels: BTreeSet<String> = cells.collect();
     if channels != snapshot.channels {
-        return Err(Reason::Failed {
-            error: "the server does not listen to the session's channels".into(),
-        });
+        let error = "the server does not listen to the session's channels".into();
+        return Err(Reason::Failed { error });
     }
-    Ok(())
+    // The unnamed statement comes last: everything of ours has a name and leaves it alone.
+    parse_unnamed(connection, session).await
+}
+
+/// Parses the unnamed statement, as the client sent it.
+async fn parse_unnamed(connection: &mut Connection, session: &Session) -> Result<(), Reason> {
+    if session.protocol.unnamed() != Unnamed::Last {
+        return Ok(());
+    }
+    let mut out = session.unnamed.clone();
+    frontend::sync(&mut out);
+    match exchange(connection, &out).await {
+        Ok(_) => Ok(()),
+        Err(error @ QueryError::Server { .. }) => {
+            let why = format!("cannot be prepared again: {error}");
+            Err(Reason::Pinned(Pin::Prepared { name: "(unnamed)".into(), why }))
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Before the point of no return: a copy of the session as it is now stands on the standby, or is made there, and
+/// its unnamed statement can be prepared there.
+pub(crate) async fn ensure(
+    session: &Session,
+    snapshot: &Snapshot,
+    prepared: Option<Prepared>,
+    cell: &Cell,
+) -> Result<Prepared, Reason> {
+    let wanted = snapshot.beforehand();
+    let fits =
+        prepared.filter(|prepared| prepared.cell == cell.name && prepared.snapshot == wanted);
+    let mut prepared = match fits {
+        Some(prepared) => prepared,
+        None => prepare(&session.identity, &session.hints.custom, wanted, cell).await?,
+    };
+    parse_unnamed(&mut prepared.connection, session).await?;
+    Ok(prepared)
 }
 
 impl Session {
@@ -341,5 +436,20 @@ impl Session {
         self.client.push(&aside);
         self.tell_params(&params);
         Ok(())
+    }
+
+    /// Puts the pid that the client knows into notifications of its own backend.
+    fn know_pids(&self, messages: &mut [u8]) {
+        let mut at = 0;
+        while let Some(rest) = messages.get_mut(at..)
+            && let Ok(Some((tag, _, len))) = wire::frame::whole(Side::Backend, rest)
+        {
+            if tag == b'A' {
+                self.on_notification(
+                    rest.get_mut(wire::frame::HEADER_LEN..len).unwrap_or_default(),
+                );
+            }
+            at += len;
+        }
     }
 }

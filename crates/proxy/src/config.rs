@@ -77,4 +77,4 @@ pub enum AuthConfig {
 /// Reads a verifier by the user's name; needs a role that may read `pg_authid`.
 pub const AUTH_QUERY: &str = "SELECT rolname, CASE WHEN rolvaliduntil < pg_catalog.now() THEN NULL \
     ELSE rolpassword END FROM pg_catalog.pg_authid \
-    WHERE rolname OPERATOR(pg_catalog.=) $1::pg_catalog.text AND rolcanlogin";
+    WHERE rolname OPERATOR(pg_catalog.=) $1::pg_catalog.text";

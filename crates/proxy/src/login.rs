@@ -267,9 +267,10 @@ async fn negotiate_version(client: &mut Client, startup: &Startup<'_>) -> Outcom
     if startup.version <= Version::V3_2 && options.is_empty() {
         return Ok(());
     }
-    let minor = startup.version.min(Version::V3_2).minor();
+    // The number is the whole version, whatever the manual's "minor" says (`SendNegotiateProtocolVersion`).
+    let version = startup.version.min(Version::V3_2);
     let mut out = Vec::new();
-    backend::negotiate_version(&mut out, i32::try_from(minor).unwrap_or(0), &options);
+    backend::negotiate_version(&mut out, i32::try_from(version.0).unwrap_or(0), &options);
     client.send(&out).await
 }
 
@@ -410,8 +411,12 @@ async fn attach(
             }
             shared.metrics.logins_failed.fetch_add(1, Ordering::Relaxed);
             if let Some(raw) = error.raw_error() {
-                let raw = raw.to_vec();
-                client.send(&raw).await?;
+                let mut out = Vec::new();
+                if error.after_authentication() {
+                    backend::authentication_ok(&mut out);
+                }
+                out.extend_from_slice(raw);
+                client.send(&out).await?;
                 client.stream.close().await;
                 return Err(Refused);
             }
@@ -472,6 +477,9 @@ async fn attach(
         client_secret: secret.into(),
         backend_pid,
         backend_secret: backend_secret.into(),
+        client_gone: false,
+        goodbye_said: false,
+        carry_waits: true,
         server_gone: false,
         server_said_why: false,
         cancels: Arc::default(),

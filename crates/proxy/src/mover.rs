@@ -63,7 +63,7 @@ impl Mover {
                 self.hold(&app, Duration::from_millis(deadline_ms), on_timeout).await
             }
             Order::Backends { app } => Ok(self.backends(&app)),
-            Order::Capture { app, on_timeout } => self.capture(&app, on_timeout).await,
+            Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to } => self.release(&app, &to).await,
         };
@@ -184,14 +184,22 @@ impl Mover {
     }
 
     /// Reads the state of every held session. By force, those that cannot be moved are told and ended.
-    async fn capture(&mut self, app: &str, on_timeout: OnTimeout) -> Result<Report, String> {
+    async fn capture(
+        &mut self,
+        app: &str,
+        to: &str,
+        on_timeout: OnTimeout,
+    ) -> Result<Report, String> {
         let app = self.app(app)?;
+        let cell = Mover::cell(&app, to)?;
         let force = on_timeout == OnTimeout::Force;
         let mut report = Report::default();
         let holding = self.holdings.entry(app.name.clone()).or_default();
         let held = std::mem::take(&mut holding.sessions);
         report.sessions = count(held.len());
-        for (held, result) in capture_all(held, self.shared.config.limits.moves_at_once).await? {
+        for (held, result) in
+            capture_all(held, &app, &cell, self.shared.config.limits.moves_at_once).await?
+        {
             match result {
                 Ok(()) => {
                     report.done += 1;
@@ -362,14 +370,19 @@ async fn prepare_one(
     Err(Some(Blocker { session: named, reasons }))
 }
 
-async fn capture_all(held: Vec<Held>, at_once: usize) -> Result<Captures, String> {
+async fn capture_all(
+    held: Vec<Held>,
+    app: &Arc<App>,
+    cell: &Arc<Cell>,
+    at_once: usize,
+) -> Result<Captures, String> {
     let places = Arc::new(Semaphore::new(at_once));
     let mut tasks = JoinSet::new();
     for mut held in held {
-        let places = places.clone();
+        let (app, cell, places) = (app.clone(), cell.clone(), places.clone());
         tasks.spawn(async move {
             let _place = places.acquire_owned().await;
-            let result = capture_one(&mut held).await;
+            let result = capture_one(&mut held, &app, &cell).await;
             (held, result)
         });
     }
@@ -380,7 +393,7 @@ async fn capture_all(held: Vec<Held>, at_once: usize) -> Result<Captures, String
     Ok(all)
 }
 
-async fn capture_one(held: &mut Held) -> Result<(), Vec<Reason>> {
+async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<Reason>> {
     let deadline = Instant::now() + CANCEL_WAIT;
     while held.session.cancels_under_way() && Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
@@ -388,12 +401,16 @@ async fn capture_one(held: &mut Held) -> Result<(), Vec<Reason>> {
     let captured = carry::capture(&mut held.session, CountLocks::Alone)
         .await
         .map_err(|reason| vec![reason])?;
-    if captured.pins.is_empty() {
-        held.snapshot = Some(captured.snapshot);
-        Ok(())
-    } else {
-        Err(captured.pins.into_iter().map(Reason::Pinned).collect())
+    if !captured.pins.is_empty() {
+        return Err(captured.pins.into_iter().map(Reason::Pinned).collect());
     }
+    let id = held.session.id;
+    let lock = || app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let prepared = lock().remove(&id);
+    let copy = carry::ensure(&held.session, &captured.snapshot, prepared, cell).await;
+    lock().insert(id, copy.map_err(|reason| vec![reason])?);
+    held.snapshot = Some(captured.snapshot);
+    Ok(())
 }
 
 async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<(), Reason> {

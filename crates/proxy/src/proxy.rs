@@ -154,6 +154,16 @@ impl Proxy {
         config: ProxyConfig,
         active: &BTreeMap<String, String>,
     ) -> Result<Proxy, StartError> {
+        let descriptors = crate::engine::raise_descriptor_limit();
+        let clients_max = config.limits.clients_max;
+        let needed = u64::try_from(clients_max).unwrap_or(u64::MAX).saturating_mul(2);
+        if descriptors < needed.saturating_add(100) {
+            tracing::warn!(
+                descriptors,
+                clients_max,
+                "too few descriptors for so many clients, see `ulimit -n`"
+            );
+        }
         let mut apps = Vec::new();
         for app in &config.apps {
             let cell = active.get(&app.name).map(String::as_str).unwrap_or_default();

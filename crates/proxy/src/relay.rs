@@ -174,7 +174,9 @@ impl Session {
                     let body = rest.get_mut(HEADER_LEN..).unwrap_or_default();
                     let whole = body.len() >= body_len;
                     match header.tag {
-                        b'Z' | b'S' | b'C' | b'A' if !whole && body_len <= WHOLE_LEN_MAX => break,
+                        b'Z' | b'S' | b'C' | b'A' | b'E' if !whole && body_len <= WHOLE_LEN_MAX => {
+                            break;
+                        }
                         b'Z' => {
                             self.requests += 1;
                             let status = body.first().and_then(|byte| TxStatus::from_byte(*byte));
@@ -213,7 +215,7 @@ impl Session {
     }
 
     /// A notification of the session's own backend carries the pid that the client knows it by.
-    fn on_notification(&mut self, body: &mut [u8]) {
+    pub(crate) fn on_notification(&self, body: &mut [u8]) {
         if self.backend_pid == self.client_pid {
             return;
         }

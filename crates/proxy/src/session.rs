@@ -103,6 +103,12 @@ pub struct Session {
     pub client_secret: Box<[u8]>,
     pub backend_pid: i32,
     pub backend_secret: Box<[u8]>,
+    /// The client sends no more; what it asked for may still be answered.
+    pub client_gone: bool,
+    /// The server was told so.
+    pub goodbye_said: bool,
+    /// What is carried of the client may be able to pass by now.
+    pub carry_waits: bool,
     /// The server has closed; the client has not taken all of its last words.
     pub server_gone: bool,
     /// The server's last words were a fatal error, which says why it closes.

@@ -14,7 +14,7 @@ pub enum Backend<'a> {
     Error(Fields<'a>),
     Notice(Fields<'a>),
     Notification { pid: i32, channel: &'a [u8], payload: &'a [u8] },
-    NegotiateVersion { minor: i32, options: Vec<&'a [u8]> },
+    NegotiateVersion { version: i32, options: Vec<&'a [u8]> },
     RowDescription(Vec<Column<'a>>),
     DataRow(Vec<Option<&'a [u8]>>),
     ParameterDescription(Vec<u32>),
@@ -136,12 +136,12 @@ pub fn read(tag: u8, body: &[u8]) -> Result<Backend<'_>, Malformed> {
             payload: r.cstr("payload")?,
         },
         b'v' => {
-            let (minor, count) = (r.i32("minor version")?, r.i32("option count")?);
+            let (version, count) = (r.i32("version")?, r.i32("option count")?);
             let mut options = Vec::new();
             for _ in 0..count {
                 options.push(r.cstr("option")?);
             }
-            Backend::NegotiateVersion { minor, options }
+            Backend::NegotiateVersion { version, options }
         }
         b'T' => {
             let mut columns = Vec::new();
@@ -287,9 +287,9 @@ pub fn ready(out: &mut Vec<u8>, status: TxStatus) {
     message(out, b'Z', |out| out.push(status.byte()));
 }
 
-pub fn negotiate_version(out: &mut Vec<u8>, minor: i32, options: &[&[u8]]) {
+pub fn negotiate_version(out: &mut Vec<u8>, version: i32, options: &[&[u8]]) {
     message(out, b'v', |out| {
-        out.extend_from_slice(&minor.to_be_bytes());
+        out.extend_from_slice(&version.to_be_bytes());
         let count = i32::try_from(options.len()).expect("a startup packet has few options");
         out.extend_from_slice(&count.to_be_bytes());
         options.iter().for_each(|option| write::cstr(out, option));

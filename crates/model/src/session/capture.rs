@@ -15,10 +15,17 @@ use super::snapshot::{AdvisoryLock, ENTRIES_MAX, Prepared, Setting, Snapshot};
 use crate::sql;
 
 /// The name under which Holdfast prepares its own statements in a client's session.
-pub const STATEMENT_NAME: &str = "_holdfast";
+pub const STATEMENT_NAME: &str = "_holdfast capture 7f3a9c41";
 
 /// Settings that the capture's own transaction changes; they are read before it changes them.
-const PUT_ASIDE: [&str; 4] = ["statement_timeout", "lock_timeout", "search_path", "row_security"];
+const PUT_ASIDE: [&str; 6] = [
+    "statement_timeout",
+    "lock_timeout",
+    "search_path",
+    "row_security",
+    "exit_on_error",
+    "client_encoding",
+];
 
 /// Settings that are no state of the session: of the transaction, of the server, or told elsewhere.
 const NOT_STATE: &str = "'transaction_isolation','transaction_read_only','transaction_deferrable',\
@@ -76,23 +83,33 @@ pub fn questions(version: ServerVersion, custom: &BTreeSet<String>) -> Questions
              pg_catalog.set_config('statement_timeout', '0', true), \
              pg_catalog.set_config('lock_timeout', '10s', true), \
              pg_catalog.set_config('row_security', 'off', true), \
+             pg_catalog.set_config('exit_on_error', 'off', true), \
              pg_catalog.set_config('role', 'none', true), \
-             pg_catalog.set_config('search_path', 'pg_catalog', true){timeout}",
+             pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true){timeout}",
             put_aside.join(", ")
         ),
         state_question(custom),
-        SEQUENCES_QUESTION.into(),
+        ASIDE_QUESTION.into(),
         "COMMIT".into(),
     ])
 }
 
-/// What is told about sequences comes as a message of level INFO, which reaches the client whatever its
-/// settings and stays out of the server's log; asking `lastval()` plainly would log an error each time.
-const SEQUENCES_QUESTION: &str = "DO LANGUAGE plpgsql $holdfast$ BEGIN PERFORM pg_catalog.lastval(); \
-    RAISE INFO 'holdfast: sequence values'; \
+/// What is told about sequences and origins comes as messages of level INFO, which reach the client whatever its
+/// settings and stay out of the server's log; asking `lastval()` plainly would log an error each time. The
+/// question about origins is put only to those who may ask it: rights are checked even in a branch that is not
+/// taken, so it must be text until then.
+const ASIDE_QUESTION: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE yes boolean; BEGIN \
+    IF NOT pg_is_in_recovery() AND \
+    has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') THEN \
+    EXECUTE 'SELECT pg_replication_origin_session_is_setup()' INTO yes; \
+    IF yes THEN RAISE INFO 'holdfast: replication origin'; END IF; END IF; \
+    BEGIN PERFORM pg_catalog.lastval(); RAISE INFO 'holdfast: sequence values'; \
     EXCEPTION WHEN object_not_in_prerequisite_state OR undefined_table THEN \
-    IF SQLERRM NOT LIKE '%lastval%' THEN RAISE INFO 'holdfast: sequence values'; END IF; \
+    IF SQLERRM NOT LIKE '%lastval%' THEN RAISE INFO 'holdfast: sequence values'; END IF; END; \
     END $holdfast$";
+
+/// The text of the INFO message that says that the session acts for a replication origin.
+pub const ORIGIN_TOLD: &str = "holdfast: replication origin";
 
 /// The text of the INFO message that says that `currval` or `lastval` have values.
 pub const SEQUENCES_TOLD: &str = "holdfast: sequence values";
@@ -126,14 +143,24 @@ fn state_question(custom: &BTreeSet<String>) -> String {
         "SELECT 'slot', slot_name, NULL, NULL, NULL FROM pg_replication_slots \
          WHERE temporary AND active_pid = pg_backend_pid()"
             .into(),
-        // In recovery there are no origins, and asking is an error.
-        "SELECT 'origin', NULL, NULL, NULL, NULL WHERE CASE WHEN NOT pg_is_in_recovery() AND \
-         has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') \
-         THEN pg_replication_origin_session_is_setup() ELSE false END"
-            .into(),
         "SELECT 'language', lanname, NULL, NULL, NULL FROM pg_language l \
          WHERE lanname IN ('plperl','plperlu','plpython3u','pltcl','pltclu','plv8','plr','pllua') \
          AND EXISTS (SELECT FROM pg_proc WHERE prolang = l.oid)"
+            .into(),
+        // Names that functions of this database set, and names that defaults of databases, roles and functions
+        // hold: a session may have them without ever having said so.
+        "SELECT 'custom', n, current_setting(n, true), NULL, NULL FROM (\
+         SELECT m[1] FROM pg_proc, regexp_matches(prosrc, $$set_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m \
+         WHERE oid >= 16384 UNION \
+         SELECT m[1] FROM pg_proc, regexp_matches(prosrc, \
+         $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*\\.\\w+)\\s*(?:=|to\\M)$$, 'gi') m WHERE oid >= 16384 UNION \
+         SELECT split_part(c, '=', 1) FROM pg_db_role_setting, unnest(setconfig) c WHERE c ~ '^[^=]*[.]' UNION \
+         SELECT split_part(c, '=', 1) FROM pg_proc, unnest(proconfig) c WHERE oid >= 16384 AND c ~ '^[^=]*[.]'\
+         ) names (n) WHERE current_setting(n, true) IS NOT NULL"
+            .into(),
+        // A function that computes such a name leaves no way to find it.
+        "SELECT 'computes', proname::text, NULL, NULL, NULL FROM pg_proc WHERE oid >= 16384 \
+         AND prosrc ~* $$set_config\\s*\\(\\s*[^'\\s]$$"
             .into(),
     ];
     for name in custom {
@@ -239,7 +266,10 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
             example: text(row, 2)?.to_owned(),
         }),
         "slot" => captured.pins.push(Pin::TemporarySlot { slot: text(row, 1)?.to_owned() }),
-        "origin" => captured.pins.push(Pin::ReplicationOrigin),
+        "computes" => {
+            let statement = format!("function {}", text(row, 1)?);
+            captured.pins.push(Pin::CustomSettings { statement });
+        }
         "language" => {
             captured.pins.push(Pin::StatefulLanguage { language: text(row, 1)?.to_owned() })
         }
@@ -309,6 +339,17 @@ pub fn count_locks_question(locks: &BTreeMap<AdvisoryLock, u32>) -> Option<Strin
     Some(format!("DO LANGUAGE plpgsql $holdfast$ {body} END $holdfast$"))
 }
 
+/// What Holdfast runs before and after statements of its own in a session whose settings may be in the way.
+pub fn protect() -> String {
+    "SELECT pg_catalog.set_config('statement_timeout', '0', true), \
+     pg_catalog.set_config('lock_timeout', '0', true), \
+     pg_catalog.set_config('client_encoding', 'UTF8', true)"
+        .into()
+}
+
+/// Begins a transaction that no default of the session can delay or refuse, also on a standby.
+pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE";
+
 /// Reads one count from the text of an INFO message of [`count_locks_question`].
 pub fn read_lock_count(message: &str) -> Option<u32> {
     message.strip_prefix("holdfast: lock held ")?.parse().ok()
@@ -323,7 +364,7 @@ mod tests {
     }
 
     fn put_aside() -> Vec<Row> {
-        vec![row(&["0", "0", "\"$user\", public", "on", "none", "app"])]
+        vec![row(&["0", "0", "\"$user\", public", "on", "off", "UTF8", "none", "app"])]
     }
 
     #[test]
@@ -361,7 +402,6 @@ mod tests {
             row(&["cursor", "c"]),
             row(&["temporary", "2", "t"]),
             row(&["slot", "s"]),
-            row(&["origin"]),
             row(&["language", "plperl"]),
             row(&["prepared", "a", "select 1; prepare a as select 2", "true", "{}"]),
             row(&["prepared", "b", "PREPARE b AS select 2", "true", "{}"]),
@@ -373,7 +413,6 @@ mod tests {
             [
                 "hold_cursor",
                 "prepared",
-                "replication_origin",
                 "sequences",
                 "stateful_language",
                 "temporary",

@@ -102,7 +102,7 @@ impl Hints {
                 "pg_replication_origin_session_setup" => {
                     self.pins.insert(Pin::ReplicationOrigin);
                 }
-                "load" if at == 0 || tokens[at - 1].kind == Kind::Semicolon => {
+                "load" if tokens.get(at + 1).is_some_and(|next| next.kind == Kind::Text) => {
                     self.pins.insert(Pin::Library);
                 }
                 name if name.starts_with("dblink") => {
@@ -117,6 +117,29 @@ impl Hints {
     fn on_set(&mut self, after: &[Token<'_>], sql: &[u8]) {
         let skip = after.iter().take_while(|t| t.is_word("session") || t.is_word("local")).count();
         let name = &after[skip.min(after.len())..];
+        let pin = |hints: &mut Hints| {
+            hints.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+        };
+        let Some(first) = name.first() else {
+            // `'set ' || name`, to be executed.
+            return pin(self);
+        };
+        if first.is_other(b'%')
+            || first.is_other(b'\'')
+            || matches!(first.kind, Kind::Unclear | Kind::Text)
+        {
+            return pin(self);
+        }
+        if sql::name_of(first).is_some_and(|name| name == "seed") {
+            self.pins.insert(Pin::Seed { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+            return;
+        }
+        // One quoted word can hold the dot: `SET "app.x"`.
+        if first.kind == Kind::Quoted
+            && let Some(name) = sql::name_of(first).filter(|name| name.contains('.'))
+        {
+            return self.learn(name, sql);
+        }
         let [first, dot, rest @ ..] = name else { return };
         if !dot.is_other(b'.') {
             return;
@@ -162,7 +185,7 @@ impl Hints {
             // The text of a plain literal is code only for EXECUTE; words in it are hints all the same.
             [b'\'', body @ .., b'\''] => body,
             _ => {
-                if FINDER.is_match(text) {
+                if FINDER.is_match(text) || contains_set(text) {
                     self.pins
                         .insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
                 }

@@ -41,36 +41,58 @@ pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase) -> Vec<Step> {
 
 fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
     let mut steps = Vec::new();
-    let mut set = |what: String, name: &str, value: &str| {
-        steps.push(Step::Run {
-            what,
-            sql: "SELECT pg_catalog.set_config($1, $2, false)".into(),
-            params: vec![name.into(), value.into()],
-        });
-    };
     // temp_buffers can be set only before temporary tables are used, so nothing of ours may come before it.
-    for (name, setting) in &to.settings {
+    for (name, setting) in to.settings.iter().filter(|(name, _)| !LATE.contains(&name.as_str())) {
         if from.settings.get(name).map(|s| &s.value) != Some(&setting.value) {
-            set(format!("setting {name}"), name, &setting.value);
+            steps.push(set(format!("setting {name}"), name, &setting.value));
         }
     }
     for (name, value) in &to.custom {
         if from.custom.get(name) != Some(value) {
-            set(format!("setting {name}"), name, value);
+            steps.push(set(format!("setting {name}"), name, value));
         }
     }
     if from.session_user != to.session_user {
-        set("session authorization".into(), "session_authorization", &to.session_user);
+        steps.push(set("session authorization".into(), "session_authorization", &to.session_user));
     }
     if from.role != to.role {
-        set("role".into(), "role", &to.role);
+        steps.push(set("role".into(), "role", &to.role));
     }
     for (name, prepared) in &to.prepared {
         if from.prepared.get(name) != Some(prepared) {
             steps.push(prepare(name, prepared));
         }
     }
+    for name in LATE {
+        if let Some(setting) = to.settings.get(name)
+            && from.settings.get(name).map(|s| &s.value) != Some(&setting.value)
+        {
+            steps.push(set(format!("setting {name}"), name, &setting.value));
+        }
+    }
     steps
+}
+
+/// Settings that would be in the way of the steps after them: a timeout of a millisecond, a text encoding that is
+/// not ours, an isolation level that a standby refuses.
+const LATE: [&str; 8] = [
+    "default_transaction_isolation",
+    "default_transaction_read_only",
+    "default_transaction_deferrable",
+    "exit_on_error",
+    "idle_in_transaction_session_timeout",
+    "lock_timeout",
+    "statement_timeout",
+    "client_encoding",
+];
+
+fn set(what: String, name: &str, value: &str) -> Step {
+    // The value is not sent back: it may be large.
+    Step::Run {
+        what,
+        sql: "SELECT pg_catalog.set_config($1, $2, false) IS NULL".into(),
+        params: vec![name.into(), value.into()],
+    }
 }
 
 fn lock(from: &Snapshot, to: &Snapshot) -> Vec<Step> {

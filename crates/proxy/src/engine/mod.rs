@@ -19,6 +19,11 @@ mod poll;
 #[allow(unsafe_code)]
 mod sys;
 
+/// Raises the limit of open descriptors as far as allowed, and gives it.
+pub fn raise_descriptor_limit() -> u64 {
+    sys::raise_descriptor_limit()
+}
+
 /// Which sessions are wanted.
 #[derive(Debug, Clone)]
 pub enum Want {

@@ -177,6 +177,7 @@ impl Engine {
                         entry.session.wanted = false;
                         entry.out = None;
                         entry.session.client.readable = true;
+                        entry.session.carry_waits = true;
                         self.drive(slot);
                     }
                 }
@@ -239,6 +240,7 @@ impl Engine {
         });
         session.client.readable = true;
         session.server.readable = true;
+        session.carry_waits = true;
         session.active_at = self.clock.seconds();
         let generation = self.generations.get(slot).copied().unwrap_or(0);
         let registered =
@@ -382,20 +384,26 @@ impl Engine {
             }
             End::Lost(error) => {
                 tracing::debug!(session = session.id, %error, "session ended");
-                Some(Report::fatal(
+                let lost = Report::fatal(
                     SqlState::CONNECTION_FAILURE,
                     "connection to the server was lost",
-                ))
+                );
+                (!session.server_said_why).then_some(lost)
             }
         };
-        // An error in the middle of a message would be read as part of it.
+        // An error in the middle of a message would be read as part of it, and one who has left reads none.
         if let Some(report) = told
+            && !session.client_gone
             && session.server.scanner.at_boundary()
             && session.server.carry.is_empty()
         {
             let mut out = Vec::new();
             report.write_error(&mut out);
             session.client.push(&out);
+            write_some(&mut session.client);
+        }
+        if let Some(tls) = &mut session.client.tls {
+            let _ = tls.seal_close(&mut session.client.out);
             write_some(&mut session.client);
         }
     }
@@ -407,7 +415,8 @@ fn turn(session: &mut Session, buffers: &mut Buffers) -> Result<bool, End> {
         flush(&mut session.client).map_err(|_| End::Client)?;
     }
     if session.server.has_out() {
-        flush(&mut session.server).map_err(End::Lost)?;
+        let flushed = flush(&mut session.server);
+        written(session, flushed);
     }
     if session.server_gone && !session.client.has_out() {
         return Err(End::Server);
@@ -415,17 +424,46 @@ fn turn(session: &mut Session, buffers: &mut Buffers) -> Result<bool, End> {
     if session.server.readable && !session.client.has_out() && !session.server_gone {
         from_server(session, buffers)?;
     }
-    if session.client.readable && !session.server.has_out() && !waits(session) {
-        from_client(session, buffers)?;
+    if !session.server.has_out() {
+        if may_read(session) {
+            from_client(session, buffers, Source::Socket)?;
+        } else if session.carry_waits && !session.client.carry.is_empty() {
+            // What was read before and had to wait: for an answer, or for the end of a hold.
+            from_client(session, buffers, Source::Carry)?;
+        }
+        if session.client_gone && !session.server.has_out() && session.client.carry.is_empty() {
+            say_goodbye(session);
+        }
     }
-    let more_client = session.client.readable && !session.server.has_out() && !waits(session);
-    let more_server = session.server.readable && !session.client.has_out();
+    let more_client = !session.server.has_out() && may_read(session);
+    let more_server = session.server.readable && !session.client.has_out() && !session.server_gone;
     Ok(more_client || more_server)
 }
 
-/// The client is not read while what it sent before is held.
-fn waits(session: &Session) -> bool {
-    session.client.carry.len() >= BUFFER_LEN / 2 || (session.wanted && session.is_at_safe_point())
+/// The client is not read once it has said goodbye, and while much of what it sent before has to wait.
+fn may_read(session: &Session) -> bool {
+    let waits = session.client.carry.len() >= BUFFER_LEN / 2
+        || (session.wanted && session.is_at_safe_point());
+    session.client.readable && !session.client_gone && !waits
+}
+
+/// The client sends no more. The server is told so and may answer what it was asked; its close ends the session.
+fn say_goodbye(session: &mut Session) {
+    if !session.goodbye_said {
+        session.goodbye_said = true;
+        let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Write);
+    }
+}
+
+/// A server that takes no more may still have said why: it is read to its end before the session ends.
+fn written(session: &mut Session, result: io::Result<()>) {
+    if let Err(error) = result {
+        tracing::debug!(session = session.id, %error, "server takes no more");
+        session.server.out = Vec::new();
+        session.server.sent = 0;
+        session.server.readable = true;
+        session.server.eof = true;
+    }
 }
 
 fn flush(leg: &mut Leg) -> io::Result<()> {
@@ -557,19 +595,42 @@ fn pass_on(leg: &mut Leg, bytes: &[u8], sealed: &mut Vec<u8>) -> io::Result<()> 
     Ok(())
 }
 
-fn from_client(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> {
+/// Where bytes of the client are taken from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Socket,
+    Carry,
+}
+
+fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> Result<(), End> {
     let Buffers { plain, cipher, sealed } = buffers;
-    let (filled, closed) =
-        fill(&mut session.client, plain, cipher, sealed).map_err(|_| End::Client)?;
+    let (filled, closed) = match source {
+        Source::Socket => {
+            fill(&mut session.client, plain, cipher, sealed).map_err(|_| End::Client)?
+        }
+        Source::Carry => {
+            let carried = session.client.carry.len();
+            let place = plain.get_mut(..carried).ok_or(End::Client)?;
+            place.copy_from_slice(&session.client.carry);
+            (carried, false)
+        }
+    };
+    session.carry_waits = false;
     let bytes = plain.get(..filled).unwrap_or_default();
     let pass = session.on_client_bytes(bytes);
     let pass = pass.map_err(End::Fault)?;
     session.bytes_in += u64::try_from(pass.len).unwrap_or(0);
     keep(&mut session.client.carry, bytes.get(pass.len..).unwrap_or_default());
-    pass_on(&mut session.server, bytes.get(..pass.len).unwrap_or_default(), sealed)
-        .map_err(End::Lost)?;
+    let passed = pass_on(&mut session.server, bytes.get(..pass.len).unwrap_or_default(), sealed);
+    written(session, passed);
+    if closed && session.wanted && !session.client.carry.is_empty() {
+        // It goes as soon as what it sent may pass.
+        session.client.readable = false;
+        return Ok(());
+    }
     if pass.terminated || closed {
-        return Err(End::Client);
+        session.client_gone = true;
+        session.client.carry = Vec::new();
     }
     Ok(())
 }
@@ -580,6 +641,7 @@ fn from_server(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> 
     let bytes = plain.get_mut(..filled).unwrap_or_default();
     let len = session.on_server_bytes(bytes).map_err(End::Fault)?;
     session.bytes_out += u64::try_from(len).unwrap_or(0);
+    session.carry_waits = true;
     keep(&mut session.server.carry, bytes.get(len..).unwrap_or_default());
     pass_on(&mut session.client, bytes.get(..len).unwrap_or_default(), sealed)
         .map_err(|_| End::Client)?;

@@ -26,6 +26,20 @@ pub(super) fn drain(fd: RawFd) {
     unsafe { libc::read(fd, (&raw mut count).cast(), 8) };
 }
 
+/// Raises the limit of open descriptors as far as allowed, and gives it. Each session needs two.
+pub(super) fn raise_descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit into a live local, and reads another from there.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
+            return 0;
+        }
+        let wanted = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        let raised = libc::setrlimit(libc::RLIMIT_NOFILE, &raw const wanted) == 0;
+        if raised { limit.rlim_max } else { limit.rlim_cur }
+    }
+}
+
 /// An epoll instance. Registrations are edge-triggered and made once a socket.
 #[derive(Debug)]
 pub(super) struct Epoll(OwnedFd);

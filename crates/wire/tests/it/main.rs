@@ -153,7 +153,7 @@ fn login_messages_read_back() {
     let mut out = Vec::new();
     backend::negotiate_version(&mut out, 2, &[b"_pq_.thing"]);
     let (tag, body) = only(Side::Backend, &out);
-    let expected = Backend::NegotiateVersion { minor: 2, options: vec![b"_pq_.thing"] };
+    let expected = Backend::NegotiateVersion { version: 2, options: vec![b"_pq_.thing"] };
     assert_eq!(backend::read(tag, body), Ok(expected));
     for status in [TxStatus::Idle, TxStatus::InTransaction, TxStatus::Failed] {
         let mut out = Vec::new();
