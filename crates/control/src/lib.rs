@@ -4,7 +4,7 @@
 //! - [`config`]: applications, their cells, and how each server is reached.
 //! - [`records`]: the application and its executions in the store.
 //! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
-//! - [`stages`]: what each stage does to real servers.
+//! - `stages`: what each stage does to real servers.
 //! - [`hba`]: who may still log in to a fenced server.
 //!
 //! **Architecture Invariant:** control never sees a proxy. It sends orders and reads reports.

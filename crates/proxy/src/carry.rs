@@ -88,7 +88,13 @@ fn give_back(session: &mut Session, connection: Connection, in_step: bool) -> st
         cut(session);
         return Ok(());
     }
-    let params = connection.params.clone();
+    let mut params = connection.params.clone();
+    // The fence of a switchover sets this on the old server. It is no state of the session, and by the time the
+    // client may ask, it stands on a server that is not fenced.
+    let fence = "default_transaction_read_only";
+    if let Some(told) = session.params.get(fence) {
+        params.insert(fence.into(), told.clone());
+    }
     let mut aside = connection.aside.clone();
     let (stream, unread) = connection.into_stream();
     let parts = stream.into_parts()?;

@@ -11,10 +11,10 @@
 //! - [`session`]: the session as a value, with its two sockets.
 //! - [`relay`]: what is done with bytes on their way. Pure.
 //! - [`engine`]: the loop that moves them.
-//! - [`listener`], [`login`], [`auth`]: from a new socket to a session.
-//! - [`carry`]: reading a session's state, and attaching it to another server.
+//! - `listener`, `login`, `auth`: from a new socket to a session.
+//! - `carry`: reading a session's state, and attaching it to another server.
 //! - [`mover`]: obeys the orders of a switchover.
-//! - [`console`]: the admin database.
+//! - `console`: the admin database.
 //! - [`metrics`]: what is counted.
 //!
 //! **Architecture Invariant:** a session is in exactly one place: in an engine, or in the hands of one task.
