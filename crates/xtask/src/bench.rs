@@ -117,7 +117,7 @@ impl Holdfast {
         std::fs::create_dir_all(dir).map_err(|error| error.to_string())?;
         let (port, api, other) = (free_port()?, free_port()?, free_port()?);
         let config = format!(
-            "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nclients_max = 20000\n{more}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
+            "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nclients_max = 9000\n{more}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
              state_dir = \"{}/state\"\n[[app]]\nname = \"bench\"\nauth = \"{auth}\"\nsslmode = \"disable\"\n\
              [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:{server}\"\nactive = true\n\
              [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:{other}\"\n",

@@ -83,6 +83,13 @@ pub(crate) fn output(command: &mut Command) -> Result<String, String> {
 pub(crate) fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(root());
+    // What cargo told this program about itself would look like a change to build scripts that watch it.
+    for (name, _) in std::env::vars_os() {
+        let shown = name.to_string_lossy();
+        if shown.starts_with("CARGO_PKG_") || shown.starts_with("CARGO_MANIFEST") {
+            command.env_remove(&name);
+        }
+    }
     command
 }
 
