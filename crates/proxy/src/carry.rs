@@ -362,6 +362,16 @@ async fn last_look(
     session: &Session,
     snapshot: &Snapshot,
 ) -> Result<(), Reason> {
+    if snapshot.channels.is_empty() {
+        // The server reports the end of its recovery by itself, with the answer to any message.
+        let mut out = Vec::new();
+        frontend::sync(&mut out);
+        exchange(connection, &out).await.map_err(failed)?;
+        if connection.params.get("in_hot_standby").map(String::as_str) != Some("off") {
+            return Err(Reason::Failed { error: "the server is still in recovery".into() });
+        }
+        return parse_unnamed(connection, session).await;
+    }
     let mut out = Vec::new();
     let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
         SELECT c FROM pg_catalog.pg_listening_channels() c";
