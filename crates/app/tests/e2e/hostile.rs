@@ -157,3 +157,19 @@ async fn clients_that_vanish_leave_nothing_behind() {
     let files = std::fs::read_dir(format!("/proc/{}/fd", installation.pid())).unwrap().count();
     assert!(files < 60, "{files} descriptors are open");
 }
+
+#[tokio::test]
+async fn a_pipeline_longer_than_the_queue_of_requests_is_answered_whole() {
+    let installation = Installation::start("pipeline");
+    let mut session = installation.connect().await;
+    let syncs = 70_000;
+    let mut out = Vec::new();
+    frontend::query(&mut out, b"select pg_sleep(0.3)");
+    (0..syncs).for_each(|_| frontend::sync(&mut out));
+    session.send(&out).await.unwrap();
+    for answered in 0..=syncs {
+        let answer = tokio::time::timeout(Duration::from_secs(20), session.answers()).await;
+        assert!(answer.is_ok(), "{answered} of {} were answered", syncs + 1);
+        answer.unwrap().unwrap();
+    }
+}
