@@ -51,16 +51,8 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
     }
 }
 
-/// An error and its causes in one line.
-pub(crate) fn chain(error: impl std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
+fn chain(error: impl std::error::Error) -> String {
+    model::chain(&error)
 }
 
 async fn admin(server: &CellServer) -> Result<Admin, String> {

@@ -16,10 +16,12 @@
 
 pub mod barrier;
 pub mod cell;
+pub mod error_chain;
 pub mod lsn;
 pub mod persisted;
 pub mod session;
 pub mod sql;
 pub mod switchover;
 
+pub use error_chain::chain;
 pub use lsn::Lsn;

@@ -42,14 +42,7 @@ pub(crate) struct Attached {
 }
 
 fn failed(error: impl std::error::Error) -> Reason {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    Reason::Failed { error: text }
+    Reason::Failed { error: model::chain(&error) }
 }
 
 /// Borrows the session's server socket as a connection. It must be given back by [`give_back`].

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use control::ControlConfig;
 use control::config::{AppServers, CellServer};
+pub(crate) use model::chain;
 use pg::admin::AdminLogin;
 use pg::instance::{self, Instance};
 use pg::stream::Keepalive;
@@ -265,18 +266,6 @@ fn secret_file(
             None
         }
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 fn read_app(

@@ -13,6 +13,8 @@ use pg::{Address, Connection, Target};
 use tls::{ClientTls, SslMode};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use wire::backend::{self, Backend};
+use wire::frame::{self, Side};
 use wire::frontend;
 
 use super::Dsn;
@@ -242,8 +244,11 @@ impl Client {
             Kind::Listener => {
                 run(c, &format!("NOTIFY \"Channel {n}\", '{number}'")).await?;
                 let aside = std::mem::take(&mut c.aside);
-                if aside.is_empty() {
-                    return Err(format!("notification {number} did not come"));
+                let payloads = payloads(&aside);
+                if payloads != [number.to_string()] {
+                    return Err(format!(
+                        "expected the notification {number} once, got {payloads:?}"
+                    ));
                 }
                 self.counts.notifications.fetch_add(1, Ordering::Relaxed);
             }
@@ -261,4 +266,16 @@ fn expect(found: Option<String>, expected: &str) -> Result<(), String> {
         Some(found) if found == expected => Ok(()),
         found => Err(format!("expected `{expected}`, got {found:?}")),
     }
+}
+
+/// Payloads of the notifications among messages.
+fn payloads(mut messages: &[u8]) -> Vec<String> {
+    let mut found = Vec::new();
+    while let Ok(Some((tag, body, len))) = frame::whole(Side::Backend, messages) {
+        if let Ok(Backend::Notification { payload, .. }) = backend::read(tag, body) {
+            found.push(String::from_utf8_lossy(payload).into_owned());
+        }
+        messages = messages.get(len..).unwrap_or_default();
+    }
+    found
 }

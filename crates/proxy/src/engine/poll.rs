@@ -491,7 +491,7 @@ fn fill(
     plain.get_mut(..carried).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.carry);
     let room = plain.get_mut(carried..).unwrap_or_default();
     let Some(tls) = &mut leg.tls else {
-        let room = room.get_mut(..READ_LEN.max(carried)).unwrap_or_default();
+        let room = room.get_mut(..READ_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
         return match sys::receive(leg.fd.as_raw_fd(), room) {
             Ok(0) => Ok((carried, true)),
             Ok(len) => {
