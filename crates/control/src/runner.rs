@@ -51,6 +51,8 @@ pub struct DryRun {
     pub blockers: Vec<Blocker>,
     /// Why it would be refused; empty if it would go.
     pub refusals: Vec<String>,
+    /// Settings that the two servers' own files give otherwise; sessions keep what they have.
+    pub configured_otherwise: Vec<String>,
 }
 
 #[derive(Debug, Error)]
@@ -216,8 +218,15 @@ impl Control {
         let application = self.application(app)?;
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
-        let refusals =
-            stages::check_servers(servers, &from, &request.to).await.err().into_iter().collect();
+        let mut refusals = Vec::new();
+        let mut configured_otherwise = Vec::new();
+        match stages::check_servers(servers, &from, &request.to).await {
+            Err(refusal) => refusals.push(refusal),
+            Ok((mut old, mut new, _)) => match stages::differences(&mut old, &mut new).await {
+                Err(refusal) => refusals.push(refusal),
+                Ok(names) => configured_otherwise = names,
+            },
+        }
         let report = self.order(Order::Inspect { app: app.into() }).await;
         Ok(DryRun {
             app: app.into(),
@@ -228,6 +237,7 @@ impl Control {
             movable: report.done,
             blockers: report.blockers,
             refusals,
+            configured_otherwise,
         })
     }
 

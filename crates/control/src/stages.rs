@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use model::Lsn;
 use model::barrier::{Blocker, Order, Report};
 use model::persisted::Execution;
+use model::session::facts::{self, Facts};
 use model::switchover::{OnTimeout, Stage};
 use pg::admin::Admin;
 use pg::instance::Instance;
@@ -46,7 +47,11 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::Promote => promote(to).await,
         Stage::Attach => attach(control, execution).await,
         Stage::Release => release(control, execution, &execution.to).await,
-        Stage::Rejoin => rejoin(from, to).await,
+        Stage::Rejoin => {
+            let retire = Order::Retire { app: execution.app.clone() };
+            reported(control.order(retire).await)?;
+            rejoin(from, to).await
+        }
         Stage::Revert => revert(control, execution, from).await,
     }
 }
@@ -83,10 +88,10 @@ pub(crate) fn describe(
             "hold: hold new work, let transactions end for {} ms, {leftover}",
             request.deadline_ms
         ),
+        "capture: read the state of every session".into(),
         format!(
             "fence: {from_at} becomes read-only, admits only Holdfast, and ends other connections"
         ),
-        "capture: read the state of every session".into(),
         format!("catch_up: wait until {to_at} has all that {from_at} wrote"),
         format!("grant: `{to}` is given the next epoch; the point of no return"),
         format!("promote: {to_at} becomes a primary"),
@@ -139,6 +144,14 @@ pub(crate) async fn check_servers(
     Ok((old, new, lag))
 }
 
+/// Settings that sessions find otherwise on the two servers, because their own files say so.
+pub(crate) async fn differences(old: &mut Admin, new: &mut Admin) -> Result<Vec<String>, String> {
+    let [question, ..] = facts::QUESTIONS;
+    let here = Facts::of_settings(&old.rows(question).await.map_err(chain)?).map_err(chain)?;
+    let there = Facts::of_settings(&new.rows(question).await.map_err(chain)?).map_err(chain)?;
+    Ok(here.configured_otherwise(&there))
+}
+
 fn describe_blockers(blockers: &[Blocker]) -> String {
     const SHOWN: usize = 3;
     let one = |blocker: &Blocker| {
@@ -161,6 +174,7 @@ fn reported(report: Report) -> Result<Report, String> {
 
 async fn prepare(control: &Control, execution: &Execution, servers: &AppServers) -> Done {
     let (mut old, mut new, lag) = check_servers(servers, &execution.from, &execution.to).await?;
+    let otherwise = differences(&mut old, &mut new).await?;
     // What is written out now need not be during the pause, nor when the old server is rewound.
     old.rows("CHECKPOINT").await.map_err(chain)?;
     new.rows("CHECKPOINT").await.map_err(chain)?;
@@ -176,6 +190,10 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
     }
     let (sessions, done) = (report.sessions, report.done);
     let mut text = format!("lag {lag} bytes; {done} of {sessions} sessions prepared");
+    if !otherwise.is_empty() {
+        let otherwise = otherwise.join(", ");
+        text.push_str(&format!("; configured otherwise: {otherwise}, sessions keep theirs"));
+    }
     if done < sessions {
         // They are read and attached during the pause, which makes it longer.
         text.push_str(&format!(", not {}", describe_blockers(&report.blockers)));
@@ -263,6 +281,15 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
             return Err("connections beside the proxy's do not end".into());
         }
         tokio::time::sleep(POLL).await;
+    }
+    let count = Order::CountLocks { app: execution.app.clone() };
+    let counted = reported(control.order(count).await)?;
+    if !counted.blockers.is_empty() {
+        return Err(format!(
+            "{} sessions lost their locks: {}",
+            counted.told,
+            describe_blockers(&counted.blockers)
+        ));
     }
     // A record that is written and flushed: whatever was written before it is flushed, too.
     old.rows("SELECT pg_logical_emit_message(true, 'holdfast', 'fenced')").await.map_err(chain)?;

@@ -62,10 +62,14 @@ pub enum Order {
     /// Read the state of every held session, and see to it that `to`, still a standby, has a copy of each. Those
     /// that cannot be moved are told if `on_timeout` says so.
     Capture { app: String, to: String, on_timeout: OnTimeout },
+    /// Count how often each held session holds its advisory locks. The server must be fenced.
+    CountLocks { app: String },
     /// Attach every held session to `to` and prove that it is the same.
     Attach { app: String, to: String },
     /// Let every held session go on, and new logins to `to`.
     Release { app: String, to: String },
+    /// End the connections that moved sessions have left behind, little by little: they are in nobody's way.
+    Retire { app: String },
 }
 
 /// What a proxy answers.

@@ -14,10 +14,11 @@ pub enum Stage {
     Prepare,
     /// New work is held, running transactions end.
     Hold,
+    /// The state of every session is read. Before the fence, whose reload every backend would have to carry out
+    /// first, and whose settings would hide the session's own.
+    Capture,
     /// The old server takes no more writes, from whomever.
     Fence,
-    /// The state of every session is read.
-    Capture,
     /// The target has all that the old server wrote.
     CatchUp,
     /// The next epoch is the target's. The point of no return.
@@ -38,8 +39,8 @@ impl Stage {
     pub const ALL: [Stage; 11] = [
         Stage::Prepare,
         Stage::Hold,
-        Stage::Fence,
         Stage::Capture,
+        Stage::Fence,
         Stage::CatchUp,
         Stage::Grant,
         Stage::Promote,
@@ -105,9 +106,9 @@ pub fn next(stage: Stage, outcome: Outcome) -> Next {
     use Next::{End, Go};
     match (stage, outcome) {
         (Stage::Prepare, Outcome::Done) => Go(Stage::Hold),
-        (Stage::Hold, Outcome::Done) => Go(Stage::Fence),
-        (Stage::Fence, Outcome::Done) => Go(Stage::Capture),
-        (Stage::Capture, Outcome::Done) => Go(Stage::CatchUp),
+        (Stage::Hold, Outcome::Done) => Go(Stage::Capture),
+        (Stage::Capture, Outcome::Done) => Go(Stage::Fence),
+        (Stage::Fence, Outcome::Done) => Go(Stage::CatchUp),
         (Stage::CatchUp, Outcome::Done) => Go(Stage::Grant),
         (Stage::Grant, Outcome::Done) => Go(Stage::Promote),
         (Stage::Promote, Outcome::Done) => Go(Stage::Attach),
@@ -174,9 +175,9 @@ mod tests {
             table,
             "\
 prepare: hold, else revert
-hold: fence, else revert
-fence: capture, else revert
-capture: catch_up, else revert
+hold: capture, else revert
+capture: fence, else revert
+fence: catch_up, else revert
 catch_up: grant, else revert
 grant: promote, else revert
 promote: attach, else Stuck

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use model::barrier::Reason;
+use model::session::facts::{self, Facts};
 use pg::Target;
+use pg::admin::{Admin, AdminLogin};
 use tokio::sync::watch;
 
 use crate::auth::Authenticator;
@@ -33,12 +36,17 @@ pub enum Gate {
 /// Reported parameters. Most sessions of an application have the same, and share one set.
 pub type Params = Arc<BTreeMap<String, String>>;
 
+/// What is known of a database, or why it is not.
+type Learned = Result<Arc<Facts>, Reason>;
+
 #[derive(Debug)]
 pub struct App {
     pub name: String,
     pub databases: Vec<String>,
     pub cells: BTreeMap<String, Arc<Cell>>,
     pub auth: Authenticator,
+    /// How Holdfast itself logs in.
+    pub admin: AdminLogin,
     gate: watch::Sender<Gate>,
     /// Sessions are to be handed out at their next safe point. Set with the gate.
     pub holding: AtomicBool,
@@ -46,6 +54,8 @@ pub struct App {
     pub sessions: AtomicUsize,
     /// Sessions attached beforehand to another cell.
     pub prepared: Mutex<HashMap<u64, Prepared>>,
+    /// What was learned of servers and databases since the last preparation, by cell and database.
+    facts: Mutex<HashMap<(String, String), Learned>>,
     params: Mutex<BTreeSet<Params>>,
 }
 
@@ -59,11 +69,13 @@ impl App {
             name: config.name,
             databases: config.databases,
             cells,
-            auth: Authenticator::new(config.auth, config.admin),
+            auth: Authenticator::new(config.auth, config.admin.clone()),
+            admin: config.admin,
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
             sessions: AtomicUsize::new(0),
             prepared: Mutex::default(),
+            facts: Mutex::default(),
             params: Mutex::default(),
         }
     }
@@ -98,6 +110,47 @@ impl App {
     pub fn open(&self, cell: Arc<Cell>) {
         self.holding.store(false, Ordering::SeqCst);
         self.gate.send_replace(Gate::Open(cell));
+    }
+
+    /// Asks a server for what is the same for all sessions of a database, and remembers it.
+    pub async fn learn(&self, cell: &Cell, database: &str) {
+        let login = AdminLogin { database: database.to_owned(), ..self.admin.clone() };
+        let failed = |error: &dyn std::error::Error| Reason::Failed {
+            error: format!("Holdfast's own login to `{database}`: {}", model::chain(error)),
+        };
+        let ask = async {
+            let connect = Admin::connect(&cell.target, &login);
+            let mut admin = connect.await.map_err(|error| failed(&error))?;
+            // A library's settings are there only once it is loaded, as every capture loads this one.
+            admin.rows("DO LANGUAGE plpgsql 'BEGIN END'").await.map_err(|error| failed(&error))?;
+            let mut answers = Vec::new();
+            for question in facts::QUESTIONS {
+                answers.push(admin.rows(question).await.map_err(|error| failed(&error))?);
+            }
+            Facts::read(&answers).map(Arc::new).map_err(|error| failed(&error))
+        };
+        let learned = ask.await;
+        let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert((cell.name.clone(), database.to_owned()), learned);
+    }
+
+    /// What was learned of a database on a cell's server.
+    ///
+    /// # Errors
+    /// Nothing was, and why.
+    pub fn facts(&self, cell: &Cell, database: &str) -> Learned {
+        let all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        let unknown = || Reason::Failed {
+            error: format!("nothing is known of database `{database}` in `{}`", cell.name),
+        };
+        let learned = all.get(&(cell.name.clone(), database.to_owned())).cloned();
+        learned.unwrap_or_else(|| Err(unknown()))
+    }
+
+    /// Forgets copies of sessions and what was learned of servers.
+    pub fn forget(&self) {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The shared copy of a set of parameters.

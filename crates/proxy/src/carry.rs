@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use model::barrier::Reason;
-use model::session::capture::{self, Captured, CountLocks, STATEMENT_NAME, ServerVersion};
+use model::session::capture::{self, Captured, STATEMENT_NAME, ServerVersion, Subject};
 use model::session::protocol::Unnamed;
 use model::session::replay::{self, Phase, Step};
-use model::session::{Pin, Snapshot};
+use model::session::{Facts, Pin, Snapshot};
 use pg::connect::Login;
 use pg::connection::{Answer, Connection, QueryError};
 use pg::stream::{Parts, Stream};
@@ -34,6 +34,8 @@ pub struct Prepared {
     connection: Connection,
     /// What was restored: everything but what must wait for the switch.
     snapshot: Snapshot,
+    /// The unnamed statement that stands there, as it was sent.
+    unnamed: Vec<u8>,
 }
 
 /// What the new server is asked for once the session stands there.
@@ -101,15 +103,60 @@ fn give_back(session: &mut Session, connection: Connection, in_step: bool) -> st
     Ok(())
 }
 
-/// Reads the state of a session on its own server. The session must be at a safe point.
-pub(crate) async fn capture(session: &mut Session, count: CountLocks) -> Result<Captured, Reason> {
-    let custom = session.hints.custom.clone();
+/// What a session's captures are about, whichever server it stands on.
+struct Kind<'a> {
+    identity: &'a Identity,
+    custom: BTreeSet<String>,
+    setval: bool,
+    /// The configuration of the server that the session comes from.
+    reference: &'a Facts,
+}
+
+impl Kind<'_> {
+    async fn capture(
+        &self,
+        connection: &mut Connection,
+        facts: &Facts,
+    ) -> Result<Captured, QueryError> {
+        let version =
+            connection.params.get("server_version").and_then(|text| ServerVersion::read(text));
+        let authorization = connection.params.get("session_authorization");
+        let other = authorization.is_some_and(|role| *role != self.identity.user);
+        let subject = Subject {
+            version: version.unwrap_or(ServerVersion(150_000)),
+            custom: &self.custom,
+            login_role: other.then_some(self.identity.user.as_str()),
+            setval: self.setval,
+            facts,
+            reference: self.reference,
+            backend_pid: connection.pid,
+        };
+        capture_on(connection, &subject).await
+    }
+
+    /// The same for a copy of `snapshot`, whose custom settings are all asked for.
+    fn of_copy(&self, snapshot: &Snapshot) -> Kind<'_> {
+        let custom = self.custom.iter().chain(snapshot.custom.keys()).cloned().collect();
+        Kind { custom, identity: self.identity, setval: self.setval, reference: self.reference }
+    }
+}
+
+/// Reads the state of a session on its own server, of which `facts` were learned. The session must be at a safe
+/// point.
+pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Captured, Reason> {
     let mut connection = borrow(session).map_err(failed)?;
-    let mut result = capture_on(&mut connection, &custom, count).await;
+    let identity = session.identity.clone();
+    let kind = Kind {
+        identity: &identity,
+        custom: session.hints.custom.clone(),
+        setval: session.hints.setval,
+        reference: facts,
+    };
+    let mut result = kind.capture(&mut connection, facts).await;
     for _ in 1..CAPTURE_TRIES {
         match &result {
             Err(error) if error.sqlstate() == Some(SqlState::QUERY_CANCELED) => {
-                result = capture_on(&mut connection, &custom, count).await;
+                result = kind.capture(&mut connection, facts).await;
             }
             _ => break,
         }
@@ -132,6 +179,19 @@ pub(crate) async fn capture(session: &mut Session, count: CountLocks) -> Result<
     Ok(captured)
 }
 
+/// Counts how often each advisory lock is held, by letting go of it for a moment. Nobody else may be able to take
+/// it: every client is held and the server is fenced. After an error the session has lost its server.
+pub(crate) async fn count_locks(
+    session: &mut Session,
+    snapshot: &mut Snapshot,
+) -> Result<(), Reason> {
+    let Some(question) = capture::count_locks_question(&snapshot.locks) else { return Ok(()) };
+    let mut connection = borrow(session).map_err(failed)?;
+    let counted = ask_counts(&mut connection, &question, snapshot).await;
+    give_back(session, connection, counted.is_ok()).map_err(failed)?;
+    counted.map_err(failed)
+}
+
 /// Sends what is in `out` and reads the answers up to the last ReadyForQuery of `syncs`.
 async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>, QueryError> {
     let ask = async {
@@ -143,15 +203,12 @@ async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>
 
 async fn capture_on(
     connection: &mut Connection,
-    custom: &BTreeSet<String>,
-    count: CountLocks,
+    subject: &Subject<'_>,
 ) -> Result<Captured, QueryError> {
-    let version =
-        connection.params.get("server_version").and_then(|text| ServerVersion::read(text));
-    let questions = capture::questions(version.unwrap_or(ServerVersion(150_000)), custom);
     let mut out = Vec::new();
-    for question in &questions.0 {
-        Connection::add_statement(&mut out, STATEMENT_NAME, question, &[]);
+    for (question, params) in &capture::questions(subject).0 {
+        let params: Vec<&str> = params.iter().map(String::as_str).collect();
+        Connection::add_statement(&mut out, STATEMENT_NAME, question, &params);
     }
     frontend::sync(&mut out);
     let answers = match exchange(connection, &out).await {
@@ -161,37 +218,23 @@ async fn capture_on(
             return Err(error);
         }
     };
+    let infos: Vec<String> = answers.iter().flat_map(|answer| &answer.infos).cloned().collect();
     let rows = |at: usize| answers.get(at).map(|answer| answer.rows.as_slice()).unwrap_or_default();
-    let told = answers
-        .iter()
-        .any(|answer| answer.infos.iter().any(|info| info == capture::SEQUENCES_TOLD));
-    let read = capture::read(rows(capture::ANSWER_PUT_ASIDE), rows(capture::ANSWER_STATE), told);
-    let origin =
-        answers.iter().any(|answer| answer.infos.iter().any(|info| info == capture::ORIGIN_TOLD));
-    let mut captured = read.map_err(|error| QueryError::Server {
+    capture::read(subject, rows, &infos).map_err(|error| QueryError::Server {
         sqlstate: SqlState::INTERNAL_ERROR,
         message: error.to_string(),
-    })?;
-    if origin {
-        captured.pins.push(Pin::ReplicationOrigin);
-    }
-    if count == CountLocks::Alone
-        && let Some(question) = capture::count_locks_question(&captured.snapshot.locks)
-    {
-        count_locks(connection, &question, &mut captured.snapshot).await?;
-    }
-    Ok(captured)
+    })
 }
 
 /// Locks are let go of and taken again here, which no rollback takes back. So the session's timeouts are put
 /// aside, and an error that is left leaves a session that must not go on as if nothing had happened.
-async fn count_locks(
+async fn ask_counts(
     connection: &mut Connection,
     question: &str,
     snapshot: &mut Snapshot,
 ) -> Result<(), QueryError> {
     let mut out = Vec::new();
-    for sql in [capture::BEGIN, &capture::protect(), question, "COMMIT"] {
+    for sql in [capture::BEGIN, capture::PROTECT, question, "COMMIT"] {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     frontend::sync(&mut out);
@@ -224,36 +267,54 @@ async fn roll_back(connection: &mut Connection) -> Result<(), QueryError> {
     exchange(connection, &out).await.map(drop)
 }
 
+/// What making a copy of a session takes.
+pub(crate) struct Model<'a> {
+    pub(crate) identity: &'a Identity,
+    pub(crate) custom: &'a BTreeSet<String>,
+    /// Of the server that the session stands on, and of the one where the copy shall stand.
+    pub(crate) here: &'a Facts,
+    pub(crate) there: &'a Facts,
+}
+
 /// Attaches a copy of the session to `cell`, which may be a standby, and proves that it is the same except for
 /// what only a primary allows. The session itself is not needed: its client goes on meanwhile.
 pub(crate) async fn prepare(
-    identity: &Identity,
-    custom: &BTreeSet<String>,
-    snapshot: Snapshot,
+    model: &Model<'_>,
+    snapshot: &Snapshot,
     cell: &Cell,
 ) -> Result<Prepared, Reason> {
-    let connection = log_in(identity, cell).await?;
-    let mut prepared =
-        Prepared { cell: cell.name.clone(), connection, snapshot: snapshot.beforehand() };
-    restore(&mut prepared.connection, custom, &prepared.snapshot).await?;
-    Ok(prepared)
-}
-
-async fn log_in(identity: &Identity, cell: &Cell) -> Result<Connection, Reason> {
-    let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
-    cell.target.login(&login).await.map_err(failed)
+    let login = Login {
+        params: model.identity.params.clone(),
+        credential: model.identity.credential.clone(),
+    };
+    let mut connection = cell.target.login(&login).await.map_err(failed)?;
+    let snapshot = snapshot.beforehand();
+    restore(&mut connection, model, &snapshot).await?;
+    Ok(Prepared { cell: cell.name.clone(), connection, snapshot, unnamed: Vec::new() })
 }
 
 /// Makes a fresh server session equal to `snapshot`, and proves it by a second capture.
 async fn restore(
     connection: &mut Connection,
-    custom: &BTreeSet<String>,
+    model: &Model<'_>,
     snapshot: &Snapshot,
 ) -> Result<(), Reason> {
-    let fresh = capture_on(connection, custom, CountLocks::Shared).await.map_err(failed)?;
-    run_steps(connection, &replay::steps(&fresh.snapshot, snapshot, Phase::Standby)).await?;
-    let again = capture_on(connection, custom, CountLocks::Shared).await.map_err(failed)?;
-    match snapshot.differences(&again.snapshot).into_iter().next() {
+    let kind = Kind {
+        identity: model.identity,
+        custom: model.custom.clone(),
+        setval: false,
+        reference: model.here,
+    };
+    let kind = kind.of_copy(snapshot);
+    let look = async |connection: &mut Connection| {
+        let captured = kind.capture(connection, model.there).await.map_err(failed)?;
+        Ok(captured.snapshot.without_settings_of_server(snapshot, model.there))
+    };
+    let fresh = look(connection).await?;
+    let steps = replay::steps(&fresh, snapshot, Phase::Standby, model.here);
+    run_steps(connection, &steps, "COMMIT").await?;
+    let again = look(connection).await?.beforehand();
+    match snapshot.differences(&again).into_iter().next() {
         None => Ok(()),
         Some(pin) => Err(Reason::Pinned(pin)),
     }
@@ -261,7 +322,7 @@ async fn restore(
 
 /// Runs each step by itself, so that a refusal names what was refused; all of them in one transaction, under
 /// settings that are in nobody's way. What the steps set stays when it is committed.
-async fn run_steps(connection: &mut Connection, steps: &[Step]) -> Result<(), Reason> {
+async fn run_steps(connection: &mut Connection, steps: &[Step], end: &str) -> Result<(), Reason> {
     if steps.is_empty() {
         return Ok(());
     }
@@ -271,7 +332,7 @@ async fn run_steps(connection: &mut Connection, steps: &[Step]) -> Result<(), Re
         frontend::sync(out);
     };
     ours(capture::BEGIN, &[], &mut out);
-    ours(&capture::protect(), &[], &mut out);
+    ours(capture::PROTECT, &[], &mut out);
     for step in steps {
         match step {
             Step::Run { sql, params, .. } => {
@@ -285,7 +346,7 @@ async fn run_steps(connection: &mut Connection, steps: &[Step]) -> Result<(), Re
             }
         }
     }
-    ours("COMMIT", &[], &mut out);
+    ours(end, &[], &mut out);
     let ask = async {
         connection.send(&out).await?;
         let mut results = Vec::new();
@@ -319,42 +380,62 @@ fn refused(step: &Step, error: &QueryError) -> Reason {
     })
 }
 
-/// Attaches the session to a primary: what was prepared if it still fits, else from the start.
+/// Attaches the session to a primary, where its copy stands that was made beforehand.
 pub(crate) async fn attach(
     session: &Session,
     snapshot: &Snapshot,
-    prepared: Option<Prepared>,
-    cell: &Cell,
+    prepared: Prepared,
+    there: &Facts,
+    here: &Facts,
 ) -> Result<Attached, Reason> {
-    let wanted = snapshot.beforehand();
-    let custom = &session.hints.custom;
-    let mut connection = match prepared.filter(|prepared| prepared.cell == cell.name) {
-        Some(prepared) if prepared.snapshot == wanted => prepared.connection,
-        Some(mut prepared) => {
-            // The session has changed since; its copy begins anew.
-            let discard = prepared.connection.query("DISCARD ALL");
-            timeout(ANSWER_MAX, discard).await.map_err(failed)?.map_err(failed)?;
-            restore(&mut prepared.connection, custom, &wanted).await?;
-            prepared.connection
-        }
-        None => {
-            let mut connection = log_in(&session.identity, cell).await?;
-            restore(&mut connection, custom, &wanted).await?;
-            connection
-        }
-    };
-    run_steps(&mut connection, &replay::steps(&wanted, snapshot, Phase::Primary)).await?;
-    last_look(&mut connection, session, snapshot).await?;
+    let Prepared { mut connection, snapshot: from, .. } = prepared;
+    let steps = replay::steps(&from, snapshot, Phase::Primary, here);
+    run_steps(&mut connection, &steps, "COMMIT").await?;
+    if !snapshot.sequences.is_empty() {
+        restore_sequences(&mut connection, session, snapshot, there, here).await?;
+    }
+    last_look(&mut connection, snapshot).await?;
     Ok(Attached { connection })
 }
 
-/// The server must be a primary, listen to what the session listens to, and hold the unnamed statement. This
-/// is also the round trip in which parameters that changed at the promotion arrive.
-async fn last_look(
+/// Gives `currval` and `lastval` their values, and asks for them again.
+async fn restore_sequences(
     connection: &mut Connection,
     session: &Session,
     snapshot: &Snapshot,
+    there: &Facts,
+    here: &Facts,
 ) -> Result<(), Reason> {
+    // The owner's rights may be the login's and not those of the role that the session has taken.
+    let as_login = "SELECT pg_catalog.set_config('session_authorization', $1, true), \
+        pg_catalog.set_config('role', 'none', true)";
+    let mut steps = vec![Step::Run {
+        what: "the session's login role".into(),
+        sql: as_login.into(),
+        params: vec![session.identity.user.clone()],
+    }];
+    steps.extend(replay::sequence_steps(snapshot));
+    run_steps(connection, &steps, "ROLLBACK").await?;
+    let kind = Kind {
+        identity: &session.identity,
+        custom: session.hints.custom.clone(),
+        setval: true,
+        reference: here,
+    };
+    let again = kind.capture(connection, there).await.map_err(failed)?.snapshot;
+    let only = |from: &Snapshot| Snapshot {
+        sequences: from.sequences.clone(),
+        last_value: from.last_value,
+        ..Snapshot::default()
+    };
+    match only(snapshot).differences(&only(&again)).into_iter().next() {
+        None => Ok(()),
+        Some(pin) => Err(Reason::Pinned(pin)),
+    }
+}
+
+/// The server must be a primary and listen to what the session listens to. This is also the round trip in which parameters that changed at the promotion arrive.
+async fn last_look(connection: &mut Connection, snapshot: &Snapshot) -> Result<(), Reason> {
     if snapshot.channels.is_empty() {
         // The server reports the end of its recovery by itself, with the answer to any message.
         let mut out = Vec::new();
@@ -363,12 +444,12 @@ async fn last_look(
         if connection.params.get("in_hot_standby").map(String::as_str) != Some("off") {
             return Err(Reason::Failed { error: "the server is still in recovery".into() });
         }
-        return parse_unnamed(connection, session).await;
+        return Ok(());
     }
     let mut out = Vec::new();
     let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
         SELECT c FROM pg_catalog.pg_listening_channels() c";
-    for sql in [capture::BEGIN, &capture::protect(), question, "COMMIT"] {
+    for sql in [capture::BEGIN, capture::PROTECT, question, "COMMIT"] {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     frontend::sync(&mut out);
@@ -383,19 +464,22 @@ async fn last_look(
         let error = "the server does not listen to the session's channels".into();
         return Err(Reason::Failed { error });
     }
-    // The unnamed statement comes last: everything of ours has a name and leaves it alone.
-    parse_unnamed(connection, session).await
+    Ok(())
 }
 
-/// Parses the unnamed statement, as the client sent it.
-async fn parse_unnamed(connection: &mut Connection, session: &Session) -> Result<(), Reason> {
-    if session.protocol.unnamed() != Unnamed::Last {
+/// Parses the unnamed statement, as the client sent it. From then on everything of ours has a name and leaves it
+/// alone.
+async fn parse_unnamed(prepared: &mut Prepared, session: &Session) -> Result<(), Reason> {
+    if session.protocol.unnamed() != Unnamed::Last || session.unnamed == prepared.unnamed {
         return Ok(());
     }
     let mut out = session.unnamed.clone();
     frontend::sync(&mut out);
-    match exchange(connection, &out).await {
-        Ok(_) => Ok(()),
+    match exchange(&mut prepared.connection, &out).await {
+        Ok(_) => {
+            prepared.unnamed.clone_from(&session.unnamed);
+            Ok(())
+        }
         Err(error @ QueryError::Server { .. }) => {
             let why = format!("cannot be prepared again: {error}");
             Err(Reason::Pinned(Pin::Prepared { name: "(unnamed)".into(), why }))
@@ -411,40 +495,45 @@ pub(crate) async fn ensure(
     snapshot: &Snapshot,
     prepared: Option<Prepared>,
     cell: &Cell,
+    here: &Facts,
+    there: &Facts,
 ) -> Result<Prepared, Reason> {
-    let wanted = snapshot.beforehand();
-    let fits =
-        prepared.filter(|prepared| prepared.cell == cell.name && prepared.snapshot == wanted);
+    let fits = prepared.filter(|prepared| {
+        prepared.cell == cell.name && prepared.snapshot == snapshot.beforehand()
+    });
     let mut prepared = match fits {
         Some(prepared) => prepared,
-        None => prepare(&session.identity, &session.hints.custom, wanted, cell).await?,
+        None => {
+            let custom = &session.hints.custom;
+            let model = Model { identity: &session.identity, custom, here, there };
+            prepare(&model, snapshot, cell).await?
+        }
     };
-    parse_unnamed(&mut prepared.connection, session).await?;
+    parse_unnamed(&mut prepared, session).await?;
     Ok(prepared)
 }
 
 impl Session {
-    /// Swaps the server: from here on the session stands on the new one.
+    /// Swaps the server: from here on the session stands on the new one. Gives the old connection.
     pub(crate) fn swap(
         &mut self,
         attached: Attached,
         cell: std::sync::Arc<Cell>,
-    ) -> std::io::Result<()> {
+    ) -> std::io::Result<Leg> {
         let mut connection = attached.connection;
         let params: BTreeMap<String, String> = std::mem::take(&mut connection.params);
         let aside = std::mem::take(&mut connection.aside);
         let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
         let (stream, unread) = connection.into_stream();
         let server = Leg::new(stream.into_parts()?, unread, Side::Backend);
-        let mut old = std::mem::replace(&mut self.server, server);
-        crate::session::terminate(&mut old);
+        let old = std::mem::replace(&mut self.server, server);
         self.backend_pid = pid;
         self.backend_secret = secret.into();
         self.cell = cell;
         self.moves += 1;
         self.client.push(&aside);
         self.tell_params(&params);
-        Ok(())
+        Ok(old)
     }
 
     /// Puts the pid that the client knows into notifications of its own backend.

@@ -1,13 +1,12 @@
 //! Obeys the orders of a switchover, application by application. Between orders it holds sessions as values.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Order, Pauses, Reason, Report};
-use model::session::Snapshot;
-use model::session::capture::CountLocks;
+use model::session::{Facts, Snapshot};
 use model::switchover::OnTimeout;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -16,10 +15,10 @@ use wire::backend;
 use wire::sqlstate::SqlState;
 
 use crate::app::{App, Cell};
-use crate::carry::{self, Prepared};
+use crate::carry::{self, Model, Prepared};
 use crate::engine::{Command, Want};
 use crate::proxy::Shared;
-use crate::session::{Session, SessionView};
+use crate::session::{Identity, Leg, Session, SessionView};
 
 /// How long one session is waited for while it is prepared; a busy one is read during the switch.
 const PREPARE_WAIT: Duration = Duration::from_millis(100);
@@ -27,11 +26,15 @@ const PREPARE_WAIT: Duration = Duration::from_millis(100);
 const POLL: Duration = Duration::from_millis(2);
 /// A cancel request on its way is waited for so long before its session is read.
 const CANCEL_WAIT: Duration = Duration::from_secs(1);
+/// Connections left behind that are ended at once, and the rest between: each costs its server a process's end.
+const RETIRED_AT_ONCE: usize = 8;
+const RETIRE_PAUSE: Duration = Duration::from_millis(10);
+/// However many there are, they are ended within about this time.
+const RETIRE_MAX: Duration = Duration::from_secs(2);
 
 struct Held {
     session: Box<Session>,
     snapshot: Option<Snapshot>,
-    moved: bool,
 }
 
 /// What is held of one application.
@@ -45,13 +48,15 @@ struct Holding {
 pub struct Mover {
     shared: Arc<Shared>,
     holdings: HashMap<String, Holding>,
+    /// Connections to the old server of sessions that have moved, by application.
+    retired: HashMap<String, Vec<Leg>>,
 }
 
 type Captures = Vec<(Held, Result<(), Vec<Reason>>)>;
 
 impl Mover {
     pub(crate) fn new(shared: Arc<Shared>) -> Mover {
-        Mover { shared, holdings: HashMap::new() }
+        Mover { shared, holdings: HashMap::new(), retired: HashMap::new() }
     }
 
     /// Obeys one order to its end.
@@ -64,8 +69,10 @@ impl Mover {
             }
             Order::Backends { app } => Ok(self.backends(&app)),
             Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
+            Order::CountLocks { app } => self.count_locks(&app).await,
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to } => self.release(&app, &to).await,
+            Order::Retire { app } => Ok(self.retire(&app).await),
         };
         result.unwrap_or_else(|error| Report { error: Some(error), ..Report::default() })
     }
@@ -85,10 +92,15 @@ impl Mover {
     async fn prepare(&mut self, app: &str, to: Option<&str>) -> Result<Report, String> {
         let app = self.app(app)?;
         let to = to.map(|name| Mover::cell(&app, name)).transpose()?;
-        app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
-        let views = self.shared.views().await;
-        let ids: Vec<u64> =
-            views.iter().filter(|view| view.app == app.name).map(|view| view.id).collect();
+        if to.is_some() {
+            app.forget();
+        }
+        let mut views = self.shared.views().await;
+        views.retain(|view| view.app == app.name);
+        let databases: BTreeSet<&str> = views.iter().map(|view| view.database.as_str()).collect();
+        let cells = app.active().into_iter().chain(to.clone());
+        learn_all(&app, cells, &databases).await;
+        let ids: Vec<u64> = views.iter().map(|view| view.id).collect();
         let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
         let mut tasks = JoinSet::new();
         for id in &ids {
@@ -137,7 +149,7 @@ impl Mover {
                 && let Ok(Some(mut session)) = timeout(POLL, incoming.recv()).await
             {
                 session.held_since = Some(Instant::now());
-                held.push(Held { session, snapshot: None, moved: false });
+                held.push(Held { session, snapshot: None });
             }
         }
         let done = held.len();
@@ -197,6 +209,10 @@ impl Mover {
         let holding = self.holdings.entry(app.name.clone()).or_default();
         let held = std::mem::take(&mut holding.sessions);
         report.sessions = count(held.len());
+        let databases: BTreeSet<&str> =
+            held.iter().map(|held| held.session.identity.database.as_str()).collect();
+        // Anew, for what backends hold and for functions made since: nothing of it can change any more.
+        learn_all(&app, held.first().map(|held| held.session.cell.clone()), &databases).await;
         for (held, result) in
             capture_all(held, &app, &cell, self.shared.config.limits.moves_at_once).await?
         {
@@ -223,6 +239,35 @@ impl Mover {
         Ok(report)
     }
 
+    /// Counts the locks of every held session. One that lost them on the way has lost its server.
+    async fn count_locks(&mut self, app: &str) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let holding = self.holdings.entry(app.name.clone()).or_default();
+        let mut report = Report::default();
+        for mut held in std::mem::take(&mut holding.sessions) {
+            let Some(snapshot) = held.snapshot.as_mut().filter(|held| !held.locks.is_empty())
+            else {
+                holding.sessions.push(held);
+                continue;
+            };
+            report.sessions += 1;
+            match carry::count_locks(&mut held.session, snapshot).await {
+                Ok(()) => {
+                    report.done += 1;
+                    holding.sessions.push(held);
+                }
+                Err(reason) => {
+                    report.told += 1;
+                    let (named, reasons) = (held.session.named(), vec![reason]);
+                    self.shared.metrics.count_move("failed", &reasons);
+                    held.session.tell_and_end(&forced("its advisory locks were lost"));
+                    report.blockers.push(Blocker { session: named, reasons });
+                }
+            }
+        }
+        Ok(report)
+    }
+
     /// Attaches every held session to `to`. One for which that fails cannot go back any more and is told.
     async fn attach(&mut self, app: &str, to: &str) -> Result<Report, String> {
         let app = self.app(app)?;
@@ -240,12 +285,13 @@ impl Mover {
                 (held, result)
             });
         }
+        let retired = self.retired.entry(app.name.clone()).or_default();
         while let Some(result) = tasks.join_next().await {
-            let (mut held, result) =
+            let (held, result) =
                 result.map_err(|error| format!("attaching a session broke off: {error}"))?;
             match result {
-                Ok(()) => {
-                    held.moved = true;
+                Ok(old) => {
+                    retired.push(old);
                     report.done += 1;
                     self.shared.metrics.count_move("moved", &[]);
                     holding.sessions.push(held);
@@ -263,11 +309,27 @@ impl Mover {
         Ok(report)
     }
 
+    /// Ends the connections that moved sessions have left behind.
+    async fn retire(&mut self, app: &str) -> Report {
+        let mut retired = self.retired.remove(app).unwrap_or_default();
+        let report = Report { done: count(retired.len()), ..Report::default() };
+        let rounds = RETIRE_MAX.as_millis() / RETIRE_PAUSE.as_millis().max(1);
+        let rounds = usize::try_from(rounds).unwrap_or(1).max(1);
+        let at_once = RETIRED_AT_ONCE.max(retired.len().div_ceil(rounds));
+        while !retired.is_empty() {
+            for mut leg in retired.drain(..at_once.min(retired.len())) {
+                crate::session::terminate(&mut leg);
+            }
+            tokio::time::sleep(RETIRE_PAUSE).await;
+        }
+        report
+    }
+
     /// Opens the gate to `to` and gives every held session back to an engine.
     async fn release(&mut self, app: &str, to: &str) -> Result<Report, String> {
         let app = self.app(app)?;
         let cell = Mover::cell(&app, to)?;
-        app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        app.forget();
         let mut holding = self.holdings.remove(&app.name).unwrap_or_default();
         for engine in &self.shared.engines {
             engine.send(Command::Unwant(Want::App(app.clone())));
@@ -281,7 +343,7 @@ impl Mover {
             let _ = self.shared.views().await;
             incoming.close();
             while let Some(session) = incoming.recv().await {
-                holding.sessions.push(Held { session, snapshot: None, moved: false });
+                holding.sessions.push(Held { session, snapshot: None });
             }
         }
         for mut held in holding.sessions {
@@ -301,6 +363,22 @@ impl Mover {
         report.pauses = Pauses::of(pauses);
         Ok(report)
     }
+}
+
+/// Asks each server for what is the same for all sessions of each database. What fails is the sessions' reason.
+async fn learn_all(
+    app: &Arc<App>,
+    cells: impl IntoIterator<Item = Arc<Cell>>,
+    databases: &BTreeSet<&str>,
+) {
+    let mut tasks = JoinSet::new();
+    for cell in cells {
+        for database in databases {
+            let (app, cell, database) = (app.clone(), cell.clone(), (*database).to_owned());
+            tasks.spawn(async move { app.learn(&cell, &database).await });
+        }
+    }
+    while tasks.join_next().await.is_some() {}
 }
 
 fn count(len: usize) -> u64 {
@@ -346,7 +424,11 @@ async fn prepare_one(
         };
         return Err(Some(Blocker { session, reasons: vec![Reason::Busy { what: view.state }] }));
     };
-    let captured = carry::capture(&mut session, CountLocks::Shared).await;
+    let here = app.facts(&session.cell, &session.identity.database);
+    let captured = match &here {
+        Ok(here) => carry::capture(&mut session, here).await,
+        Err(reason) => Err(reason.clone()),
+    };
     let (named, identity, custom) =
         (session.named(), session.identity.clone(), session.hints.custom.clone());
     // The client goes on while its copy is made.
@@ -354,20 +436,34 @@ async fn prepare_one(
     let reasons = match captured {
         Ok(captured) if captured.pins.is_empty() => match to {
             None => return Ok(()),
-            Some(cell) => match carry::prepare(&identity, &custom, captured.snapshot, cell).await {
-                Ok(prepared) => {
-                    let mut all =
-                        app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    all.insert(id, prepared);
-                    return Ok(());
+            Some(cell) => {
+                match copy_of(app, &identity, &custom, here, &captured.snapshot, cell).await {
+                    Ok(prepared) => {
+                        let mut all =
+                            app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                        all.insert(id, prepared);
+                        return Ok(());
+                    }
+                    Err(reason) => vec![reason],
                 }
-                Err(reason) => vec![reason],
-            },
+            }
         },
         Ok(captured) => captured.pins.into_iter().map(Reason::Pinned).collect(),
         Err(reason) => vec![reason],
     };
     Err(Some(Blocker { session: named, reasons }))
+}
+
+async fn copy_of(
+    app: &App,
+    identity: &Identity,
+    custom: &BTreeSet<String>,
+    here: Result<Arc<Facts>, Reason>,
+    snapshot: &Snapshot,
+    cell: &Cell,
+) -> Result<Prepared, Reason> {
+    let (here, there) = (here?, app.facts(cell, &identity.database)?);
+    carry::prepare(&Model { identity, custom, here: &here, there: &there }, snapshot, cell).await
 }
 
 async fn capture_all(
@@ -398,29 +494,34 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     while held.session.cancels_under_way() && Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
     }
-    let captured = carry::capture(&mut held.session, CountLocks::Alone)
-        .await
-        .map_err(|reason| vec![reason])?;
+    let one = |reason: Reason| vec![reason];
+    let database = &held.session.identity.database;
+    let here = app.facts(&held.session.cell, database).map_err(one)?;
+    let there = app.facts(cell, database).map_err(one)?;
+    let captured = carry::capture(&mut held.session, &here).await.map_err(one)?;
     if !captured.pins.is_empty() {
         return Err(captured.pins.into_iter().map(Reason::Pinned).collect());
     }
     let id = held.session.id;
     let lock = || app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let prepared = lock().remove(&id);
-    let copy = carry::ensure(&held.session, &captured.snapshot, prepared, cell).await;
-    lock().insert(id, copy.map_err(|reason| vec![reason])?);
+    let copy =
+        carry::ensure(&held.session, &captured.snapshot, prepared, cell, &here, &there).await;
+    lock().insert(id, copy.map_err(one)?);
     held.snapshot = Some(captured.snapshot);
     Ok(())
 }
 
-async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<(), Reason> {
-    let prepared: Option<Prepared> = {
+async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<Leg, Reason> {
+    let failed = |error: &str| Reason::Failed { error: error.into() };
+    let prepared = {
         let mut all = app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         all.remove(&held.session.id)
     };
-    let Some(snapshot) = &held.snapshot else {
-        return Err(Reason::Failed { error: "its state was not read".into() });
-    };
-    let attached = carry::attach(&held.session, snapshot, prepared, &cell).await?;
-    held.session.swap(attached, cell).map_err(|error| Reason::Failed { error: error.to_string() })
+    let prepared = prepared.ok_or_else(|| failed("it has no copy on the other server"))?;
+    let snapshot = held.snapshot.as_ref().ok_or_else(|| failed("its state was not read"))?;
+    let database = &held.session.identity.database;
+    let (here, there) = (app.facts(&held.session.cell, database)?, app.facts(&cell, database)?);
+    let attached = carry::attach(&held.session, snapshot, prepared, &there, &here).await?;
+    held.session.swap(attached, cell).map_err(|error| failed(&error.to_string()))
 }

@@ -9,6 +9,7 @@ use thiserror::Error;
 use wire::backend::{self, Backend, TxStatus};
 use wire::frame::{FrameError, HEADER_LEN, Header, Step};
 use wire::frontend;
+use wire::sqlstate::SqlState;
 
 use crate::session::Session;
 
@@ -102,8 +103,11 @@ impl Session {
                     return false;
                 }
                 let note = self.protocol.on_frontend(header.tag, body.first().copied(), None);
+                let whole = body.len() >= body_len;
                 let body = body.get(..body_len).unwrap_or(body);
-                if header.tag == b'Q' {
+                if !whole {
+                    self.hints.on_part(body);
+                } else if header.tag == b'Q' {
                     self.hints.on_statement(body.strip_suffix(&[0]).unwrap_or(body));
                 } else {
                     let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
@@ -130,6 +134,11 @@ impl Session {
                 }
                 self.protocol.on_frontend(header.tag, body.first().copied(), body.get(1).copied());
             }
+            b'F' => {
+                let Some(oid) = body.first_chunk::<4>() else { return body_len < 4 };
+                self.hints.on_function_call(u32::from_be_bytes(*oid));
+                self.protocol.on_frontend(b'F', None, None);
+            }
             tag => {
                 self.protocol.on_frontend(tag, None, None);
             }
@@ -145,8 +154,8 @@ impl Session {
         }
         let mut seam = std::mem::take(&mut long.tail);
         seam.extend_from_slice(part.get(..OVERLAP.min(part.len())).unwrap_or_default());
-        self.hints.on_statement(&seam);
-        self.hints.on_statement(part);
+        self.hints.on_part(&seam);
+        self.hints.on_part(part);
         let ends = usize_of(self.client.scanner.remaining()) == part.len();
         if !ends {
             let from = if part.len() >= OVERLAP { part } else { &seam };
@@ -189,8 +198,9 @@ impl Session {
                             self.protocol.on_backend(b'C', None);
                         }
                         b'E' => {
-                            self.server_said_why |= is_fatal(body.get(..body_len).unwrap_or(body));
-                            self.protocol.on_backend(b'E', None);
+                            let (fatal, state) = read_error(body.get(..body_len).unwrap_or(body));
+                            self.server_said_why |= fatal;
+                            self.protocol.on_backend_error(state);
                         }
                         tag => self.protocol.on_backend(tag, None),
                     }
@@ -250,11 +260,13 @@ impl Session {
     }
 }
 
-/// Whether an error ends the connection, by its severity that is not translated.
+/// Whether an error ends the connection, by its severity that is not translated, and its code.
 #[cold]
-fn is_fatal(body: &[u8]) -> bool {
+fn read_error(body: &[u8]) -> (bool, Option<SqlState>) {
     match backend::read(b'E', body) {
-        Ok(Backend::Error(fields)) => matches!(fields.field(b'V'), Some(b"FATAL" | b"PANIC")),
-        _ => false,
+        Ok(Backend::Error(fields)) => {
+            (matches!(fields.field(b'V'), Some(b"FATAL" | b"PANIC")), fields.sqlstate())
+        }
+        _ => (false, None),
     }
 }

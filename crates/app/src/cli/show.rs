@@ -173,6 +173,11 @@ pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest
             if !dry.blockers.is_empty() {
                 print_blockers(&dry.blockers);
             }
+            dry.configured_otherwise.iter().for_each(|setting| {
+                println!(
+                    "- the servers' configurations differ, sessions keep what they have: {setting}"
+                );
+            });
             dry.refusals.iter().for_each(|reason| println!("! it would be refused: {reason}"));
         }
         return Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS });

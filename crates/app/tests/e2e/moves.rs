@@ -109,12 +109,36 @@ const KINDS: &[(&str, &[&str], &str)] = &[
         &["LISTEN jobs", "LISTEN \"Odd \"\" channel\""],
         "SELECT string_agg(c, ',' ORDER BY c) FROM pg_listening_channels() c",
     ),
+    (
+        "values of sequences",
+        &["SELECT nextval('s'), nextval('s')", "INSERT INTO counted DEFAULT VALUES"],
+        "SELECT concat_ws(' ', currval('s'), currval('counted_n_seq'), lastval())",
+    ),
+    (
+        "values of sequences, the other way",
+        &["INSERT INTO counted DEFAULT VALUES", "SELECT nextval('\"Odd schema\".\"odd''s\"')"],
+        "SELECT concat_ws(' ', currval('\"Odd schema\".\"odd''s\"'), currval('counted_n_seq'), lastval())",
+    ),
+    ("a value by setval", &["SELECT setval('s', 700)"], "SELECT currval('s')"),
+    (
+        "a value under another authorization",
+        &["SET SESSION AUTHORIZATION reader", "SELECT nextval('s')"],
+        "SELECT currval('s') = lastval()",
+    ),
+    (
+        "a value under another role",
+        &["SELECT nextval('s')", "SET ROLE reader"],
+        "SELECT lastval() IS NULL",
+    ),
     ("client encoding", &["SET client_encoding = LATIN1"], "SHOW client_encoding"),
     ("application name", &["SET application_name = 'it''s me'"], "SHOW application_name"),
 ];
 
 const ROLES: &str = "CREATE ROLE reader; CREATE ROLE writer; GRANT reader TO writer; \
-    CREATE TABLE IF NOT EXISTS t (n int)";
+    CREATE TABLE IF NOT EXISTS t (n int); \
+    CREATE SEQUENCE s CACHE 5; CREATE TABLE counted (n int GENERATED ALWAYS AS IDENTITY); \
+    CREATE SCHEMA \"Odd schema\"; CREATE SEQUENCE \"Odd schema\".\"odd's\" INCREMENT -3; \
+    GRANT USAGE ON SEQUENCE s TO reader";
 
 #[tokio::test]
 async fn every_kind_of_carried_state_is_the_same_there_and_back() {
@@ -140,6 +164,70 @@ async fn every_kind_of_carried_state_is_the_same_there_and_back() {
             assert_eq!(session.status, TxStatus::Idle);
         }
     }
+}
+
+#[tokio::test]
+async fn values_of_sequences_move_and_the_sequences_stay() {
+    let installation = Installation::start("sequences");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE SEQUENCE s START 500; CREATE SEQUENCE only_set; CREATE SEQUENCE d")
+        .await;
+    run(&mut session, "SELECT nextval('s'); SELECT setval('only_set', 42)").await;
+    let mut other = installation.connect().await;
+    run(&mut other, "SELECT nextval('s'), nextval('s')").await;
+    // Only a value by setval: lastval has none and must have none afterwards.
+    let mut set = installation.connect().await;
+    run(&mut set, "SELECT setval('d', 7)").await;
+    for cell in ["b", "a"] {
+        installation.switch_to(cell);
+        let look = "SELECT concat_ws(' ', currval('s'), currval('only_set'), lastval())";
+        assert_eq!(value(&mut session, look).await, "500 42 500", "on {cell}");
+        assert_eq!(value(&mut other, "SELECT currval('s')").await, "502", "on {cell}");
+        assert_eq!(value(&mut set, "SELECT currval('d')").await, "7", "on {cell}");
+        assert!(set.value("SELECT lastval()").await.is_err(), "on {cell}");
+    }
+    assert_eq!(value(&mut session, "SELECT last_value FROM s").await, "502");
+    assert_eq!(value(&mut session, "SELECT nextval('s')").await, "503");
+    assert_eq!(value(&mut session, "SELECT nextval('only_set')").await, "43");
+}
+
+/// Settings that only the servers' own files give: the session keeps what it has seen, the server its own.
+#[tokio::test]
+async fn a_session_keeps_what_the_configuration_of_its_server_gave_it() {
+    let installation = Installation::start("configured");
+    for (cell, work_mem) in [("a", "5MB"), ("b", "6MB")] {
+        let mut admin = installation.direct(cell).await;
+        run(&mut admin, &format!("ALTER SYSTEM SET work_mem = '{work_mem}'")).await;
+        run(&mut admin, "ALTER SYSTEM SET log_lock_waits = on").await;
+        if cell == "b" {
+            run(&mut admin, "ALTER SYSTEM SET log_temp_files = 0").await;
+        }
+        run(&mut admin, "SELECT pg_reload_conf()").await;
+    }
+    let mut session = installation.connect().await;
+    run(&mut session, "SET log_lock_waits = off").await;
+    while value(&mut session, "SHOW work_mem").await != "5MB" {}
+    let dry = shown(&installation.holdfast(&["switchover", "shop", "--to", "b", "--dry-run"]));
+    assert!(dry.contains("work_mem (`5MB`, `6MB`)"), "{dry}");
+    installation.switch_to("b");
+    let look =
+        "SELECT concat_ws(' ', current_setting('work_mem'), current_setting('log_lock_waits'))";
+    assert_eq!(value(&mut session, look).await, "5MB off");
+    let mut fresh = installation.connect().await;
+    assert_eq!(value(&mut fresh, look).await, "6MB on");
+}
+
+/// A superuser who has given up its authorization may have settings that its new self cannot see.
+#[tokio::test]
+async fn settings_that_the_session_itself_cannot_see_move() {
+    let installation = Installation::start("unseen");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE ROLE nobody; SET dynamic_library_path = '/nowhere'").await;
+    run(&mut session, "SET SESSION AUTHORIZATION nobody").await;
+    installation.switch_to("b");
+    assert_eq!(value(&mut session, "SELECT session_user").await, "nobody");
+    run(&mut session, "RESET SESSION AUTHORIZATION").await;
+    assert_eq!(value(&mut session, "SHOW dynamic_library_path").await, "/nowhere");
 }
 
 #[tokio::test]
@@ -304,7 +392,7 @@ async fn a_dry_run_changes_nothing_and_says_who_is_in_the_way() {
     let text = shown(&output);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("1 of 2 sessions could be moved now"), "{text}");
-    assert!(text.contains("temporary objects, such as `mine`"), "{text}");
+    assert!(text.contains("temporary objects, such as `table pg_temp.mine`"), "{text}");
     let status = shown(&installation.holdfast(&["status", "shop"]));
     assert!(status.contains("active cell a, epoch 1"), "{status}");
     let output = installation.holdfast(&["switchover", "shop", "--to", "nowhere"]);

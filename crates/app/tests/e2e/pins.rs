@@ -5,7 +5,7 @@ use pg::Connection;
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::support::{Installation, extended, run, shown, value};
+use crate::support::{Installation, connect, extended, run, shown, value};
 
 /// How a session is pinned, a word of the reason, and a look that must work as before after a switchover that
 /// was given up.
@@ -19,8 +19,21 @@ const PINNED: &[(&str, &str, &str)] = &[
     ),
     ("CREATE TYPE pg_temp.kind AS ENUM ('x')", "temporary objects", "SELECT 'x'::pg_temp.kind"),
     ("DECLARE c CURSOR WITH HOLD FOR SELECT 7", "WITH HOLD", "FETCH c"),
-    ("SELECT nextval('s')", "currval", "SELECT currval('s') = lastval()"),
-    ("INSERT INTO counted DEFAULT VALUES", "currval", "SELECT lastval() IS NOT NULL"),
+    (
+        "CREATE COLLATION pg_temp.mine FROM \"C\"",
+        "temporary objects",
+        "SELECT 'a' COLLATE pg_temp.mine",
+    ),
+    (
+        "CREATE OPERATOR pg_temp.||| (LEFTARG = int, RIGHTARG = int, FUNCTION = int4pl)",
+        "temporary objects",
+        "SELECT 1 OPERATOR(pg_temp.|||) 2",
+    ),
+    (
+        "CREATE TEXT SEARCH CONFIGURATION pg_temp.mine (COPY = english)",
+        "temporary objects",
+        "SELECT to_tsvector('pg_temp.mine', 'cats')",
+    ),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
     ("LOAD 'plpgsql'", "LOAD", "SELECT 1"),
     ("SELECT 1; PREPARE p AS SELECT 7; SELECT 2", "together with other statements", "EXECUTE p"),
@@ -38,7 +51,7 @@ const PINNED: &[(&str, &str, &str)] = &[
 ];
 
 async fn set_up(installation: &Installation) {
-    let sql = "CREATE SEQUENCE s; CREATE TABLE counted (n serial); CREATE TABLE dropped (n int)";
+    let sql = "CREATE SEQUENCE s; CREATE TABLE counted (n serial); CREATE TABLE dropped (n int);";
     run(&mut installation.connect().await, sql).await;
 }
 
@@ -77,7 +90,7 @@ async fn a_pinned_session_is_told_by_force_and_the_others_move() {
     assert_eq!(value(&mut free, "SHOW work_mem").await, "5MB");
     let told = last_words(&mut pinned).await;
     assert_eq!(told.0, Some(SqlState::ADMIN_SHUTDOWN));
-    assert!(told.1.contains("temporary objects, such as `mine`"), "{}", told.1);
+    assert!(told.1.contains("temporary objects, such as `table pg_temp.mine"), "{}", told.1);
 }
 
 /// The error that ends a connection: its code and its detail.
@@ -105,6 +118,65 @@ async fn a_statement_that_cannot_be_prepared_again_pins() {
     let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(shown(&output).contains("`broken` cannot be prepared again"), "{}", shown(&output));
+}
+
+#[tokio::test]
+async fn a_value_of_somebody_elses_sequence_pins() {
+    let installation = Installation::start("not-owner");
+    set_up(&installation).await;
+    let sql = "CREATE ROLE guest LOGIN; GRANT USAGE ON SEQUENCE s TO guest";
+    run(&mut installation.connect().await, sql).await;
+    let mut guest = connect(installation.facts.port, "guest", None).await.unwrap();
+    run(&mut guest, "SELECT nextval('s')").await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(shown(&output).contains("takes the owner of `public.s`"), "{}", shown(&output));
+    assert_eq!(value(&mut guest, "SELECT currval('s')").await, "1");
+    run(&mut guest, "DISCARD SEQUENCES").await;
+    installation.switch_to("b");
+}
+
+#[tokio::test]
+async fn an_event_trigger_keeps_values_of_sequences_where_they_are() {
+    let installation = Installation::start("event-trigger");
+    let mut session = installation.connect().await;
+    run(
+        &mut session,
+        "CREATE SEQUENCE s; SELECT nextval('s'); \
+         CREATE FUNCTION seen() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'; \
+         CREATE EVENT TRIGGER audit ON ddl_command_end EXECUTE FUNCTION seen()",
+    )
+    .await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(shown(&output).contains("event trigger `audit` would run"), "{}", shown(&output));
+    assert_eq!(value(&mut session, "SELECT lastval()").await, "1");
+}
+
+/// Bytes that are no UTF-8, in a statement of either protocol: the server reads none of it and keeps the unnamed
+/// statement that it has, whose text Holdfast has let go of.
+#[tokio::test]
+async fn an_unnamed_statement_that_outlived_an_unreadable_one_pins() {
+    let installation = Installation::start("unreadable");
+    let mut session = installation.connect().await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"", b"SELECT 'first'", &[]);
+    frontend::sync(&mut out);
+    extended(&mut session, &out).await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"", b"SELECT '\xff'", &[]);
+    frontend::sync(&mut out);
+    session.send(&out).await.unwrap();
+    assert!(session.answers().await.is_err());
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+    assert!(shown(&output).contains("unnamed statement"), "{}", shown(&output));
+    // It is the first one that the server still has.
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"", &[]);
+    frontend::execute(&mut out, b"", 0);
+    frontend::sync(&mut out);
+    assert_eq!(extended(&mut session, &out).await, [Some("first".into())]);
 }
 
 #[tokio::test]

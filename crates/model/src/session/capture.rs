@@ -7,29 +7,45 @@
 //!   SERIALIZABLE DEFERRABLE can wait for another session;
 //! - without the session's timeouts, `search_path`, client encoding and role, each put aside for the
 //!   transaction only. Until then everything is named in full.
+//!
+//! They are asked while clients wait, so they are few and small: a session is asked for what only itself can
+//! tell, [`Facts`] hold the rest. SHOW ALL costs a third of `pg_settings` and is not planned.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::facts::Facts;
 use super::pin::Pin;
-use super::snapshot::{AdvisoryLock, ENTRIES_MAX, Prepared, Setting, Snapshot};
+use super::snapshot::{AdvisoryLock, ENTRIES_MAX, Prepared, Snapshot};
 use crate::sql;
 
 /// The name under which Holdfast prepares its own statements in a client's session.
 pub const STATEMENT_NAME: &str = "_holdfast capture 7f3a9c41";
 
 /// Settings that the capture's own transaction changes; they are read before it changes them.
-const PUT_ASIDE: [&str; 6] = [
-    "statement_timeout",
-    "lock_timeout",
-    "search_path",
-    "row_security",
-    "exit_on_error",
-    "client_encoding",
-];
+fn put_aside(version: ServerVersion) -> &'static [&'static str] {
+    const ALL: [&str; 7] = [
+        "statement_timeout",
+        "lock_timeout",
+        "search_path",
+        "row_security",
+        "exit_on_error",
+        "client_encoding",
+        "transaction_timeout",
+    ];
+    if version.major() >= 17 { &ALL } else { &ALL[..6] }
+}
 
 /// Settings that are no state of the session: of the transaction, of the server, or told elsewhere.
-const NOT_STATE: &str = "'transaction_isolation','transaction_read_only','transaction_deferrable',\
-    'in_hot_standby','is_superuser','session_authorization','role','client_encoding','seed'";
+pub(super) const NOT_STATE: [&str; 8] = [
+    "transaction_isolation",
+    "transaction_read_only",
+    "transaction_deferrable",
+    "in_hot_standby",
+    "is_superuser",
+    "session_authorization",
+    "role",
+    "seed",
+];
 
 /// The version of a server as `server_version_num`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,128 +65,114 @@ impl ServerVersion {
     }
 }
 
-/// The statements of a capture in order. Each runs by itself; the last ends the transaction.
+/// The statements of a capture in order, each with its parameters. Each runs by itself; the last ends the
+/// transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Questions(pub Vec<String>);
+pub struct Questions(pub Vec<(String, Vec<String>)>);
 
-/// Which of the answers is which.
-pub const ANSWER_PUT_ASIDE: usize = 1;
-pub const ANSWER_STATE: usize = 2;
+const ANSWER_PUT_ASIDE: usize = 1;
+const ANSWER_SETTINGS: usize = 3;
+const ANSWER_STATE: usize = 4;
 
-/// Locks held more than once are not told apart by `pg_locks`; counting them lets go of them for a moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CountLocks {
-    /// Nobody else can take them meanwhile: every client is held and the server is fenced.
-    Alone,
-    /// Each is taken to be held once, and a doubt is a pin.
-    Shared,
+/// What one capture is about.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject<'a> {
+    pub version: ServerVersion,
+    /// Custom settings that the session may have.
+    pub custom: &'a BTreeSet<String>,
+    /// The role that logged in, if the session has another authorization: only it may see all settings.
+    pub login_role: Option<&'a str>,
+    /// The session may have used `setval`.
+    pub setval: bool,
+    /// Of the session's server and database.
+    pub facts: &'a Facts,
+    /// What settings are compared by: the configuration of the server where the session stands.
+    pub reference: &'a Facts,
+    pub backend_pid: i32,
 }
 
-/// What is asked of a session on a server of `version`, for custom settings of these names.
-pub fn questions(version: ServerVersion, custom: &BTreeSet<String>) -> Questions {
-    let put_aside = PUT_ASIDE.iter().map(|name| format!("pg_catalog.current_setting('{name}')"));
-    let put_aside: Vec<String> = put_aside.collect();
-    let timeout = if version.major() >= 17 {
-        ", pg_catalog.set_config('transaction_timeout', '0', true)"
-    } else {
-        ""
+/// What is asked of a session.
+pub fn questions(subject: &Subject<'_>) -> Questions {
+    let aside = put_aside(subject.version);
+    let mut parts: Vec<String> =
+        aside.iter().map(|name| format!("pg_catalog.current_setting('{name}')")).collect();
+    parts.extend([
+        "pg_catalog.current_setting('role')".into(),
+        "SESSION_USER::pg_catalog.text".into(),
+        "pg_catalog.pg_my_temp_schema()".into(),
+    ]);
+    let mut set = |name: &str, value: &str| {
+        let value = sql::quote_literal(value);
+        parts.push(format!("pg_catalog.set_config('{name}', {value}, true)"));
     };
+    set("client_encoding", "UTF8");
+    set("statement_timeout", "0");
+    set("lock_timeout", "10s");
+    if subject.version.major() >= 17 {
+        set("transaction_timeout", "0");
+    }
+    set("row_security", "off");
+    set("exit_on_error", "off");
+    if let Some(role) = subject.login_role {
+        set("session_authorization", role);
+    }
+    set("role", "none");
+    set("search_path", "pg_catalog, pg_temp");
+    let custom = subject.facts.custom.union(subject.custom);
+    let custom: Vec<String> = custom.map(|name| element(name)).collect();
+    let plain = |sql: String| (sql, Vec::new());
     Questions(vec![
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE".into(),
-        format!(
-            "SELECT {}, pg_catalog.current_setting('role'), SESSION_USER::pg_catalog.text, \
-             pg_catalog.set_config('client_encoding', 'UTF8', true), \
-             pg_catalog.set_config('statement_timeout', '0', true), \
-             pg_catalog.set_config('lock_timeout', '10s', true), \
-             pg_catalog.set_config('row_security', 'off', true), \
-             pg_catalog.set_config('exit_on_error', 'off', true), \
-             pg_catalog.set_config('role', 'none', true), \
-             pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true){timeout}",
-            put_aside.join(", ")
-        ),
-        state_question(custom),
-        ASIDE_QUESTION.into(),
-        "COMMIT".into(),
+        plain("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE".into()),
+        plain(format!("SELECT {}", parts.join(", "))),
+        plain(aside_question(subject)),
+        plain("SHOW ALL".into()),
+        (STATE_QUESTION.into(), vec![format!("{{{}}}", custom.join(","))]),
+        plain("COMMIT".into()),
     ])
 }
 
-/// What is told about sequences and origins comes as messages of level INFO, which reach the client whatever its
-/// settings and stay out of the server's log; asking `lastval()` plainly would log an error each time. The
-/// question about origins is put only to those who may ask it: rights are checked even in a branch that is not
-/// taken, so it must be text until then.
-const ASIDE_QUESTION: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE yes boolean; BEGIN \
-    IF NOT pg_is_in_recovery() AND \
-    has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') THEN \
-    EXECUTE 'SELECT pg_replication_origin_session_is_setup()' INTO yes; \
-    IF yes THEN RAISE INFO 'holdfast: replication origin'; END IF; END IF; \
-    BEGIN PERFORM pg_catalog.lastval(); RAISE INFO 'holdfast: sequence values'; \
-    EXCEPTION WHEN object_not_in_prerequisite_state OR undefined_table THEN \
-    IF SQLERRM NOT LIKE '%lastval%' THEN RAISE INFO 'holdfast: sequence values'; END IF; END; \
-    END $holdfast$";
+/// An element of an array in text form.
+fn element(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
 
-/// The text of the INFO message that says that the session acts for a replication origin.
-pub const ORIGIN_TOLD: &str = "holdfast: replication origin";
+const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text, parameter_types::oid[]::text \
+    FROM pg_prepared_statements WHERE name <> '_holdfast capture 7f3a9c41' UNION ALL \
+    SELECT 'cursor', name, NULL, NULL, NULL FROM pg_cursors WHERE is_holdable UNION ALL \
+    SELECT 'channel', c, NULL, NULL, NULL FROM pg_listening_channels() c UNION ALL \
+    SELECT 'custom', n, current_setting(n, true), NULL, NULL FROM unnest($1::text[]) n \
+    WHERE current_setting(n, true) IS NOT NULL";
 
-/// The text of the INFO message that says that `currval` or `lastval` have values.
-pub const SEQUENCES_TOLD: &str = "holdfast: sequence values";
-
-fn state_question(custom: &BTreeSet<String>) -> String {
-    let put_aside: Vec<String> = PUT_ASIDE.iter().map(|name| format!("'{name}'")).collect();
-    let mut parts = vec![
-        format!(
-            "SELECT 'setting', name, setting, source, NULL FROM pg_settings \
-             WHERE source IN ('session','client','user','database','database user','global') \
-             AND name NOT IN ({NOT_STATE},{},'transaction_timeout')",
-            put_aside.join(",")
-        ),
-        format!(
-            "SELECT 'prepared', name, statement, from_sql::text, \
-             parameter_types::oid[]::text FROM pg_prepared_statements WHERE name <> '{STATEMENT_NAME}'"
-        ),
-        "SELECT 'cursor', name, NULL, NULL, NULL FROM pg_cursors WHERE is_holdable".into(),
-        "SELECT 'channel', c, NULL, NULL, NULL FROM pg_listening_channels() c".into(),
-        "SELECT 'lock', classid::text, objid::text, objsubid::text, mode FROM pg_locks \
-         WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted \
-         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            .into(),
-        "SELECT 'temporary', count(*)::text, min(relname)::text, NULL, NULL FROM (\
-         SELECT relname FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relkind <> 'i' \
-         UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = pg_my_temp_schema() \
-         UNION ALL SELECT typname FROM pg_type WHERE typnamespace = pg_my_temp_schema() AND typrelid = 0 \
-         AND typelem = 0 \
-         ) o WHERE pg_my_temp_schema() <> 0 HAVING count(*) > 0"
-            .into(),
-        "SELECT 'slot', slot_name, NULL, NULL, NULL FROM pg_replication_slots \
-         WHERE temporary AND active_pid = pg_backend_pid()"
-            .into(),
-        "SELECT 'language', lanname, NULL, NULL, NULL FROM pg_language l \
-         WHERE lanname IN ('plperl','plperlu','plpython3u','pltcl','pltclu','plv8','plr','pllua') \
-         AND EXISTS (SELECT FROM pg_proc WHERE prolang = l.oid)"
-            .into(),
-        // Names that functions of this database set, and names that defaults of databases, roles and functions
-        // hold: a session may have them without ever having said so.
-        "SELECT 'custom', n, current_setting(n, true), NULL, NULL FROM (\
-         SELECT m[1] FROM pg_proc, regexp_matches(prosrc, $$set_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m \
-         WHERE oid >= 16384 UNION \
-         SELECT m[1] FROM pg_proc, regexp_matches(prosrc, \
-         $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*\\.\\w+)\\s*(?:=|to\\M)$$, 'gi') m WHERE oid >= 16384 UNION \
-         SELECT split_part(c, '=', 1) FROM pg_db_role_setting, unnest(setconfig) c WHERE c ~ '^[^=]*[.]' UNION \
-         SELECT split_part(c, '=', 1) FROM pg_proc, unnest(proconfig) c WHERE oid >= 16384 AND c ~ '^[^=]*[.]'\
-         ) names (n) WHERE current_setting(n, true) IS NOT NULL"
-            .into(),
-        // A function that computes such a name leaves no way to find it.
-        "SELECT 'computes', proname::text, NULL, NULL, NULL FROM pg_proc WHERE oid >= 16384 \
-         AND prosrc ~* $$set_config\\s*\\(\\s*[^'\\s]$$"
-            .into(),
-    ];
-    for name in custom {
-        let literal = sql::quote_literal(name);
-        parts.push(format!(
-            "SELECT 'custom', {literal}, current_setting({literal}, true), NULL, NULL \
-             WHERE current_setting({literal}, true) IS NOT NULL"
-        ));
-    }
-    parts.join(" UNION ALL ")
+/// What only a block can ask without logging an error comes as messages of level INFO, which reach the client
+/// whatever its settings and stay out of the server's log.
+///
+/// - `lastval()` is an error where it has no value. Where it has one, or `setval` may have run, every sequence is
+///   asked for its own.
+/// - Whether the session acts for a replication origin is asked only of those who may ask: rights are checked
+///   even in a branch that is not taken, so it must be text until then.
+fn aside_question(subject: &Subject<'_>) -> String {
+    let origin = if subject.facts.origins {
+        "IF has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') THEN \
+         EXECUTE 'SELECT pg_replication_origin_session_is_setup()' INTO look; \
+         IF look THEN RAISE INFO 'holdfast: replication origin'; END IF; END IF; "
+    } else {
+        ""
+    };
+    let setval = subject.setval || subject.facts.setval;
+    format!(
+        "DO LANGUAGE plpgsql $holdfast$ DECLARE look boolean; v bigint; s record; BEGIN \
+         IF pg_is_in_recovery() THEN RETURN; END IF; {origin}look := {setval}; \
+         BEGIN v := lastval(); look := true; RAISE INFO 'holdfast: lastval %', v; \
+         EXCEPTION WHEN object_not_in_prerequisite_state THEN NULL; \
+         WHEN insufficient_privilege THEN RAISE INFO 'holdfast: lastval hidden'; END; \
+         IF look THEN FOR s IN SELECT c.oid, format('%I.%I', nspname, relname) AS name, \
+         pg_has_role(relowner, 'USAGE') AND has_schema_privilege(n.oid, 'USAGE') AS own \
+         FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace \
+         WHERE relkind = 'S' AND relpersistence <> 't' LOOP \
+         BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % %', s.own, v, s.name; \
+         EXCEPTION WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN NULL; END; \
+         END LOOP; END IF; END $holdfast$"
+    )
 }
 
 /// One row of an answer, as text.
@@ -186,31 +188,74 @@ pub struct Captured {
 /// The answers are not what the questions ask for: the server is not the PostgreSQL it says it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the server's answer to a capture has no {0}")]
-pub struct Unreadable(&'static str);
+pub struct Unreadable(pub(super) &'static str);
 
-/// Reads the answers: the row of settings put aside, and the rows of state.
+/// Reads the answers to [`questions`], and the INFO messages that came with them.
 ///
 /// # Errors
 /// A column is missing or is not what was asked for.
-pub fn read(
-    put_aside: &[Row],
-    state: &[Row],
-    sequences_told: bool,
+pub fn read<'a>(
+    subject: &Subject<'_>,
+    rows: impl Fn(usize) -> &'a [Row],
+    infos: &[String],
 ) -> Result<Captured, Unreadable> {
-    let mut captured = Captured::default();
-    let first = put_aside.first().ok_or(Unreadable("settings"))?;
+    let mut captured = Captured { pins: subject.facts.pins.clone(), ..Captured::default() };
     let snapshot = &mut captured.snapshot;
-    for (at, name) in PUT_ASIDE.iter().enumerate() {
-        let value = text(first, at)?.to_owned();
-        snapshot.settings.insert((*name).into(), Setting { value, set_in_session: true });
+    let reference = &subject.reference.configured;
+    let mut set = |name: &str, value: &str| {
+        if name.contains('.') {
+            // Of a library: on the other server it may not be loaded yet, and the setting a custom one.
+            if reference.get(name).is_none_or(|configured| configured.value != value) {
+                snapshot.custom.insert(name.into(), value.into());
+            }
+        } else if reference.get(name).is_none_or(|configured| configured.value != value) {
+            snapshot.settings.insert(name.into(), value.into());
+        }
+    };
+    let aside = put_aside(subject.version);
+    for row in rows(ANSWER_SETTINGS) {
+        let name = text(row, 0)?;
+        if !aside.contains(&name)
+            && !NOT_STATE.contains(&name)
+            && !subject.facts.fixed.contains(name)
+        {
+            // A setting without a value is an empty text.
+            set(name, optional(row, 1).unwrap_or_default());
+        }
     }
-    snapshot.role = text(first, PUT_ASIDE.len())?.to_owned();
-    snapshot.session_user = text(first, PUT_ASIDE.len() + 1)?.to_owned();
-    for row in state {
+    let first = rows(ANSWER_PUT_ASIDE).first().ok_or(Unreadable("settings"))?;
+    for (at, name) in aside.iter().enumerate() {
+        set(name, text(first, at)?);
+    }
+    snapshot.role = text(first, aside.len())?.to_owned();
+    snapshot.session_user = text(first, aside.len() + 1)?.to_owned();
+    let schema: u32 =
+        text(first, aside.len() + 2)?.parse().map_err(|_| Unreadable("temporary schema"))?;
+    for row in rows(ANSWER_STATE) {
         read_row(row, &mut captured)?;
     }
-    if sequences_told {
-        captured.pins.push(Pin::Sequences);
+    if let Some((objects, example)) = subject.facts.temporary.get(&schema) {
+        captured.pins.push(Pin::Temporary { objects: *objects, example: example.clone() });
+    }
+    if let Some(backend) = subject.facts.backends.get(&subject.backend_pid) {
+        captured.snapshot.locks.clone_from(&backend.locks);
+        let slots = backend.slots.iter().cloned().map(|slot| Pin::TemporarySlot { slot });
+        captured.pins.extend(slots);
+    }
+    for info in infos {
+        read_info(info, &mut captured);
+    }
+    let snapshot = &captured.snapshot;
+    if !snapshot.sequences.is_empty()
+        && let Some(why) = &subject.facts.sequences_refused
+    {
+        captured.pins.push(Pin::Sequences { why: why.clone() });
+    }
+    if let Some(last) = snapshot.last_value
+        && !snapshot.sequences.values().any(|value| *value == last)
+    {
+        let why = "the session may not use the sequence of lastval any more".into();
+        captured.pins.push(Pin::Sequences { why });
     }
     let size = captured.snapshot.len();
     if size > ENTRIES_MAX {
@@ -221,6 +266,29 @@ pub fn read(
     Ok(captured)
 }
 
+fn read_info(info: &str, captured: &mut Captured) {
+    let Some(told) = info.strip_prefix("holdfast: ") else { return };
+    if told == "replication origin" {
+        captured.pins.push(Pin::ReplicationOrigin);
+    } else if told == "lastval hidden" {
+        let why = "the session's role may not ask for lastval".into();
+        captured.pins.push(Pin::Sequences { why });
+    } else if let Some(value) = told.strip_prefix("lastval ") {
+        captured.snapshot.last_value = value.parse().ok();
+    } else if let Some(rest) = told.strip_prefix("currval ") {
+        let mut parts = rest.splitn(3, ' ');
+        let (own, value, name) = (parts.next(), parts.next(), parts.next());
+        let (Some(own), Some(Ok(value)), Some(name)) = (own, value.map(str::parse), name) else {
+            return;
+        };
+        if own != "t" {
+            let why = format!("it takes the owner of `{name}`, which the session's user is not");
+            captured.pins.push(Pin::Sequences { why });
+        }
+        captured.snapshot.sequences.insert(name.to_owned(), value);
+    }
+}
+
 fn as_u64(count: usize) -> u64 {
     u64::try_from(count).unwrap_or(u64::MAX)
 }
@@ -228,12 +296,6 @@ fn as_u64(count: usize) -> u64 {
 fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
     let snapshot = &mut captured.snapshot;
     match text(row, 0)? {
-        "setting" => {
-            let set_in_session = text(row, 3)? == "session";
-            // A setting without a value is an empty text (`pg_settings.setting` of an unset string).
-            let value = optional(row, 2).unwrap_or_default().to_owned();
-            snapshot.settings.insert(text(row, 1)?.to_owned(), Setting { value, set_in_session });
-        }
         "custom" => {
             snapshot.custom.insert(text(row, 1)?.to_owned(), text(row, 2)?.to_owned());
         }
@@ -251,28 +313,6 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
         }
         "cursor" => captured.pins.push(Pin::HoldCursor { name: text(row, 1)?.to_owned() }),
         "channel" => drop(snapshot.channels.insert(text(row, 1)?.to_owned())),
-        "lock" => {
-            let number = |at, what| text(row, at)?.parse::<u32>().map_err(|_| Unreadable(what));
-            let lock = AdvisoryLock {
-                classid: number(1, "lock class")?,
-                objid: number(2, "lock object")?,
-                objsubid: text(row, 3)?.parse().map_err(|_| Unreadable("lock kind"))?,
-                shared: text(row, 4)? == "ShareLock",
-            };
-            snapshot.locks.insert(lock, 1);
-        }
-        "temporary" => captured.pins.push(Pin::Temporary {
-            objects: text(row, 1)?.parse().map_err(|_| Unreadable("count of temporary objects"))?,
-            example: text(row, 2)?.to_owned(),
-        }),
-        "slot" => captured.pins.push(Pin::TemporarySlot { slot: text(row, 1)?.to_owned() }),
-        "computes" => {
-            let statement = format!("function {}", text(row, 1)?);
-            captured.pins.push(Pin::CustomSettings { statement });
-        }
-        "language" => {
-            captured.pins.push(Pin::StatefulLanguage { language: text(row, 1)?.to_owned() })
-        }
         _ => return Err(Unreadable("known kind of row")),
     }
     Ok(())
@@ -295,11 +335,11 @@ fn not_repeatable(prepared: &Prepared) -> Option<&'static str> {
     }
 }
 
-fn optional(row: &Row, at: usize) -> Option<&str> {
+pub(super) fn optional(row: &Row, at: usize) -> Option<&str> {
     row.get(at).and_then(Option::as_deref)
 }
 
-fn text(row: &Row, at: usize) -> Result<&str, Unreadable> {
+pub(super) fn text(row: &Row, at: usize) -> Result<&str, Unreadable> {
     optional(row, at).ok_or(Unreadable("text in a column"))
 }
 
@@ -310,7 +350,7 @@ fn oids(text: &str) -> Option<Vec<u32>> {
 }
 
 /// Counts how often each lock is held, by letting go of it until it is gone, and takes it again as often.
-/// Only for [`CountLocks::Alone`]. The counts come as INFO messages, in the order of the locks.
+/// Only while nobody else can take it: every client is held and the server is fenced. The counts come as INFO messages, in the order of the locks.
 pub fn count_locks_question(locks: &BTreeMap<AdvisoryLock, u32>) -> Option<String> {
     if locks.is_empty() {
         return None;
@@ -340,12 +380,9 @@ pub fn count_locks_question(locks: &BTreeMap<AdvisoryLock, u32>) -> Option<Strin
 }
 
 /// What Holdfast runs before and after statements of its own in a session whose settings may be in the way.
-pub fn protect() -> String {
-    "SELECT pg_catalog.set_config('statement_timeout', '0', true), \
+pub const PROTECT: &str = "SELECT pg_catalog.set_config('statement_timeout', '0', true), \
      pg_catalog.set_config('lock_timeout', '0', true), \
-     pg_catalog.set_config('client_encoding', 'UTF8', true)"
-        .into()
-}
+     pg_catalog.set_config('client_encoding', 'UTF8', true)";
 
 /// Begins a transaction that no default of the session can delay or refuse, also on a standby.
 pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE";
@@ -357,14 +394,36 @@ pub fn read_lock_count(message: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::facts::Configured;
     use super::*;
 
     fn row(cells: &[&str]) -> Row {
         cells.iter().map(|cell| (!cell.is_empty()).then(|| (*cell).to_owned())).collect()
     }
 
-    fn put_aside() -> Vec<Row> {
-        vec![row(&["0", "0", "\"$user\", public", "on", "off", "UTF8", "none", "app"])]
+    fn subject<'a>(facts: &'a Facts, custom: &'a BTreeSet<String>) -> Subject<'a> {
+        Subject {
+            version: ServerVersion(150_000),
+            custom,
+            login_role: None,
+            setval: false,
+            facts,
+            reference: facts,
+            backend_pid: 7,
+        }
+    }
+
+    fn read_with(facts: &Facts, settings: &[Row], state: &[Row], infos: &[&str]) -> Captured {
+        let aside = row(&["0", "0", "\"$user\", public", "on", "off", "UTF8", "none", "app", "99"]);
+        let answers = [vec![], vec![aside], vec![], settings.to_vec(), state.to_vec()];
+        let infos: Vec<String> = infos.iter().map(|info| (*info).to_owned()).collect();
+        let custom = BTreeSet::new();
+        let rows = |at: usize| answers.get(at).map(Vec::as_slice).unwrap_or_default();
+        read(&subject(facts, &custom), rows, &infos).unwrap()
+    }
+
+    fn codes(captured: &Captured) -> Vec<&'static str> {
+        captured.pins.iter().map(Pin::code).collect()
     }
 
     #[test]
@@ -377,43 +436,59 @@ mod tests {
 
     #[test]
     fn answers_become_a_snapshot() {
+        let mut facts = Facts::default();
+        let configured = |value: &str| Configured { value: value.into(), superuser: false };
+        facts.configured.insert("work_mem".into(), configured("4MB"));
+        facts.configured.insert("geqo".into(), configured("on"));
+        facts.fixed.insert("port".into());
+        let lock = AdvisoryLock { classid: 0, objid: 42, objsubid: 1, shared: false };
+        facts.backends.entry(7).or_default().locks.insert(lock, 1);
+        let settings = [
+            row(&["work_mem", "8MB", "why"]),
+            row(&["geqo", "on", "why"]),
+            row(&["port", "5432", "why"]),
+            row(&["statement_timeout", "0", "set aside"]),
+            row(&["pg_trgm.similarity_threshold", "0.4", "why"]),
+        ];
         let state = [
-            row(&["setting", "work_mem", "8192", "session"]),
-            row(&["setting", "application_name", "psql", "client"]),
             row(&["prepared", "p1", "select $1", "false", "{23}"]),
             row(&["channel", "jobs"]),
-            row(&["lock", "0", "42", "1", "ExclusiveLock"]),
             row(&["custom", "app.user", "7"]),
         ];
-        let captured = read(&put_aside(), &state, false).unwrap();
+        let infos = ["holdfast: lastval 5", "holdfast: currval t 5 public.\"odd name\""];
+        let captured = read_with(&facts, &settings, &state, &infos);
         assert_eq!(captured.pins, []);
         let snapshot = captured.snapshot;
-        assert_eq!(snapshot.settings["work_mem"].value, "8192");
-        assert!(!snapshot.settings["application_name"].set_in_session);
+        assert_eq!(snapshot.settings["work_mem"], "8MB");
+        assert!(!snapshot.settings.contains_key("geqo") && !snapshot.settings.contains_key("port"));
         assert_eq!(snapshot.prepared["p1"].types, [23]);
         assert_eq!(snapshot.custom["app.user"], "7");
+        assert_eq!(snapshot.custom["pg_trgm.similarity_threshold"], "0.4");
         assert_eq!(snapshot.locks.len(), 1);
         assert_eq!((snapshot.role.as_str(), snapshot.session_user.as_str()), ("none", "app"));
+        assert_eq!(snapshot.sequences["public.\"odd name\""], 5);
+        assert_eq!(snapshot.last_value, Some(5));
     }
 
     #[test]
     fn what_cannot_be_carried_pins() {
+        let mut facts = Facts::default();
+        facts.temporary.insert(99, (2, "table t".into()));
+        facts.backends.entry(7).or_default().slots.push("s".into());
+        facts.backends.entry(8).or_default().slots.push("of another".into());
+        facts.pins.push(Pin::StatefulLanguage { language: "plperl".into() });
         let state = [
             row(&["cursor", "c"]),
-            row(&["temporary", "2", "t"]),
-            row(&["slot", "s"]),
-            row(&["language", "plperl"]),
             row(&["prepared", "a", "select 1; prepare a as select 2", "true", "{}"]),
             row(&["prepared", "b", "PREPARE b AS select 2", "true", "{}"]),
         ];
-        let captured = read(&put_aside(), &state, true).unwrap();
-        let codes: Vec<&str> = captured.pins.iter().map(Pin::code).collect();
+        let captured = read_with(&facts, &[], &state, &["holdfast: replication origin"]);
         assert_eq!(
-            codes,
+            codes(&captured),
             [
                 "hold_cursor",
                 "prepared",
-                "sequences",
+                "replication_origin",
                 "stateful_language",
                 "temporary",
                 "temporary_slot"
@@ -422,11 +497,44 @@ mod tests {
     }
 
     #[test]
+    fn values_of_sequences_pin_where_they_cannot_be_restored() {
+        let facts = Facts::default();
+        let pins = |infos: &[&str]| codes(&read_with(&facts, &[], &[], infos));
+        assert_eq!(pins(&["holdfast: currval f 5 public.s"]), ["sequences"]);
+        assert_eq!(pins(&["holdfast: lastval 5"]), ["sequences"]);
+        assert_eq!(pins(&["holdfast: lastval 5", "holdfast: currval t 6 public.s"]), ["sequences"]);
+        assert_eq!(pins(&["holdfast: lastval hidden"]), ["sequences"]);
+        assert!(pins(&["holdfast: currval t 5 public.s"]).is_empty());
+        let facts = Facts { sequences_refused: Some("of a trigger".into()), ..Facts::default() };
+        let captured = read_with(&facts, &[], &[], &["holdfast: currval t 5 public.s"]);
+        assert_eq!(codes(&captured), ["sequences"]);
+    }
+
+    #[test]
     fn a_server_that_answers_otherwise_is_an_error() {
-        assert!(read(&[], &[], false).is_err());
-        assert!(read(&put_aside(), &[row(&["surprise"])], false).is_err());
-        assert!(read(&put_aside(), &[row(&["prepared", "p", "x", "true", "{a}"])], false).is_err());
-        assert!(read(&put_aside(), &[row(&["lock", "x", "1", "1", "ShareLock"])], false).is_err());
+        let (facts, custom) = (Facts::default(), BTreeSet::new());
+        let subject = subject(&facts, &custom);
+        assert!(read(&subject, |_| &[], &[]).is_err());
+        let aside = [row(&["0", "0", "x", "on", "off", "UTF8", "none", "app", "0"])];
+        for state in
+            [row(&["surprise"]), row(&["prepared", "p", "x", "true", "{a}"]), row(&["channel"])]
+        {
+            let state = [state];
+            let rows = |at: usize| match at {
+                ANSWER_PUT_ASIDE => aside.as_slice(),
+                ANSWER_STATE => state.as_slice(),
+                _ => &[],
+            };
+            assert!(read(&subject, rows, &[]).is_err());
+        }
+    }
+
+    #[test]
+    fn names_of_custom_settings_are_quoted_as_an_array() {
+        let facts = Facts::default();
+        let custom = ["a.\"b\\".to_owned(), "c.d".to_owned()].into();
+        let questions = questions(&subject(&facts, &custom));
+        assert_eq!(questions.0[ANSWER_STATE].1, ["{\"a.\\\"b\\\\\",\"c.d\"}"]);
     }
 
     #[test]

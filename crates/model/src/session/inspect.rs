@@ -21,9 +21,10 @@ pub const CUSTOM_NAMES_MAX: usize = 256;
 const NAME_LEN_MAX: usize = 128;
 
 /// Words that raise a question, in the order of [`Word`].
-const WORDS: [&str; 7] = [
+const WORDS: [&str; 8] = [
     "set_config",
     "setseed",
+    "setval",
     "dblink",
     "pg_backup_start",
     "pg_start_backup",
@@ -36,7 +37,7 @@ static FINDER: LazyLock<AhoCorasick> = LazyLock::new(|| {
         .ascii_case_insensitive(true)
         .match_kind(MatchKind::LeftmostLongest)
         .build(WORDS)
-        .expect("seven short words make an automaton")
+        .expect("eight short words make an automaton")
 });
 
 /// Bytes of a long text that are looked at again with its next part, so that no word hides at the seam.
@@ -49,11 +50,27 @@ pub struct Hints {
     pub custom: BTreeSet<String>,
     /// Pins that only text can show; they stay until the session ends.
     pub pins: BTreeSet<Pin>,
+    /// `setval` was named, so `currval` may have a value where `lastval` has none.
+    pub setval: bool,
 }
+
+/// How much of a statement a text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    Whole,
+    /// What it says may go on beyond its end.
+    Part,
+}
+
+/// Functions of PostgreSQL that leave what no catalog shows, by OID (`pg_proc.dat`), for those who call them by
+/// the function call protocol.
+const SET_CONFIG_OID: u32 = 2078;
+const SETSEED_OID: u32 = 1599;
+const SETVAL_OIDS: [u32; 2] = [1576, 1765];
 
 impl Hints {
     pub fn is_empty(&self) -> bool {
-        self.custom.is_empty() && self.pins.is_empty()
+        self.custom.is_empty() && self.pins.is_empty() && !self.setval
     }
 
     fn learn(&mut self, name: String, sql: &[u8]) {
@@ -64,11 +81,33 @@ impl Hints {
         }
     }
 
-    /// Looks at the text of a statement, or at part of a long one.
+    /// Looks at the text of a statement.
     #[inline]
     pub fn on_statement(&mut self, sql: &[u8]) {
         if begins_with_set(sql) || (FINDER.is_match(sql) | has_several(sql)) {
-            self.look_closely(sql);
+            self.look_closely(sql, Extent::Whole);
+        }
+    }
+
+    /// Looks at a part of a long statement. A name that may go on in the next part pins.
+    #[cold]
+    pub fn on_part(&mut self, sql: &[u8]) {
+        if FINDER.is_match(sql) || contains_set(sql) {
+            self.look_closely(sql, Extent::Part);
+        }
+    }
+
+    /// A function is called by the function call protocol, by its OID.
+    #[cold]
+    pub fn on_function_call(&mut self, oid: u32) {
+        let statement = || format!("function call {oid}");
+        match oid {
+            SET_CONFIG_OID => {
+                self.pins.insert(Pin::CustomSettings { statement: statement() });
+            }
+            SETSEED_OID => drop(self.pins.insert(Pin::Seed { statement: statement() })),
+            oid if SETVAL_OIDS.contains(&oid) => self.setval = true,
+            _ => (),
         }
     }
 
@@ -81,20 +120,21 @@ impl Hints {
     }
 
     #[cold]
-    fn look_closely(&mut self, sql: &[u8]) {
+    fn look_closely(&mut self, sql: &[u8], extent: Extent) {
         let tokens: Vec<Token<'_>> = Tokens::new(sql).collect();
         let shown = || sql::shown(sql, SHOWN_LEN_MAX);
         for (at, token) in tokens.iter().enumerate() {
             if token.is_word("set") {
-                self.on_set(&tokens[at + 1..], sql);
+                self.on_set(&tokens[at + 1..], sql, extent);
             }
             if token.kind == Kind::Text || token.kind == Kind::Unclear {
                 // A function body, a DO block or a text that cannot be read: words inside count, too.
-                self.on_opaque(token.text, sql);
+                self.on_opaque(token.text, sql, extent);
             }
             let Some(name) = sql::name_of(token) else { continue };
             match name.as_str() {
-                "set_config" => self.on_set_config(&tokens[at + 1..], sql),
+                "set_config" => self.on_set_config(&tokens[at + 1..], sql, extent),
+                "setval" => self.setval = true,
                 "setseed" => drop(self.pins.insert(Pin::Seed { statement: shown() })),
                 "pg_backup_start" | "pg_start_backup" => {
                     self.pins.insert(Pin::BackupMode { statement: shown() });
@@ -114,7 +154,7 @@ impl Hints {
     }
 
     /// `SET [SESSION | LOCAL] a.b { = | TO } ...`: a name with a dot is a custom setting.
-    fn on_set(&mut self, after: &[Token<'_>], sql: &[u8]) {
+    fn on_set(&mut self, after: &[Token<'_>], sql: &[u8], extent: Extent) {
         let skip = after.iter().take_while(|t| t.is_word("session") || t.is_word("local")).count();
         let name = &after[skip.min(after.len())..];
         let pin = |hints: &mut Hints| {
@@ -140,28 +180,34 @@ impl Hints {
         {
             return self.learn(name, sql);
         }
-        let [first, dot, rest @ ..] = name else { return };
+        let [first, dot, rest @ ..] = name else {
+            return if extent == Extent::Part {
+                pin(self)
+            };
+        };
         if !dot.is_other(b'.') {
             return;
         }
         let mut parts = vec![sql::name_of(first)];
-        let mut rest = std::iter::once(dot).chain(rest);
-        while let Some(token) = rest.next()
-            && token.is_other(b'.')
-        {
+        let mut rest = std::iter::once(dot).chain(rest).peekable();
+        while rest.next_if(|token| token.is_other(b'.')).is_some() {
             parts.push(rest.next().and_then(sql::name_of));
         }
+        let ends_here = rest.next().is_none() && extent == Extent::Part;
         match parts.into_iter().collect::<Option<Vec<String>>>() {
-            Some(parts) => self.learn(parts.join("."), sql),
-            None => drop(
-                self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) }),
-            ),
+            Some(parts) if !ends_here => self.learn(parts.join("."), sql),
+            _ => pin(self),
         }
     }
 
     /// `set_config('a.b', ...)`: a literal name is learned, a name without a dot is in the catalogs.
-    fn on_set_config(&mut self, after: &[Token<'_>], sql: &[u8]) {
-        let [open, name, comma, ..] = after else { return };
+    fn on_set_config(&mut self, after: &[Token<'_>], sql: &[u8], extent: Extent) {
+        let [open, name, comma, ..] = after else {
+            if extent == Extent::Part {
+                self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+            }
+            return;
+        };
         if !open.is_other(b'(') {
             return;
         }
@@ -176,7 +222,7 @@ impl Hints {
         }
     }
 
-    fn on_opaque(&mut self, text: &[u8], sql: &[u8]) {
+    fn on_opaque(&mut self, text: &[u8], sql: &[u8], extent: Extent) {
         let body = match text {
             [b'$', ..] => {
                 let tag_len = text[1..].iter().position(|b| *b == b'$').map_or(0, |at| at + 2);
@@ -193,7 +239,7 @@ impl Hints {
             }
         };
         if body.len() < sql.len() && (FINDER.is_match(body) || contains_set(body)) {
-            self.look_closely(body);
+            self.look_closely(body, extent);
         }
     }
 }
@@ -268,6 +314,39 @@ mod tests {
             &["app.x", "app.y"],
         );
         learns("do 'begin set app.x = 1; end'", &["app.x"]);
+    }
+
+    #[test]
+    fn setval_is_remembered_wherever_it_stands() {
+        assert!(hints("select setval('s', 5)").setval);
+        assert!(hints("do $$ begin perform pg_catalog.setval('s', 5); end $$").setval);
+        assert!(!hints("select setvalue from t").setval);
+    }
+
+    #[test]
+    fn a_name_at_the_end_of_a_part_pins() {
+        for part in ["x; set app.us", "x; set app", "x, set_config('app.", "y, set_config("] {
+            let mut hints = Hints::default();
+            hints.on_part(part.as_bytes());
+            assert_eq!(hints.pins.len(), 1, "{part}");
+            assert!(hints.custom.is_empty(), "{part}");
+        }
+        let mut hints = Hints::default();
+        hints.on_part(b"values (1); set app.user = 7; insert into t");
+        assert_eq!(hints.custom.len(), 1);
+        assert!(hints.pins.is_empty());
+    }
+
+    #[test]
+    fn function_calls_leave_what_they_leave_elsewhere() {
+        let mut hints = Hints::default();
+        hints.on_function_call(957);
+        assert!(hints.is_empty());
+        hints.on_function_call(1576);
+        assert!(hints.setval && hints.pins.is_empty());
+        hints.on_function_call(2078);
+        hints.on_function_call(1599);
+        assert_eq!(hints.pins.len(), 2);
     }
 
     #[test]

@@ -30,8 +30,8 @@ pub enum Pin {
     ReplicationOrigin,
     /// `setseed`: the generator's state cannot be read.
     Seed { statement: String },
-    /// `currval` and `lastval` have values.
-    Sequences,
+    /// `currval` and `lastval` have values that cannot be given to another session.
+    Sequences { why: String },
     /// A language that keeps state between calls in its interpreter is in use in the database.
     StatefulLanguage { language: String },
     /// Temporary objects.
@@ -60,7 +60,7 @@ impl Pin {
             Pin::Replication => "replication",
             Pin::ReplicationOrigin => "replication_origin",
             Pin::Seed { .. } => "seed",
-            Pin::Sequences => "sequences",
+            Pin::Sequences { .. } => "sequences",
             Pin::StatefulLanguage { .. } => "stateful_language",
             Pin::Temporary { .. } => "temporary",
             Pin::TemporarySlot { .. } => "temporary_slot",
@@ -101,8 +101,11 @@ impl std::fmt::Display for Pin {
             Pin::Replication => write!(f, "it is a replication connection"),
             Pin::ReplicationOrigin => write!(f, "a replication origin is set up"),
             Pin::Seed { statement } => write!(f, "`{statement}` may have set the random seed"),
-            Pin::Sequences => {
-                write!(f, "currval and lastval have values; DISCARD SEQUENCES forgets them")
+            Pin::Sequences { why } => {
+                write!(
+                    f,
+                    "currval and lastval have values that cannot be restored: {why}; DISCARD SEQUENCES forgets them"
+                )
             }
             Pin::StatefulLanguage { language } => {
                 write!(f, "functions in `{language}` may keep state inside the server")

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 
 use wire::backend::TxStatus;
+use wire::sqlstate::SqlState;
 
 /// Requests that may await an answer. At this many the client is not read until the server has answered some.
 pub const REQUESTS_MAX: usize = 65_536;
@@ -40,6 +41,14 @@ pub enum Unnamed {
     Earlier,
 }
 
+/// What an error is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ErrorOrigin {
+    /// The message could not be read, so nothing of it was done.
+    Message,
+    Statement,
+}
+
 /// What the relay must do after a message of the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Note {
@@ -62,6 +71,8 @@ pub struct Protocol {
     /// Data of the running COPY FROM STDIN was passed on.
     copy_data: bool,
     out_of_step: bool,
+    /// The running simple query may not have been read by the server, so that nothing of it was done.
+    query_unread: bool,
 }
 
 impl Default for Protocol {
@@ -82,6 +93,7 @@ impl Protocol {
             copy_in: false,
             copy_data: false,
             out_of_step: false,
+            query_unread: false,
         }
     }
 
@@ -232,9 +244,24 @@ impl Protocol {
                 self.copy_in = true;
                 self.copy_data = false;
             }
-            b'E' => self.on_error(),
+            b'E' => self.on_error(ErrorOrigin::Statement),
             _ => (),
         }
+    }
+
+    /// An error of the server is passed on, with its code. A Parse whose bytes could not be decoded was not
+    /// carried out at all, so the unnamed statement before it lives on (`exec_parse_message` drops it only once
+    /// the message is read).
+    #[inline]
+    pub fn on_backend_error(&mut self, state: Option<SqlState>) {
+        self.on_error(match state {
+            Some(
+                SqlState::CHARACTER_NOT_IN_REPERTOIRE
+                | SqlState::UNTRANSLATABLE_CHARACTER
+                | SqlState::PROTOCOL_VIOLATION,
+            ) => ErrorOrigin::Message,
+            _ => ErrorOrigin::Statement,
+        });
     }
 
     fn answered(&mut self) {
@@ -254,7 +281,9 @@ impl Protocol {
             Some(Request::Query) => {
                 self.answered();
                 // A simple query drops the unnamed statement before it runs (`exec_simple_query`).
-                self.unnamed = Unnamed::Absent;
+                let unread = std::mem::take(&mut self.query_unread);
+                let lives_on = unread && self.unnamed != Unnamed::Absent;
+                self.unnamed = if lives_on { Unnamed::Earlier } else { Unnamed::Absent };
             }
             Some(Request::FunctionCall | Request::Sync) => self.answered(),
             _ => self.out_of_step = true,
@@ -284,14 +313,18 @@ impl Protocol {
         self.batch_open = !self.requests.contains(&Request::Sync);
     }
 
-    fn on_error(&mut self) {
+    fn on_error(&mut self, origin: ErrorOrigin) {
         match self.requests.front() {
             // The ReadyForQuery that follows answers these. With none, the error ends the connection.
             None | Some(Request::Query | Request::FunctionCall | Request::Sync) => {
+                self.query_unread = origin == ErrorOrigin::Message;
                 self.copy_in = false;
                 return;
             }
-            Some(Request::ParseUnnamed) => self.unnamed = Unnamed::Absent,
+            Some(Request::ParseUnnamed) => {
+                let lives_on = origin == ErrorOrigin::Message && self.unnamed != Unnamed::Absent;
+                self.unnamed = if lives_on { Unnamed::Earlier } else { Unnamed::Absent };
+            }
             Some(_) => (),
         }
         if self.copy_in {

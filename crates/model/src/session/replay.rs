@@ -3,6 +3,9 @@
 //! Order matters: settings first, then the session's user, then its role, because each may take away the right
 //! to do the one before; then what is named under them.
 
+use std::collections::BTreeSet;
+
+use super::facts::Facts;
 use super::snapshot::{Prepared, Snapshot};
 use crate::sql;
 
@@ -27,10 +30,11 @@ pub enum Phase {
     Primary,
 }
 
-/// The steps of a phase that take a session from what its login gave, `from`, to `to`.
-pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase) -> Vec<Step> {
+/// The steps of a phase that take a session from what its login gave, `from`, to `to`. A setting that only
+/// `from` has is given the value that `reference` has for it, by which both were read.
+pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase, reference: &Facts) -> Vec<Step> {
     match phase {
-        Phase::Standby => on_standby(from, to),
+        Phase::Standby => on_standby(from, to, reference),
         Phase::Primary => {
             let mut steps = lock(from, to);
             steps.extend(listen(from, to));
@@ -39,12 +43,45 @@ pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase) -> Vec<Step> {
     }
 }
 
-fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
+/// The steps that give `currval` and `lastval` their values, on a primary, in a transaction that is rolled back:
+/// what a session remembers of its sequences is not part of it, while the restarted sequence is (`sequence.c`).
+/// `setval` leaves `lastval` alone, so the sequence that was used last comes last, by `nextval`.
+pub fn sequence_steps(to: &Snapshot) -> Vec<Step> {
+    let last =
+        to.last_value.and_then(|last| to.sequences.iter().find(|(_, value)| **value == last));
+    let run = |what: &str, sql: String| Step::Run {
+        what: format!("the value of {what}"),
+        sql,
+        params: Vec::new(),
+    };
     let mut steps = Vec::new();
+    for (name, value) in to.sequences.iter().filter(|(name, _)| Some(*name) != last.map(|l| l.0)) {
+        let literal = sql::quote_literal(name);
+        steps.push(run(name, format!("ALTER SEQUENCE {name} RESTART")));
+        steps.push(run(name, format!("SELECT pg_catalog.setval({literal}, {value})")));
+    }
+    if let Some((name, value)) = last {
+        let literal = sql::quote_literal(name);
+        steps.push(run(name, format!("ALTER SEQUENCE {name} RESTART {value}")));
+        steps.push(run(name, format!("SELECT pg_catalog.nextval({literal})")));
+    }
+    steps
+}
+
+fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let names: BTreeSet<&String> = from.settings.keys().chain(to.settings.keys()).collect();
+    let wanted = |name: &String| {
+        let value = match to.settings.get(name) {
+            Some(value) => value,
+            None => &reference.configured.get(name)?.value,
+        };
+        (from.settings.get(name) != Some(value)).then_some(value)
+    };
     // temp_buffers can be set only before temporary tables are used, so nothing of ours may come before it.
-    for (name, setting) in to.settings.iter().filter(|(name, _)| !LATE.contains(&name.as_str())) {
-        if from.settings.get(name).map(|s| &s.value) != Some(&setting.value) {
-            steps.push(set(format!("setting {name}"), name, &setting.value));
+    for name in names.iter().filter(|name| !LATE.contains(&name.as_str())) {
+        if let Some(value) = wanted(name) {
+            steps.push(set(format!("setting {name}"), name, value));
         }
     }
     for (name, value) in &to.custom {
@@ -64,10 +101,10 @@ fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
         }
     }
     for name in LATE {
-        if let Some(setting) = to.settings.get(name)
-            && from.settings.get(name).map(|s| &s.value) != Some(&setting.value)
+        if let Some(name) = names.get(&name.to_owned())
+            && let Some(value) = wanted(name)
         {
-            steps.push(set(format!("setting {name}"), name, &setting.value));
+            steps.push(set(format!("setting {name}"), name, value));
         }
     }
     steps
@@ -75,7 +112,7 @@ fn on_standby(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
 
 /// Settings that would be in the way of the steps after them: a timeout of a millisecond, a text encoding that is
 /// not ours, an isolation level that a standby refuses.
-const LATE: [&str; 8] = [
+const LATE: [&str; 9] = [
     "default_transaction_isolation",
     "default_transaction_read_only",
     "default_transaction_deferrable",
@@ -83,6 +120,7 @@ const LATE: [&str; 8] = [
     "idle_in_transaction_session_timeout",
     "lock_timeout",
     "statement_timeout",
+    "transaction_timeout",
     "client_encoding",
 ];
 
@@ -138,16 +176,22 @@ fn listen(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::snapshot::{AdvisoryLock, Setting};
+    use super::super::facts::Configured;
+    use super::super::snapshot::AdvisoryLock;
     use super::*;
 
     #[test]
     fn steps_come_in_the_order_that_rights_allow() {
-        let from =
+        let configured = Configured { value: "4MB".into(), superuser: false };
+        let reference =
+            Facts { configured: [("work_mem".to_owned(), configured)].into(), ..Facts::default() };
+        let mut from =
             Snapshot { role: "none".into(), session_user: "root".into(), ..Snapshot::default() };
+        from.settings.insert("work_mem".into(), "8MB".into());
         let mut to =
             Snapshot { role: "reader".into(), session_user: "app".into(), ..Snapshot::default() };
-        to.settings.insert("geqo".into(), Setting { value: "off".into(), set_in_session: true });
+        to.settings.insert("geqo".into(), "off".into());
+        to.settings.insert("client_encoding".into(), "LATIN1".into());
         to.custom.insert("app.x".into(), "1".into());
         let prepared = |from_sql| Prepared { text: "t".into(), from_sql, types: vec![23] };
         to.prepared.insert("a".into(), prepared(false));
@@ -155,7 +199,7 @@ mod tests {
         to.locks.insert(AdvisoryLock { classid: 0, objid: 1, objsubid: 1, shared: true }, 2);
         to.channels.insert("Jobs".into());
         let what = |phase| -> Vec<String> {
-            let steps = steps(&from, &to, phase);
+            let steps = steps(&from, &to, phase, &reference);
             steps
                 .into_iter()
                 .map(|step| match step {
@@ -169,11 +213,13 @@ mod tests {
             what(Phase::Standby),
             [
                 "setting geqo",
+                "setting work_mem",
                 "setting app.x",
                 "session authorization",
                 "role",
                 "parse a",
                 "prepare b",
+                "setting client_encoding",
             ]
         );
         assert_eq!(
@@ -184,6 +230,29 @@ mod tests {
                 "listening on `Jobs`"
             ]
         );
-        assert_eq!(steps(&to, &to, Phase::Standby), []);
+        assert_eq!(steps(&to, &to, Phase::Standby, &reference), []);
+    }
+
+    #[test]
+    fn the_sequence_that_was_used_last_comes_last() {
+        let mut to = Snapshot { last_value: Some(5), ..Snapshot::default() };
+        to.sequences.insert("public.a".into(), 5);
+        to.sequences.insert("public.b".into(), 9);
+        let shown: Vec<String> = sequence_steps(&to)
+            .into_iter()
+            .map(|step| match step {
+                Step::Run { sql, .. } => sql,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "ALTER SEQUENCE public.b RESTART",
+                "SELECT pg_catalog.setval('public.b', 9)",
+                "ALTER SEQUENCE public.a RESTART 5",
+                "SELECT pg_catalog.nextval('public.a')",
+            ]
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::facts::Facts;
 use super::pin::Pin;
 
 /// Statements, locks and settings that one session may hold to be moved.
@@ -12,8 +13,9 @@ pub const ENTRIES_MAX: usize = 10_000;
 /// Two sessions with equal snapshots answer alike; that is what a move proves before it lets go of the old one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Settings that do not come from the server's own configuration, by name, in the units of `pg_settings`.
-    pub settings: BTreeMap<String, Setting>,
+    /// Settings that are not as the configuration of the session's server has them (`Facts::configured`), by
+    /// name, as SHOW gives them.
+    pub settings: BTreeMap<String, String>,
     /// Custom settings, of the names that were asked for; those never set are absent.
     pub custom: BTreeMap<String, String>,
     /// `session_user`.
@@ -24,13 +26,10 @@ pub struct Snapshot {
     pub channels: BTreeSet<String>,
     /// Session-level advisory locks, and how many times each is held.
     pub locks: BTreeMap<AdvisoryLock, u32>,
-}
-
-/// A setting's value and where it came from (`pg_settings.source`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Setting {
-    pub value: String,
-    pub set_in_session: bool,
+    /// What `currval` gives, by the quoted name of the sequence with its schema.
+    pub sequences: BTreeMap<String, i64>,
+    /// What `lastval` gives.
+    pub last_value: Option<i64>,
 }
 
 /// A named prepared statement.
@@ -77,6 +76,7 @@ impl Snapshot {
             + self.custom.len()
             + self.prepared.len()
             + self.channels.len()
+            + self.sequences.len()
             + self
                 .locks
                 .values()
@@ -90,13 +90,27 @@ impl Snapshot {
 
     /// The part that can be restored beforehand, see [`super::replay::Phase`].
     pub fn beforehand(&self) -> Snapshot {
-        Snapshot { channels: BTreeSet::new(), locks: BTreeMap::new(), ..self.clone() }
+        Snapshot {
+            channels: BTreeSet::new(),
+            locks: BTreeMap::new(),
+            sequences: BTreeMap::new(),
+            last_value: None,
+            ..self.clone()
+        }
+    }
+
+    /// Forgets settings of a captured copy that are its server's own and that the session could not have
+    /// changed: only a superuser may, and the session has what its own server gave it.
+    pub fn without_settings_of_server(mut self, wanted: &Snapshot, there: &Facts) -> Snapshot {
+        self.settings.retain(|name, value| {
+            let own = there.configured.get(name);
+            wanted.settings.contains_key(name)
+                || !own.is_some_and(|own| own.superuser && own.value == *value)
+        });
+        self
     }
 
     /// Everything in which `there` is not this session. Empty means identical.
-    ///
-    /// Whether a setting was set in the session or came with the login matters to RESET only, and only for
-    /// settings that differ from what the new login gives; so values are compared, and names on both sides.
     pub fn differences(&self, there: &Snapshot) -> Vec<Pin> {
         let mut pins = Vec::new();
         let mut differs = |what: String, here: Option<String>, there: Option<String>| {
@@ -112,8 +126,7 @@ impl Snapshot {
         );
         differs("role".into(), Some(self.role.clone()), Some(there.role.clone()));
         both(&self.settings, &there.settings, |name, a, b| {
-            let value = |setting: Option<&Setting>| setting.map(|s| s.value.clone());
-            differs(format!("setting {name}"), value(a), value(b));
+            differs(format!("setting {name}"), a.cloned(), b.cloned());
         });
         both(&self.custom, &there.custom, |name, a, b| {
             // Values of custom settings may be secrets, so they are not shown.
@@ -153,6 +166,11 @@ impl Snapshot {
             let shown = |count: Option<&u32>| count.map(u32::to_string);
             differs(format!("advisory lock ({})", lock.arguments()), shown(a), shown(b));
         });
+        both(&self.sequences, &there.sequences, |name, a, b| {
+            differs(format!("currval of {name}"), a.map(i64::to_string), b.map(i64::to_string));
+        });
+        let shown = |value: Option<i64>| value.map(|value| value.to_string());
+        differs("lastval".into(), shown(self.last_value), shown(there.last_value));
         pins
     }
 }
@@ -169,6 +187,7 @@ fn both<K: Ord + Clone, V>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::facts::Configured;
     use super::*;
 
     #[test]
@@ -183,25 +202,41 @@ mod tests {
 
     #[test]
     fn equal_snapshots_do_not_differ_and_others_say_how() {
-        let setting = |value: &str| Setting { value: value.into(), set_in_session: true };
         let mut here =
             Snapshot { role: "none".into(), session_user: "app".into(), ..Snapshot::default() };
-        here.settings.insert("work_mem".into(), setting("4096"));
+        here.settings.insert("work_mem".into(), "4MB".into());
         let mut there = here.clone();
-        there.settings.get_mut("work_mem").unwrap().set_in_session = false;
         assert_eq!(here.differences(&there), []);
-        there.settings.insert("work_mem".into(), setting("8192"));
-        there.settings.insert("geqo".into(), setting("off"));
+        there.settings.insert("work_mem".into(), "8MB".into());
+        there.settings.insert("geqo".into(), "off".into());
         there.role = "reader".into();
+        there.last_value = Some(7);
         let shown: Vec<String> = here.differences(&there).iter().map(Pin::to_string).collect();
         assert_eq!(
             shown,
             [
                 "role is `none` here and `reader` on the other server",
                 "setting geqo is `(none)` here and `off` on the other server",
-                "setting work_mem is `4096` here and `8192` on the other server",
+                "setting work_mem is `4MB` here and `8MB` on the other server",
+                "lastval is `(none)` here and `7` on the other server",
             ]
         );
+    }
+
+    #[test]
+    fn what_only_the_server_decides_is_no_difference() {
+        let configured = Configured { value: "on".into(), superuser: true };
+        let there = Facts {
+            configured: [("log_duration".to_owned(), configured)].into(),
+            ..Facts::default()
+        };
+        let mut copy = Snapshot::default();
+        copy.settings.insert("log_duration".into(), "on".into());
+        let mut wanted = Snapshot::default();
+        assert_eq!(copy.clone().without_settings_of_server(&wanted, &there), wanted);
+        wanted.settings.insert("log_duration".into(), "off".into());
+        let found = copy.without_settings_of_server(&wanted, &there);
+        assert_eq!(wanted.differences(&found).len(), 1);
     }
 
     #[test]

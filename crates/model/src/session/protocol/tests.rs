@@ -5,6 +5,11 @@ use super::*;
 /// Plays messages written as `>Q`, `>P:` (unnamed Parse), `>Pn` (named), `>DS`, `>CSx`, `<1`, `<ZI`, ...
 fn play(transcript: &str) -> Protocol {
     let mut protocol = Protocol::new();
+    play_on(&mut protocol, transcript);
+    protocol
+}
+
+fn play_on(protocol: &mut Protocol, transcript: &str) {
     for word in transcript.split_whitespace() {
         let bytes = word.as_bytes();
         let named = |at: usize| bytes.get(at).map(|b| if *b == b':' { 0 } else { *b });
@@ -18,7 +23,6 @@ fn play(transcript: &str) -> Protocol {
             }
         }
     }
-    protocol
 }
 
 #[track_caller]
@@ -139,6 +143,25 @@ fn the_unnamed_statement_is_known_exactly() {
     assert_eq!(unnamed(">P: >B >P: >S <E <ZI"), Unnamed::Absent);
     assert_eq!(unnamed(">P: >CS: >S <1 <3 <ZI"), Unnamed::Absent);
     assert_eq!(unnamed(">P: >CSx >S <1 <3 <ZI"), Unnamed::Last);
+}
+
+#[test]
+fn an_unnamed_statement_outlives_what_the_server_could_not_read() {
+    let undecoded = Some(SqlState::CHARACTER_NOT_IN_REPERTOIRE);
+    let failed = |before: &str, after: &str| {
+        let mut protocol = play(before);
+        protocol.on_backend_error(undecoded);
+        play_on(&mut protocol, after);
+        assert!(protocol.is_safe_point());
+        protocol.unnamed()
+    };
+    assert_eq!(failed(">P: >S <1 <ZI >P: >S", "<ZI"), Unnamed::Earlier);
+    assert_eq!(failed(">P: >S", "<ZI"), Unnamed::Absent);
+    assert_eq!(failed(">P: >S <1 <ZI >Q", "<ZI"), Unnamed::Earlier);
+    assert_eq!(failed(">P: >S <1 <ZI >Q", "<ZI >Q <C <ZI"), Unnamed::Absent);
+    let mut protocol = play(">P: >S <1 <ZI >P: >S");
+    protocol.on_backend_error(Some(SqlState::SYNTAX_ERROR));
+    assert_eq!(protocol.unnamed(), Unnamed::Absent);
 }
 
 #[test]

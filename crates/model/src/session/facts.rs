@@ -1,0 +1,269 @@
+//! What is the same for every session of a database, asked once by Holdfast's own connection, so that each
+//! session need be asked only for what is its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::capture::{NOT_STATE, Row, Unreadable, optional, text};
+use super::pin::Pin;
+use super::snapshot::AdvisoryLock;
+
+/// Sequences of one database that are looked through for values of a session.
+const SEQUENCES_MAX: u64 = 10_000;
+
+/// A setting that a session may change, as the server's configuration has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configured {
+    pub value: String,
+    /// Only a superuser may change it.
+    pub superuser: bool,
+}
+
+/// What one backend holds that any connection can see.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OfBackend {
+    pub locks: BTreeMap<AdvisoryLock, u32>,
+    pub slots: Vec<String>,
+}
+
+/// What is known of a database and its server.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Settings that a session may change, as a session finds them that has none of its own.
+    pub configured: BTreeMap<String, Configured>,
+    /// Settings that no session can change after its login.
+    pub fixed: BTreeSet<String>,
+    /// Custom settings that functions of this database set, or that databases and roles have: a session may have
+    /// them without ever having said so.
+    pub custom: BTreeSet<String>,
+    /// What functions of this database may do to every session without leaving a trace.
+    pub pins: Vec<Pin>,
+    /// Replication origins exist, so a session may act for one.
+    pub origins: bool,
+    /// A function of this database calls `setval`, which gives `currval` a value and `lastval` none.
+    pub setval: bool,
+    /// Why values of sequences cannot be restored in this database.
+    pub sequences_refused: Option<String>,
+    /// By process id.
+    pub backends: BTreeMap<i32, OfBackend>,
+    /// Temporary objects, how many and one of them, by the OID of their schema.
+    pub temporary: BTreeMap<u32, (u64, String)>,
+}
+
+/// What Holdfast's connection is asked, under `search_path = pg_catalog`.
+///
+/// - Settings are read as SHOW gives them, which is what a session is compared by. What the connection itself has
+///   otherwise than the configuration is left out.
+/// - Temporary objects are those that PostgreSQL itself drops with their schema: whatever depends on it.
+/// - A function's text is searched for names it sets; one that computes a name leaves no way to find it, and one
+///   that sets the random seed leaves nothing that can be read.
+pub const QUESTIONS: [&str; 4] = [
+    "SELECT name, context, current_setting(name, true), \
+     CASE WHEN source IN ('default','configuration file','command line','environment variable','override') \
+     THEN 'configured' ELSE source END FROM pg_settings",
+    "SELECT 'custom', m[1], NULL FROM pg_proc, \
+     regexp_matches(prosrc, $$set_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m WHERE oid >= 16384 UNION \
+     SELECT 'custom', m[1], NULL FROM pg_proc, regexp_matches(prosrc, \
+     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*\\.\\w+)\\s*(?:=|to\\M)$$, 'gi') m WHERE oid >= 16384 UNION \
+     SELECT 'custom', split_part(c, '=', 1), NULL FROM pg_db_role_setting, unnest(setconfig) c \
+     WHERE c ~ '^[^=]*[.]' UNION \
+     SELECT 'custom', split_part(c, '=', 1), NULL FROM pg_proc, unnest(proconfig) c \
+     WHERE oid >= 16384 AND c ~ '^[^=]*[.]' UNION ALL \
+     SELECT 'computes', proname::text, NULL FROM pg_proc WHERE oid >= 16384 \
+     AND prosrc ~* $$set_config\\s*\\(\\s*[^'\\s]$$ UNION ALL \
+     SELECT 'seed', proname::text, NULL FROM pg_proc WHERE oid >= 16384 \
+     AND prosrc ~* $$(\\msetseed\\s*\\(|\\mset\\s+(session\\s+|local\\s+)?seed\\M)$$ UNION ALL \
+     SELECT 'setval', NULL, NULL WHERE EXISTS (SELECT FROM pg_proc WHERE oid >= 16384 AND prosrc ~* $$\\msetval\\M$$) \
+     UNION ALL \
+     SELECT 'language', lanname::text, NULL FROM pg_language l \
+     WHERE lanname IN ('plperl','plperlu','plpython3u','pltcl','pltclu','plv8','plr','pllua') \
+     AND EXISTS (SELECT FROM pg_proc WHERE prolang = l.oid) UNION ALL \
+     SELECT 'origins', NULL, NULL WHERE EXISTS (SELECT FROM pg_replication_origin) UNION ALL \
+     SELECT 'event_trigger', evtname::text, NULL FROM pg_event_trigger WHERE evtenabled <> 'D' UNION ALL \
+     SELECT 'sequences', count(*)::text, NULL FROM pg_class WHERE relkind = 'S'",
+    "SELECT pid::text, classid::text, objid::text, objsubid::text, mode FROM pg_locks \
+     WHERE locktype = 'advisory' AND granted AND pid IS NOT NULL \
+     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL \
+     SELECT active_pid::text, slot_name::text, NULL, NULL, 'slot' FROM pg_replication_slots \
+     WHERE temporary AND active_pid IS NOT NULL",
+    "SELECT n.oid::text, count(*)::text, \
+     min(regexp_replace(pg_describe_object(d.classid, d.objid, d.objsubid), $$\\mpg_temp_\\d+\\.$$, 'pg_temp.')) \
+     FROM pg_namespace n JOIN pg_depend d ON d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid \
+     WHERE n.nspname LIKE 'pg\\_temp\\_%' GROUP BY 1",
+];
+
+impl Facts {
+    /// Reads the answer to the first of [`QUESTIONS`] alone.
+    ///
+    /// # Errors
+    /// As [`Facts::read`].
+    pub fn of_settings(rows: &[Row]) -> Result<Facts, Unreadable> {
+        Facts::read(&[rows.to_vec(), Vec::new(), Vec::new(), Vec::new()])
+    }
+
+    /// Reads the answers to [`QUESTIONS`].
+    ///
+    /// # Errors
+    /// A column is missing or is not what was asked for.
+    pub fn read(answers: &[Vec<Row>]) -> Result<Facts, Unreadable> {
+        let mut facts = Facts::default();
+        let rows = |at: usize| answers.get(at).ok_or(Unreadable("facts"));
+        for row in rows(0)? {
+            facts.read_setting(row)?;
+        }
+        for row in rows(1)? {
+            facts.read_fact(row)?;
+        }
+        for row in rows(2)? {
+            facts.read_backend(row)?;
+        }
+        for row in rows(3)? {
+            let number = |at| text(row, at)?.parse::<u64>().map_err(|_| Unreadable("count"));
+            let schema = u32::try_from(number(0)?).map_err(|_| Unreadable("schema"))?;
+            facts.temporary.insert(schema, (number(1)?, text(row, 2)?.to_owned()));
+        }
+        Ok(facts)
+    }
+
+    fn read_setting(&mut self, row: &Row) -> Result<(), Unreadable> {
+        let (name, context) = (text(row, 0)?.to_owned(), text(row, 1)?);
+        let of_session = matches!(context, "user" | "superuser");
+        if !of_session || NOT_STATE.contains(&name.as_str()) {
+            self.fixed.insert(name);
+        } else if text(row, 3)? == "configured" {
+            let value = optional(row, 2).unwrap_or_default().to_owned();
+            let superuser = context == "superuser";
+            self.configured.insert(name, Configured { value, superuser });
+        }
+        Ok(())
+    }
+
+    fn read_fact(&mut self, row: &Row) -> Result<(), Unreadable> {
+        match text(row, 0)? {
+            "custom" => drop(self.custom.insert(text(row, 1)?.to_owned())),
+            "computes" => {
+                let statement = format!("function {}", text(row, 1)?);
+                self.pins.push(Pin::CustomSettings { statement });
+            }
+            "seed" => {
+                let statement = format!("function {}", text(row, 1)?);
+                self.pins.push(Pin::Seed { statement });
+            }
+            "setval" => self.setval = true,
+            "language" => {
+                self.pins.push(Pin::StatefulLanguage { language: text(row, 1)?.to_owned() });
+            }
+            "origins" => self.origins = true,
+            "event_trigger" => {
+                // Restoring a value takes an ALTER SEQUENCE that is rolled back, and the trigger would see it.
+                let why = format!("event trigger `{}` would run", text(row, 1)?);
+                self.sequences_refused.get_or_insert(why);
+            }
+            "sequences" => {
+                let count: u64 = text(row, 1)?.parse().map_err(|_| Unreadable("count"))?;
+                if count > SEQUENCES_MAX {
+                    let why = format!(
+                        "the database has {count} sequences, at most {SEQUENCES_MAX} are looked through"
+                    );
+                    self.sequences_refused.get_or_insert(why);
+                }
+            }
+            _ => return Err(Unreadable("known kind of fact")),
+        }
+        Ok(())
+    }
+
+    fn read_backend(&mut self, row: &Row) -> Result<(), Unreadable> {
+        let pid: i32 = text(row, 0)?.parse().map_err(|_| Unreadable("process id"))?;
+        let backend = self.backends.entry(pid).or_default();
+        if text(row, 4)? == "slot" {
+            backend.slots.push(text(row, 1)?.to_owned());
+            return Ok(());
+        }
+        let number = |at, what| text(row, at)?.parse::<u32>().map_err(|_| Unreadable(what));
+        let lock = AdvisoryLock {
+            classid: number(1, "lock class")?,
+            objid: number(2, "lock object")?,
+            objsubid: text(row, 3)?.parse().map_err(|_| Unreadable("lock kind"))?,
+            shared: text(row, 4)? == "ShareLock",
+        };
+        backend.locks.insert(lock, 1);
+        Ok(())
+    }
+
+    /// Settings that sessions may change and that the two servers' configurations give otherwise, as
+    /// `name (here, there)`. A session keeps the value it has; RESET finds the other.
+    pub fn configured_otherwise(&self, there: &Facts) -> Vec<String> {
+        let differs = |(name, here): (&String, &Configured)| {
+            let other = &there.configured.get(name)?.value;
+            (*other != here.value).then(|| format!("{name} (`{}`, `{other}`)", here.value))
+        };
+        self.configured.iter().filter_map(differs).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(cells: &[&str]) -> Row {
+        cells.iter().map(|cell| (!cell.is_empty()).then(|| (*cell).to_owned())).collect()
+    }
+
+    fn facts(settings: &[Row], rows: &[Row]) -> Facts {
+        Facts::read(&[settings.to_vec(), rows.to_vec(), Vec::new(), Vec::new()]).unwrap()
+    }
+
+    #[test]
+    fn settings_are_told_apart_by_who_may_change_them() {
+        let facts = facts(
+            &[
+                row(&["work_mem", "user", "4MB", "configured"]),
+                row(&["log_duration", "superuser", "off", "configured"]),
+                row(&["port", "postmaster", "5432", "configured"]),
+                row(&["search_path", "user", "pg_catalog", "client"]),
+            ],
+            &[],
+        );
+        let names: Vec<&String> = facts.configured.keys().collect();
+        assert_eq!(names, ["log_duration", "work_mem"]);
+        assert!(facts.configured["log_duration"].superuser);
+        assert!(facts.fixed.contains("port"));
+    }
+
+    #[test]
+    fn what_hides_in_functions_pins_every_session() {
+        let rows = [
+            row(&["custom", "app.x"]),
+            row(&["computes", "f"]),
+            row(&["seed", "g"]),
+            row(&["language", "plperl"]),
+            row(&["event_trigger", "audit"]),
+            row(&["sequences", "20000"]),
+        ];
+        let facts = facts(&[], &rows);
+        let codes: Vec<&str> = facts.pins.iter().map(Pin::code).collect();
+        assert_eq!(codes, ["custom_settings", "seed", "stateful_language"]);
+        assert_eq!(facts.sequences_refused.as_deref(), Some("event trigger `audit` would run"));
+    }
+
+    #[test]
+    fn locks_and_slots_are_kept_by_backend() {
+        let rows = [
+            row(&["7", "0", "42", "1", "ExclusiveLock"]),
+            row(&["8", "s", "", "", "slot"]),
+            row(&["7", "0", "42", "1", "ShareLock"]),
+        ];
+        let facts = Facts::read(&[vec![], vec![], rows.to_vec(), vec![]]).unwrap();
+        assert_eq!(facts.backends[&7].locks.len(), 2);
+        assert_eq!(facts.backends[&8].slots, ["s"]);
+        assert!(Facts::read(&[vec![], vec![row(&["surprise"])], vec![], vec![]]).is_err());
+    }
+
+    #[test]
+    fn differing_configurations_are_named() {
+        let here = facts(&[row(&["work_mem", "user", "4MB", "configured"])], &[]);
+        let there = facts(&[row(&["work_mem", "user", "8MB", "configured"])], &[]);
+        assert_eq!(here.configured_otherwise(&there), ["work_mem (`4MB`, `8MB`)"]);
+        assert!(here.configured_otherwise(&here).is_empty());
+    }
+}
