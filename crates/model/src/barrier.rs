@@ -34,6 +34,10 @@ pub enum Reason {
     Failed {
         error: String,
     },
+    /// Its server connection ended while it was held. There is nothing left to move.
+    ServerLost {
+        error: String,
+    },
 }
 
 impl std::fmt::Display for Reason {
@@ -42,6 +46,9 @@ impl std::fmt::Display for Reason {
             Reason::Pinned(pin) => pin.fmt(f),
             Reason::Busy { what } => f.write_str(what),
             Reason::Failed { error } => f.write_str(error),
+            Reason::ServerLost { error } => {
+                write!(f, "its server connection ended while it was held: {error}")
+            }
         }
     }
 }
@@ -62,7 +69,8 @@ pub enum Order {
     /// Read the state of every held session, and see to it that `to`, still a standby, has a copy of each. Those
     /// that cannot be moved are told if `on_timeout` says so.
     Capture { app: String, to: String, on_timeout: OnTimeout },
-    /// Count how often each held session holds its advisory locks. The server must be fenced.
+    /// Begin to count how often each held session holds its advisory locks. The server must be fenced. `Attach`
+    /// and `Release` wait for the end of it.
     CountLocks { app: String },
     /// Attach every held session to `to` and prove that it is the same.
     Attach { app: String, to: String },

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use model::barrier::Reason;
 use model::session::facts::{self, Facts};
@@ -129,7 +130,9 @@ impl App {
             }
             Facts::read(&answers).map(Arc::new).map_err(|error| failed(&error))
         };
+        let began = Instant::now();
         let learned = ask.await;
+        tracing::debug!(cell = cell.name, database, took = ?began.elapsed(), "learned of a database");
         let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert((cell.name.clone(), database.to_owned()), learned);
     }

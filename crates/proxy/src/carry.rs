@@ -10,6 +10,7 @@ use model::barrier::Reason;
 use model::session::capture::{self, Captured, STATEMENT_NAME, ServerVersion, Subject};
 use model::session::protocol::Unnamed;
 use model::session::replay::{self, Phase, Step};
+use model::session::snapshot::AdvisoryLock;
 use model::session::{Facts, Pin, Snapshot};
 use pg::connect::Login;
 use pg::connection::{Answer, Connection, QueryError};
@@ -129,7 +130,7 @@ impl Kind<'_> {
             setval: self.setval,
             facts,
             reference: self.reference,
-            backend_pid: connection.pid,
+            in_recovery: connection.params.get("in_hot_standby").is_some_and(|value| value == "on"),
         };
         capture_on(connection, &subject).await
     }
@@ -163,7 +164,10 @@ pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Capt
     }
     let in_step = matches!(&result, Ok(_) | Err(QueryError::Server { .. }));
     give_back(session, connection, in_step).map_err(failed)?;
-    let mut captured = result.map_err(failed)?;
+    let mut captured = result.map_err(|error| match in_step {
+        true => failed(error),
+        false => Reason::ServerLost { error: model::chain(&error) },
+    })?;
     captured.pins.extend(session.known_pins());
     match session.protocol.unnamed() {
         Unnamed::Earlier => captured.pins.push(Pin::Unnamed),
@@ -174,8 +178,6 @@ pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Capt
         }),
         Unnamed::Last | Unnamed::Absent => (),
     }
-    captured.pins.sort();
-    captured.pins.dedup();
     Ok(captured)
 }
 
@@ -185,9 +187,8 @@ pub(crate) async fn count_locks(
     session: &mut Session,
     snapshot: &mut Snapshot,
 ) -> Result<(), Reason> {
-    let Some(question) = capture::count_locks_question(&snapshot.locks) else { return Ok(()) };
     let mut connection = borrow(session).map_err(failed)?;
-    let counted = ask_counts(&mut connection, &question, snapshot).await;
+    let counted = ask_counts(&mut connection, snapshot).await;
     give_back(session, connection, counted.is_ok()).map_err(failed)?;
     counted.map_err(failed)
 }
@@ -218,7 +219,26 @@ async fn capture_on(
             return Err(error);
         }
     };
-    let infos: Vec<String> = answers.iter().flat_map(|answer| &answer.infos).cloned().collect();
+    let infos_of = |answers: &[Answer]| -> Vec<String> {
+        answers.iter().flat_map(|answer| &answer.infos).cloned().collect()
+    };
+    let mut infos = infos_of(&answers);
+    if capture::asks_sequences(subject, &infos) {
+        let mut out = Vec::new();
+        for (question, _) in &capture::first_questions(subject).0 {
+            Connection::add_statement(&mut out, STATEMENT_NAME, question, &[]);
+        }
+        Connection::add_statement(&mut out, STATEMENT_NAME, capture::SEQUENCES, &[]);
+        Connection::add_statement(&mut out, STATEMENT_NAME, "COMMIT", &[]);
+        frontend::sync(&mut out);
+        match exchange(connection, &out).await {
+            Ok(answers) => infos.extend(infos_of(&answers)),
+            Err(error) => {
+                roll_back(connection).await?;
+                return Err(error);
+            }
+        }
+    }
     let rows = |at: usize| answers.get(at).map(|answer| answer.rows.as_slice()).unwrap_or_default();
     capture::read(subject, rows, &infos).map_err(|error| QueryError::Server {
         sqlstate: SqlState::INTERNAL_ERROR,
@@ -230,11 +250,11 @@ async fn capture_on(
 /// aside, and an error that is left leaves a session that must not go on as if nothing had happened.
 async fn ask_counts(
     connection: &mut Connection,
-    question: &str,
     snapshot: &mut Snapshot,
 ) -> Result<(), QueryError> {
     let mut out = Vec::new();
-    for sql in [capture::BEGIN, capture::PROTECT, question, "COMMIT"] {
+    let ours = "SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)";
+    for sql in [capture::BEGIN, capture::PROTECT, ours, capture::COUNT_LOCKS, "COMMIT"] {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     frontend::sync(&mut out);
@@ -242,12 +262,13 @@ async fn ask_counts(
         tracing::error!(%error, "counting advisory locks broke off");
         QueryError::Unexpected(b'E')
     })?;
-    let counts = answers.iter().flat_map(|answer| &answer.infos);
-    let counts: Vec<u32> = counts.filter_map(|info| capture::read_lock_count(info)).collect();
-    if counts.len() != snapshot.locks.len() {
+    let infos = answers.iter().flat_map(|answer| &answer.infos);
+    let counted: BTreeMap<AdvisoryLock, u32> =
+        infos.filter_map(|info| capture::read_lock_count(info)).collect();
+    if !counted.keys().eq(snapshot.locks.keys()) {
         return Err(QueryError::Unexpected(b'D'));
     }
-    snapshot.locks.values_mut().zip(counts).for_each(|(held, count)| *held = count);
+    snapshot.locks = counted;
     Ok(())
 }
 
@@ -409,13 +430,16 @@ async fn restore_sequences(
     // The owner's rights may be the login's and not those of the role that the session has taken.
     let as_login = "SELECT pg_catalog.set_config('session_authorization', $1, true), \
         pg_catalog.set_config('role', 'none', true)";
-    let mut steps = vec![Step::Run {
+    let as_login = Step::Run {
         what: "the session's login role".into(),
         sql: as_login.into(),
         params: vec![session.identity.user.clone()],
-    }];
-    steps.extend(replay::sequence_steps(snapshot));
-    run_steps(connection, &steps, "ROLLBACK").await?;
+    };
+    for group in replay::sequence_steps(snapshot) {
+        let mut steps = vec![as_login.clone()];
+        steps.extend(group);
+        run_steps(connection, &steps, "ROLLBACK").await?;
+    }
     let kind = Kind {
         identity: &session.identity,
         custom: session.hints.custom.clone(),

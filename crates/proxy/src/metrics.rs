@@ -40,6 +40,7 @@ impl Metrics {
                 Reason::Pinned(pin) => add(pin.code()),
                 Reason::Busy { .. } => add("busy"),
                 Reason::Failed { .. } => add("error"),
+                Reason::ServerLost { .. } => add("server_lost"),
             }
         }
     }

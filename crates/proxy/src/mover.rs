@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Order, Pauses, Reason, Report};
+use model::session::capture::Captured;
 use model::session::{Facts, Snapshot};
 use model::switchover::OnTimeout;
 use tokio::sync::{Semaphore, mpsc};
@@ -34,14 +35,46 @@ const RETIRE_MAX: Duration = Duration::from_secs(2);
 
 struct Held {
     session: Box<Session>,
-    snapshot: Option<Snapshot>,
+    read: Read,
 }
+
+/// How far a held session is read.
+enum Read {
+    Not,
+    /// Since it is held, by these facts.
+    Captured(Captured, Arc<Facts>),
+    Failed(Reason),
+    /// Nothing is in its way, and its copy stands ready.
+    Ready(Snapshot),
+}
+
+/// A held session that something is done with, and how that went.
+type AtWork = JoinSet<(Held, Result<(), Reason>)>;
 
 /// What is held of one application.
 #[derive(Default)]
 struct Holding {
     sessions: Vec<Held>,
     incoming: Option<mpsc::UnboundedReceiver<Box<Session>>>,
+    /// The cell that they stand on, and their databases.
+    from: Option<Arc<Cell>>,
+    databases: BTreeSet<String>,
+    /// Sessions that are being read, or whose locks are being counted, while other things go on.
+    at_work: AtWork,
+}
+
+impl Holding {
+    /// Waits until nothing is done any more with any session, and gives those with which it failed.
+    async fn settle(&mut self) -> Result<Vec<(Held, Reason)>, String> {
+        let mut failed = Vec::new();
+        for (held, result) in all(std::mem::take(&mut self.at_work)).await? {
+            match result {
+                Ok(()) => self.sessions.push(held),
+                Err(reason) => failed.push((held, reason)),
+            }
+        }
+        Ok(failed)
+    }
 }
 
 /// One per proxy. Orders come one at a time.
@@ -51,8 +84,6 @@ pub struct Mover {
     /// Connections to the old server of sessions that have moved, by application.
     retired: HashMap<String, Vec<Leg>>,
 }
-
-type Captures = Vec<(Held, Result<(), Vec<Reason>>)>;
 
 impl Mover {
     pub(crate) fn new(shared: Arc<Shared>) -> Mover {
@@ -69,7 +100,7 @@ impl Mover {
             }
             Order::Backends { app } => Ok(self.backends(&app)),
             Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
-            Order::CountLocks { app } => self.count_locks(&app).await,
+            Order::CountLocks { app } => self.count_locks(&app),
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to } => self.release(&app, &to).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
@@ -97,28 +128,21 @@ impl Mover {
         }
         let mut views = self.shared.views().await;
         views.retain(|view| view.app == app.name);
-        let databases: BTreeSet<&str> = views.iter().map(|view| view.database.as_str()).collect();
+        let databases = views.iter().map(|view| view.database.clone()).collect();
         let cells = app.active().into_iter().chain(to.clone());
-        learn_all(&app, cells, &databases).await;
+        all(learn_all(&app, cells, &databases)).await?;
         let ids: Vec<u64> = views.iter().map(|view| view.id).collect();
-        let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
-        let mut tasks = JoinSet::new();
-        for id in &ids {
-            let (shared, app, to, places, id) =
-                (self.shared.clone(), app.clone(), to.clone(), places.clone(), *id);
-            tasks.spawn(async move {
-                let _place = places.acquire_owned().await;
-                prepare_one(&shared, &app, to.as_deref(), id).await
-            });
-        }
         let mut report = Report { sessions: count(ids.len()), ..Report::default() };
-        while let Some(result) = tasks.join_next().await {
+        let prepared = each(ids, self.shared.config.limits.moves_at_once, |id| {
+            let (shared, app, to) = (self.shared.clone(), app.clone(), to.clone());
+            async move { prepare_one(&shared, &app, to.as_deref(), id).await }
+        });
+        for result in all(prepared).await? {
             match result {
-                Ok(Ok(())) => report.done += 1,
-                Ok(Err(Some(blocker))) => report.blockers.push(blocker),
+                Ok(()) => report.done += 1,
+                Err(Some(blocker)) => report.blockers.push(blocker),
                 // It ended meanwhile.
-                Ok(Err(None)) => report.sessions = report.sessions.saturating_sub(1),
-                Err(error) => return Err(format!("preparing a session broke off: {error}")),
+                Err(None) => report.sessions = report.sessions.saturating_sub(1),
             }
         }
         report.blockers.sort_by_key(|blocker| blocker.session.id);
@@ -143,16 +167,29 @@ impl Mover {
             }
             holding.incoming = Some(incoming);
         }
-        let Holding { sessions: held, incoming } = holding;
-        while held.len() < app.sessions.load(Ordering::SeqCst) && Instant::now() < deadline {
+        let Holding { sessions: held, incoming, at_work, from, databases } = holding;
+        let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
+        while held.len() + at_work.len() < app.sessions.load(Ordering::SeqCst)
+            && Instant::now() < deadline
+        {
             if let Some(incoming) = incoming
                 && let Ok(Some(mut session)) = timeout(POLL, incoming.recv()).await
             {
                 session.held_since = Some(Instant::now());
-                held.push(Held { session, snapshot: None });
+                from.get_or_insert_with(|| session.cell.clone());
+                if !databases.contains(&session.identity.database) {
+                    databases.insert(session.identity.database.clone());
+                }
+                let (app, places) = (app.clone(), places.clone());
+                // Read at once, while others still come in: nothing of it can change while it is held.
+                at_work.spawn(async move {
+                    let _place = places.acquire_owned().await;
+                    let read = read_held(&mut session, &app).await;
+                    (Held { session, read }, Ok(()))
+                });
             }
         }
-        let done = held.len();
+        let done = held.len() + at_work.len();
         let sessions = app.sessions.load(Ordering::SeqCst).max(done);
         let mut report =
             Report { sessions: count(sessions), done: count(done), ..Report::default() };
@@ -207,19 +244,31 @@ impl Mover {
         let force = on_timeout == OnTimeout::Force;
         let mut report = Report::default();
         let holding = self.holdings.entry(app.name.clone()).or_default();
+        // Anew, for what backends hold and for functions made since: nothing of it can change any more. Meanwhile
+        // the last sessions are read, which does not fail by itself.
+        let learning = learn_all(&app, holding.from.clone(), &holding.databases);
+        holding.settle().await?;
+        all(learning).await?;
         let held = std::mem::take(&mut holding.sessions);
         report.sessions = count(held.len());
-        let databases: BTreeSet<&str> =
-            held.iter().map(|held| held.session.identity.database.as_str()).collect();
-        // Anew, for what backends hold and for functions made since: nothing of it can change any more.
-        learn_all(&app, held.first().map(|held| held.session.cell.clone()), &databases).await;
-        for (held, result) in
-            capture_all(held, &app, &cell, self.shared.config.limits.moves_at_once).await?
-        {
+        let captured = each(held, self.shared.config.limits.moves_at_once, |mut held| {
+            let (app, cell) = (app.clone(), cell.clone());
+            async move {
+                let result = capture_one(&mut held, &app, &cell).await;
+                (held, result)
+            }
+        });
+        for (held, result) in all(captured).await? {
             match result {
                 Ok(()) => {
                     report.done += 1;
                     holding.sessions.push(held);
+                }
+                // It has ended by itself, so it is in nobody's way.
+                Err(reasons) if matches!(reasons.as_slice(), [Reason::ServerLost { .. }]) => {
+                    report.told += 1;
+                    self.shared.metrics.count_move("lost", &reasons);
+                    held.session.tell_and_end(&lost());
                 }
                 Err(reasons) => {
                     report
@@ -239,33 +288,36 @@ impl Mover {
         Ok(report)
     }
 
-    /// Counts the locks of every held session. One that lost them on the way has lost its server.
-    async fn count_locks(&mut self, app: &str) -> Result<Report, String> {
+    /// Begins to count the locks of every held session. Meanwhile the target catches up and is promoted.
+    fn count_locks(&mut self, app: &str) -> Result<Report, String> {
         let app = self.app(app)?;
         let holding = self.holdings.entry(app.name.clone()).or_default();
-        let mut report = Report::default();
-        for mut held in std::mem::take(&mut holding.sessions) {
-            let Some(snapshot) = held.snapshot.as_mut().filter(|held| !held.locks.is_empty())
-            else {
-                holding.sessions.push(held);
-                continue;
+        let has_locks =
+            |held: &Held| matches!(&held.read, Read::Ready(snapshot) if !snapshot.locks.is_empty());
+        let (with, without): (Vec<Held>, Vec<Held>) =
+            std::mem::take(&mut holding.sessions).into_iter().partition(has_locks);
+        holding.sessions = without;
+        let report = Report { sessions: count(with.len()), ..Report::default() };
+        let limits = &self.shared.config.limits;
+        holding.at_work = each(with, limits.moves_at_once, async |mut held| {
+            let result = match &mut held.read {
+                Read::Ready(snapshot) => carry::count_locks(&mut held.session, snapshot).await,
+                _ => Ok(()),
             };
-            report.sessions += 1;
-            match carry::count_locks(&mut held.session, snapshot).await {
-                Ok(()) => {
-                    report.done += 1;
-                    holding.sessions.push(held);
-                }
-                Err(reason) => {
-                    report.told += 1;
-                    let (named, reasons) = (held.session.named(), vec![reason]);
-                    self.shared.metrics.count_move("failed", &reasons);
-                    held.session.tell_and_end(&forced("its advisory locks were lost"));
-                    report.blockers.push(Blocker { session: named, reasons });
-                }
-            }
-        }
+            (held, result)
+        });
         Ok(report)
+    }
+
+    /// Ends sessions that have lost their locks, and with them their server.
+    fn end_lost(&self, lost: Vec<(Held, Reason)>, report: &mut Report) {
+        for (held, reason) in lost {
+            report.told += 1;
+            let (named, reasons) = (held.session.named(), vec![reason]);
+            self.shared.metrics.count_move("lost", &reasons);
+            held.session.tell_and_end(&forced("its advisory locks were lost"));
+            report.blockers.push(Blocker { session: named, reasons });
+        }
     }
 
     /// Attaches every held session to `to`. One for which that fails cannot go back any more and is told.
@@ -273,22 +325,20 @@ impl Mover {
         let app = self.app(app)?;
         let cell = Mover::cell(&app, to)?;
         let holding = self.holdings.entry(app.name.clone()).or_default();
+        let lost = holding.settle().await?;
         let held = std::mem::take(&mut holding.sessions);
-        let mut report = Report { sessions: count(held.len()), ..Report::default() };
-        let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
-        let mut tasks = JoinSet::new();
-        for mut held in held {
-            let (app, cell, places) = (app.clone(), cell.clone(), places.clone());
-            tasks.spawn(async move {
-                let _place = places.acquire_owned().await;
+        let mut report = Report { sessions: count(held.len() + lost.len()), ..Report::default() };
+        self.end_lost(lost, &mut report);
+        let holding = self.holdings.entry(app.name.clone()).or_default();
+        let attached = each(held, self.shared.config.limits.moves_at_once, |mut held| {
+            let (app, cell) = (app.clone(), cell.clone());
+            async move {
                 let result = attach_one(&mut held, &app, cell).await;
                 (held, result)
-            });
-        }
+            }
+        });
         let retired = self.retired.entry(app.name.clone()).or_default();
-        while let Some(result) = tasks.join_next().await {
-            let (held, result) =
-                result.map_err(|error| format!("attaching a session broke off: {error}"))?;
+        for (held, result) in all(attached).await? {
             match result {
                 Ok(old) => {
                     retired.push(old);
@@ -335,7 +385,9 @@ impl Mover {
             engine.send(Command::Unwant(Want::App(app.clone())));
         }
         let mut pauses = Vec::new();
+        let lost = holding.settle().await?;
         let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
+        self.end_lost(lost, &mut report);
         app.open(cell.clone());
         // Sessions that were handed out after the last look. On a new server they would be lost ones.
         if let Some(mut incoming) = holding.incoming.take() {
@@ -343,7 +395,7 @@ impl Mover {
             let _ = self.shared.views().await;
             incoming.close();
             while let Some(session) = incoming.recv().await {
-                holding.sessions.push(Held { session, snapshot: None });
+                holding.sessions.push(Held { session, read: Read::Not });
             }
         }
         for mut held in holding.sessions {
@@ -365,20 +417,52 @@ impl Mover {
     }
 }
 
+/// Begins `work` for each of `items`, so many at once.
+fn each<T, R, F>(
+    items: impl IntoIterator<Item = T>,
+    at_once: usize,
+    work: impl Fn(T) -> F,
+) -> JoinSet<R>
+where
+    R: Send + 'static,
+    F: Future<Output = R> + Send + 'static,
+{
+    let places = Arc::new(Semaphore::new(at_once));
+    let mut tasks = JoinSet::new();
+    for item in items {
+        let (places, work) = (places.clone(), work(item));
+        tasks.spawn(async move {
+            let _place = places.acquire_owned().await;
+            work.await
+        });
+    }
+    tasks
+}
+
+/// The results, in the order in which they are ready.
+async fn all<R: 'static>(mut tasks: JoinSet<R>) -> Result<Vec<R>, String> {
+    let mut results = Vec::with_capacity(tasks.len());
+    while let Some(result) = tasks.join_next().await {
+        results.push(result.map_err(|error| format!("work on a session broke off: {error}"))?);
+    }
+    Ok(results)
+}
+
+/// Databases that are asked at once.
+const LEARN_AT_ONCE: usize = 4;
+
 /// Asks each server for what is the same for all sessions of each database. What fails is the sessions' reason.
-async fn learn_all(
+fn learn_all(
     app: &Arc<App>,
     cells: impl IntoIterator<Item = Arc<Cell>>,
-    databases: &BTreeSet<&str>,
-) {
-    let mut tasks = JoinSet::new();
-    for cell in cells {
-        for database in databases {
-            let (app, cell, database) = (app.clone(), cell.clone(), (*database).to_owned());
-            tasks.spawn(async move { app.learn(&cell, &database).await });
-        }
-    }
-    while tasks.join_next().await.is_some() {}
+    databases: &BTreeSet<String>,
+) -> JoinSet<()> {
+    let of_cell =
+        |cell: Arc<Cell>| databases.iter().map(move |database| (cell.clone(), database.clone()));
+    each(cells.into_iter().flat_map(of_cell), LEARN_AT_ONCE, |(cell, database)| {
+        let app = app.clone();
+        async move { app.learn(&cell, &database).await }
+    })
 }
 
 fn count(len: usize) -> u64 {
@@ -392,6 +476,11 @@ fn forced(why: &str) -> backend::Report {
     )
     .detail(format!("the session could not be moved to another server: {why}"))
     .hint("connect again; the session's temporary state is lost")
+}
+
+fn lost() -> backend::Report {
+    backend::Report::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection")
+        .detail("it ended while the session was held for a switchover")
 }
 
 async fn prepare_one(
@@ -426,7 +515,10 @@ async fn prepare_one(
     };
     let here = app.facts(&session.cell, &session.identity.database);
     let captured = match &here {
-        Ok(here) => carry::capture(&mut session, here).await,
+        Ok(here) => carry::capture(&mut session, here).await.map(|mut captured| {
+            captured.complete(here, session.backend_pid);
+            captured
+        }),
         Err(reason) => Err(reason.clone()),
     };
     let (named, identity, custom) =
@@ -466,49 +558,49 @@ async fn copy_of(
     carry::prepare(&Model { identity, custom, here: &here, there: &there }, snapshot, cell).await
 }
 
-async fn capture_all(
-    held: Vec<Held>,
-    app: &Arc<App>,
-    cell: &Arc<Cell>,
-    at_once: usize,
-) -> Result<Captures, String> {
-    let places = Arc::new(Semaphore::new(at_once));
-    let mut tasks = JoinSet::new();
-    for mut held in held {
-        let (app, cell, places) = (app.clone(), cell.clone(), places.clone());
-        tasks.spawn(async move {
-            let _place = places.acquire_owned().await;
-            let result = capture_one(&mut held, &app, &cell).await;
-            (held, result)
-        });
-    }
-    let mut all = Vec::new();
-    while let Some(result) = tasks.join_next().await {
-        all.push(result.map_err(|error| format!("reading a session broke off: {error}"))?);
-    }
-    Ok(all)
-}
-
-async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<Reason>> {
+/// Reads a session that has just been held.
+async fn read_held(session: &mut Session, app: &App) -> Read {
     let deadline = Instant::now() + CANCEL_WAIT;
-    while held.session.cancels_under_way() && Instant::now() < deadline {
+    while session.cancels_under_way() && Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
     }
+    let Ok(facts) = app.facts(&session.cell, &session.identity.database) else {
+        // Of a database of which nothing is known yet.
+        return Read::Not;
+    };
+    match carry::capture(session, &facts).await {
+        Ok(captured) => Read::Captured(captured, facts),
+        Err(reason) => Read::Failed(reason),
+    }
+}
+
+/// Completes what was read of a held session, and sees to it that a copy of it stands on `cell`.
+async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<Reason>> {
     let one = |reason: Reason| vec![reason];
-    let database = &held.session.identity.database;
-    let here = app.facts(&held.session.cell, database).map_err(one)?;
+    let session = &mut held.session;
+    let database = &session.identity.database;
+    let here = app.facts(&session.cell, database).map_err(one)?;
     let there = app.facts(cell, database).map_err(one)?;
-    let captured = carry::capture(&mut held.session, &here).await.map_err(one)?;
+    let mut captured = match std::mem::replace(&mut held.read, Read::Not) {
+        Read::Captured(captured, facts) if facts.asks_the_same(&here) => captured,
+        Read::Failed(reason) => return Err(vec![reason]),
+        _ => carry::capture(session, &here).await.map_err(one)?,
+    };
+    if !here.backends.contains_key(&session.backend_pid) {
+        // Its locks are gone, whatever was read of it before.
+        let error = format!("process {} has ended", session.backend_pid);
+        return Err(vec![Reason::ServerLost { error }]);
+    }
+    captured.complete(&here, session.backend_pid);
     if !captured.pins.is_empty() {
         return Err(captured.pins.into_iter().map(Reason::Pinned).collect());
     }
-    let id = held.session.id;
+    let id = session.id;
     let lock = || app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let prepared = lock().remove(&id);
-    let copy =
-        carry::ensure(&held.session, &captured.snapshot, prepared, cell, &here, &there).await;
+    let copy = carry::ensure(session, &captured.snapshot, prepared, cell, &here, &there).await;
     lock().insert(id, copy.map_err(one)?);
-    held.snapshot = Some(captured.snapshot);
+    held.read = Read::Ready(captured.snapshot);
     Ok(())
 }
 
@@ -519,7 +611,9 @@ async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<Leg, 
         all.remove(&held.session.id)
     };
     let prepared = prepared.ok_or_else(|| failed("it has no copy on the other server"))?;
-    let snapshot = held.snapshot.as_ref().ok_or_else(|| failed("its state was not read"))?;
+    let Read::Ready(snapshot) = &held.read else {
+        return Err(failed("its state was not read"));
+    };
     let database = &held.session.identity.database;
     let (here, there) = (app.facts(&held.session.cell, database)?, app.facts(&cell, database)?);
     let attached = carry::attach(&held.session, snapshot, prepared, &there, &here).await?;

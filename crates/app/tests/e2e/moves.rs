@@ -191,6 +191,73 @@ async fn values_of_sequences_move_and_the_sequences_stay() {
     assert_eq!(value(&mut session, "SELECT nextval('only_set')").await, "43");
 }
 
+/// Each restores its values under a lock on the sequence, and they come in any order.
+#[tokio::test]
+async fn sessions_that_share_sequences_do_not_lock_each_other_out() {
+    let installation = Installation::start("shared-sequences");
+    run(&mut installation.connect().await, "CREATE SEQUENCE x; CREATE SEQUENCE y").await;
+    let mut sessions = Vec::new();
+    for number in 0..24 {
+        let mut session = installation.connect().await;
+        let order = if number % 2 == 0 { ["x", "y"] } else { ["y", "x"] };
+        for name in order {
+            run(&mut session, &format!("SELECT nextval('{name}')")).await;
+        }
+        sessions.push(session);
+    }
+    let text = installation.switch_to("b");
+    assert!(text.contains("24 of 24 sessions moved"), "{text}");
+    for (number, session) in (1..).zip(&mut sessions) {
+        let look = "SELECT concat_ws(' ', currval('x'), currval('y'), lastval())";
+        assert_eq!(value(session, look).await, format!("{number} {number} {number}"));
+    }
+}
+
+/// One session keeps the switchover waiting; meanwhile the servers of others, which are held and read, are ended,
+/// and their locks with them. They are told, and the switchover goes on.
+#[tokio::test]
+async fn a_session_that_loses_its_server_while_it_is_held_is_in_nobodys_way() {
+    let installation = Installation::start("killed");
+    let mut busy = installation.connect().await;
+    let mut held = installation.connect().await;
+    let mut locker = installation.connect().await;
+    run(&mut held, "SET work_mem = '5MB'").await;
+    run(&mut locker, "SELECT pg_advisory_lock(1)").await;
+    let mut pids = Vec::new();
+    for session in [&mut held, &mut locker] {
+        pids.push(value(session, "SELECT pg_backend_pid()").await);
+    }
+    run(&mut busy, "BEGIN; SELECT 1").await;
+    let mut admin = installation.direct("a").await;
+    let api = installation.facts.api.clone();
+    let switch = tokio::task::spawn_blocking(move || {
+        std::process::Command::new(crate::support::HOLDFAST)
+            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
+            .output()
+            .unwrap()
+    });
+    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // They are read as soon as they are held; then nothing is asked of them for a while.
+    let look = format!(
+        "SELECT bool_and(now() - state_change > '500ms') FROM pg_stat_activity WHERE pid IN ({})",
+        pids.join(",")
+    );
+    while value(&mut admin, &look).await != "t" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    for pid in pids {
+        run(&mut admin, &format!("SELECT pg_terminate_backend({pid}, 5000)")).await;
+    }
+    run(&mut busy, "COMMIT").await;
+    let output = switch.await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(value(&mut busy, "SELECT pg_is_in_recovery()").await, "f");
+    assert!(held.query("SELECT 1").await.is_err());
+    assert!(locker.query("SELECT 1").await.is_err());
+}
+
 /// Settings that only the servers' own files give: the session keeps what it has seen, the server its own.
 #[tokio::test]
 async fn a_session_keeps_what_the_configuration_of_its_server_gave_it() {

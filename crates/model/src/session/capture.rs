@@ -11,7 +11,7 @@
 //! They are asked while clients wait, so they are few and small: a session is asked for what only itself can
 //! tell, [`Facts`] hold the rest. SHOW ALL costs a third of `pg_settings` and is not planned.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::facts::Facts;
 use super::pin::Pin;
@@ -88,7 +88,8 @@ pub struct Subject<'a> {
     pub facts: &'a Facts,
     /// What settings are compared by: the configuration of the server where the session stands.
     pub reference: &'a Facts,
-    pub backend_pid: i32,
+    /// The server is in recovery, so no sequence was used.
+    pub in_recovery: bool,
 }
 
 /// What is asked of a session.
@@ -144,35 +145,55 @@ const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text
     WHERE current_setting(n, true) IS NOT NULL";
 
 /// What only a block can ask without logging an error comes as messages of level INFO, which reach the client
-/// whatever its settings and stay out of the server's log.
+/// whatever its settings and stay out of the server's log. `lastval()` is an error where it has no value.
 ///
-/// - `lastval()` is an error where it has no value. Where it has one, or `setval` may have run, every sequence is
-///   asked for its own.
-/// - Whether the session acts for a replication origin is asked only of those who may ask: rights are checked
-///   even in a branch that is not taken, so it must be text until then.
+/// Whether the session acts for a replication origin is asked only of those who may ask: rights are checked even
+/// in a branch that is not taken, so it must be text until then.
 fn aside_question(subject: &Subject<'_>) -> String {
-    let origin = if subject.facts.origins {
-        "IF has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') THEN \
-         EXECUTE 'SELECT pg_replication_origin_session_is_setup()' INTO look; \
-         IF look THEN RAISE INFO 'holdfast: replication origin'; END IF; END IF; "
+    if subject.in_recovery {
+        // It is asked all the same, because it loads the language, whose settings then appear.
+        return "DO LANGUAGE plpgsql 'BEGIN END'".into();
+    }
+    let (declare, origin) = if subject.facts.origins {
+        (
+            "yes boolean; ",
+            "IF has_function_privilege('pg_replication_origin_session_is_setup()', 'execute') THEN \
+             EXECUTE 'SELECT pg_replication_origin_session_is_setup()' INTO yes; \
+             IF yes THEN RAISE INFO 'holdfast: replication origin'; END IF; END IF; ",
+        )
     } else {
-        ""
+        ("", "")
     };
-    let setval = subject.setval || subject.facts.setval;
     format!(
-        "DO LANGUAGE plpgsql $holdfast$ DECLARE look boolean; v bigint; s record; BEGIN \
-         IF pg_is_in_recovery() THEN RETURN; END IF; {origin}look := {setval}; \
-         BEGIN v := lastval(); look := true; RAISE INFO 'holdfast: lastval %', v; \
+        "DO LANGUAGE plpgsql $holdfast$ DECLARE {declare}v bigint; BEGIN {origin}\
+         v := lastval(); RAISE INFO 'holdfast: lastval %', v; \
          EXCEPTION WHEN object_not_in_prerequisite_state THEN NULL; \
-         WHEN insufficient_privilege THEN RAISE INFO 'holdfast: lastval hidden'; END; \
-         IF look THEN FOR s IN SELECT c.oid, format('%I.%I', nspname, relname) AS name, \
-         pg_has_role(relowner, 'USAGE') AND has_schema_privilege(n.oid, 'USAGE') AS own \
-         FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace \
-         WHERE relkind = 'S' AND relpersistence <> 't' LOOP \
-         BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % %', s.own, v, s.name; \
-         EXCEPTION WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN NULL; END; \
-         END LOOP; END IF; END $holdfast$"
+         WHEN insufficient_privilege THEN RAISE INFO 'holdfast: lastval hidden'; END $holdfast$"
     )
+}
+
+/// Asks every sequence for the session's value, as INFO messages. To be asked after the other questions of a
+/// session that has a last value, or may have used `setval`: most have not, and are spared it.
+pub const SEQUENCES: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE v bigint; s record; BEGIN \
+    FOR s IN SELECT c.oid, format('%I.%I', nspname, relname) AS name, \
+    pg_has_role(relowner, 'USAGE') AND has_schema_privilege(n.oid, 'USAGE') AS own \
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace \
+    WHERE relkind = 'S' AND relpersistence <> 't' LOOP \
+    BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % %', s.own, v, s.name; \
+    EXCEPTION WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN NULL; END; \
+    END LOOP; END $holdfast$";
+
+/// Whether [`SEQUENCES`] are to be asked, by the INFO messages of the other questions.
+pub fn asks_sequences(subject: &Subject<'_>, infos: &[String]) -> bool {
+    let may = subject.setval || subject.facts.setval;
+    !subject.in_recovery && (may || infos.iter().any(|info| info.starts_with("holdfast: lastval ")))
+}
+
+/// The beginning of [`questions`], up to the settings that are put aside: what [`SEQUENCES`] is asked under.
+pub fn first_questions(subject: &Subject<'_>) -> Questions {
+    let mut questions = questions(subject);
+    questions.0.truncate(ANSWER_PUT_ASIDE + 1);
+    questions
 }
 
 /// One row of an answer, as text.
@@ -183,6 +204,30 @@ pub type Row = Vec<Option<String>>;
 pub struct Captured {
     pub snapshot: Snapshot,
     pub pins: Vec<Pin>,
+    /// The schema of its temporary objects, 0 if it never had one.
+    pub temporary_schema: u32,
+}
+
+impl Captured {
+    /// Adds what the backend holds that is seen from outside. To be done once, by facts that were learned after
+    /// the session's last request.
+    pub fn complete(&mut self, facts: &Facts, backend_pid: i32) {
+        if let Some((objects, example)) = facts.temporary.get(&self.temporary_schema) {
+            self.pins.push(Pin::Temporary { objects: *objects, example: example.clone() });
+        }
+        if let Some(backend) = facts.backends.get(&backend_pid) {
+            self.snapshot.locks.clone_from(&backend.locks);
+            let slots = backend.slots.iter().cloned().map(|slot| Pin::TemporarySlot { slot });
+            self.pins.extend(slots);
+        }
+        let size = self.snapshot.len();
+        if size > ENTRIES_MAX {
+            let (size, max) = (as_u64(size), as_u64(ENTRIES_MAX));
+            self.pins.push(Pin::TooLarge { what: "session state".into(), size, max });
+        }
+        self.pins.sort();
+        self.pins.dedup();
+    }
 }
 
 /// The answers are not what the questions ask for: the server is not the PostgreSQL it says it is.
@@ -229,18 +274,10 @@ pub fn read<'a>(
     }
     snapshot.role = text(first, aside.len())?.to_owned();
     snapshot.session_user = text(first, aside.len() + 1)?.to_owned();
-    let schema: u32 =
+    captured.temporary_schema =
         text(first, aside.len() + 2)?.parse().map_err(|_| Unreadable("temporary schema"))?;
     for row in rows(ANSWER_STATE) {
         read_row(row, &mut captured)?;
-    }
-    if let Some((objects, example)) = subject.facts.temporary.get(&schema) {
-        captured.pins.push(Pin::Temporary { objects: *objects, example: example.clone() });
-    }
-    if let Some(backend) = subject.facts.backends.get(&subject.backend_pid) {
-        captured.snapshot.locks.clone_from(&backend.locks);
-        let slots = backend.slots.iter().cloned().map(|slot| Pin::TemporarySlot { slot });
-        captured.pins.extend(slots);
     }
     for info in infos {
         read_info(info, &mut captured);
@@ -257,12 +294,6 @@ pub fn read<'a>(
         let why = "the session may not use the sequence of lastval any more".into();
         captured.pins.push(Pin::Sequences { why });
     }
-    let size = captured.snapshot.len();
-    if size > ENTRIES_MAX {
-        let (size, max) = (as_u64(size), as_u64(ENTRIES_MAX));
-        captured.pins.push(Pin::TooLarge { what: "session state".into(), size, max });
-    }
-    captured.pins.sort();
     Ok(captured)
 }
 
@@ -350,34 +381,25 @@ fn oids(text: &str) -> Option<Vec<u32>> {
 }
 
 /// Counts how often each lock is held, by letting go of it until it is gone, and takes it again as often.
-/// Only while nobody else can take it: every client is held and the server is fenced. The counts come as INFO messages, in the order of the locks.
-pub fn count_locks_question(locks: &BTreeMap<AdvisoryLock, u32>) -> Option<String> {
-    if locks.is_empty() {
-        return None;
-    }
-    let mut body = String::from("DECLARE n pg_catalog.int4; BEGIN ");
-    for lock in locks.keys() {
-        let (mode, suffix) =
-            if lock.shared { ("ShareLock", "_shared") } else { ("ExclusiveLock", "") };
-        let arguments = lock.arguments();
-        let held = format!(
-            "EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' \
-             AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
-             AND classid::pg_catalog.text OPERATOR(pg_catalog.=) '{}' \
-             AND objid::pg_catalog.text OPERATOR(pg_catalog.=) '{}' \
-             AND objsubid OPERATOR(pg_catalog.=) {} AND mode OPERATOR(pg_catalog.=) '{mode}')",
-            lock.classid, lock.objid, lock.objsubid
-        );
-        body.push_str(&format!(
-            "n := 0; WHILE {held} LOOP PERFORM pg_catalog.pg_advisory_unlock{suffix}({arguments}); \
-             n := n OPERATOR(pg_catalog.+) 1; END LOOP; \
-             FOR i IN 1..n LOOP IF NOT pg_catalog.pg_try_advisory_lock{suffix}({arguments}) THEN \
-             RAISE EXCEPTION 'advisory lock was taken meanwhile'; END IF; END LOOP; \
-             RAISE INFO 'holdfast: lock held %', n; "
-        ));
-    }
-    Some(format!("DO LANGUAGE plpgsql $holdfast$ {body} END $holdfast$"))
-}
+/// Only while nobody else can take it: every client is held and the server is fenced. To be asked under
+/// `search_path = pg_catalog`. The counts come as INFO messages, for [`read_lock_count`].
+pub const COUNT_LOCKS: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE l record; n int; two boolean; got boolean; a int; b int; \
+    k bigint; BEGIN FOR l IN SELECT classid::bigint AS c, objid::bigint AS o, objsubid AS s, mode AS m \
+    FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() LOOP \
+    two := l.s = 2; k := (l.c << 32) | l.o; \
+    a := ((l.c + 2147483648) % 4294967296 - 2147483648)::int; \
+    b := ((l.o + 2147483648) % 4294967296 - 2147483648)::int; n := 0; \
+    WHILE EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() \
+    AND classid::bigint = l.c AND objid::bigint = l.o AND objsubid = l.s AND mode = l.m) LOOP \
+    IF l.m = 'ShareLock' THEN \
+    IF two THEN PERFORM pg_advisory_unlock_shared(a, b); ELSE PERFORM pg_advisory_unlock_shared(k); END IF; \
+    ELSIF two THEN PERFORM pg_advisory_unlock(a, b); ELSE PERFORM pg_advisory_unlock(k); END IF; \
+    n := n + 1; END LOOP; \
+    FOR i IN 1..n LOOP got := CASE WHEN l.m = 'ShareLock' THEN \
+    CASE WHEN two THEN pg_try_advisory_lock_shared(a, b) ELSE pg_try_advisory_lock_shared(k) END \
+    WHEN two THEN pg_try_advisory_lock(a, b) ELSE pg_try_advisory_lock(k) END; IF NOT got THEN \
+    RAISE EXCEPTION 'advisory lock was taken meanwhile'; END IF; END LOOP; \
+    RAISE INFO 'holdfast: lock % % % % %', l.c, l.o, l.s, l.m, n; END LOOP; END $holdfast$";
 
 /// What Holdfast runs before and after statements of its own in a session whose settings may be in the way.
 pub const PROTECT: &str = "SELECT pg_catalog.set_config('statement_timeout', '0', true), \
@@ -387,9 +409,14 @@ pub const PROTECT: &str = "SELECT pg_catalog.set_config('statement_timeout', '0'
 /// Begins a transaction that no default of the session can delay or refuse, also on a standby.
 pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE";
 
-/// Reads one count from the text of an INFO message of [`count_locks_question`].
-pub fn read_lock_count(message: &str) -> Option<u32> {
-    message.strip_prefix("holdfast: lock held ")?.parse().ok()
+/// Reads one lock and its count from the text of an INFO message of [`COUNT_LOCKS`].
+pub fn read_lock_count(message: &str) -> Option<(AdvisoryLock, u32)> {
+    let mut words = message.strip_prefix("holdfast: lock ")?.split(' ');
+    let mut number = || words.next()?.parse::<u32>().ok();
+    let (classid, objid, objsubid) = (number()?, number()?, u16::try_from(number()?).ok()?);
+    let shared = words.next()? == "ShareLock";
+    let count = words.next()?.parse().ok()?;
+    Some((AdvisoryLock { classid, objid, objsubid, shared }, count))
 }
 
 #[cfg(test)]
@@ -409,7 +436,7 @@ mod tests {
             setval: false,
             facts,
             reference: facts,
-            backend_pid: 7,
+            in_recovery: false,
         }
     }
 
@@ -419,7 +446,9 @@ mod tests {
         let infos: Vec<String> = infos.iter().map(|info| (*info).to_owned()).collect();
         let custom = BTreeSet::new();
         let rows = |at: usize| answers.get(at).map(Vec::as_slice).unwrap_or_default();
-        read(&subject(facts, &custom), rows, &infos).unwrap()
+        let mut captured = read(&subject(facts, &custom), rows, &infos).unwrap();
+        captured.complete(facts, 7);
+        captured
     }
 
     fn codes(captured: &Captured) -> Vec<&'static str> {
@@ -539,8 +568,9 @@ mod tests {
 
     #[test]
     fn counts_of_locks_are_read_from_their_messages() {
-        assert_eq!(read_lock_count("holdfast: lock held 3"), Some(3));
+        let lock = AdvisoryLock { classid: 0, objid: 42, objsubid: 1, shared: true };
+        let message = "holdfast: lock 0 42 1 ShareLock 3";
+        assert_eq!(read_lock_count(message), Some((lock, 3)));
         assert_eq!(read_lock_count("something else"), None);
-        assert_eq!(count_locks_question(&BTreeMap::new()), None);
     }
 }

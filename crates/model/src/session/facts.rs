@@ -43,7 +43,7 @@ pub struct Facts {
     pub setval: bool,
     /// Why values of sequences cannot be restored in this database.
     pub sequences_refused: Option<String>,
-    /// By process id.
+    /// By process id. One that is not there had ended when it was looked for, and its locks with it.
     pub backends: BTreeMap<i32, OfBackend>,
     /// Temporary objects, how many and one of them, by the OID of their schema.
     pub temporary: BTreeMap<u32, (u64, String)>,
@@ -84,7 +84,9 @@ pub const QUESTIONS: [&str; 4] = [
      WHERE locktype = 'advisory' AND granted AND pid IS NOT NULL \
      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL \
      SELECT active_pid::text, slot_name::text, NULL, NULL, 'slot' FROM pg_replication_slots \
-     WHERE temporary AND active_pid IS NOT NULL",
+     WHERE temporary AND active_pid IS NOT NULL UNION ALL \
+     SELECT pid::text, NULL, NULL, NULL, 'alive' FROM pg_stat_activity \
+     WHERE backend_type = 'client backend' AND datname = current_database()",
     "SELECT n.oid::text, count(*)::text, \
      min(regexp_replace(pg_describe_object(d.classid, d.objid, d.objsubid), $$\\mpg_temp_\\d+\\.$$, 'pg_temp.')) \
      FROM pg_namespace n JOIN pg_depend d ON d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid \
@@ -175,9 +177,13 @@ impl Facts {
     fn read_backend(&mut self, row: &Row) -> Result<(), Unreadable> {
         let pid: i32 = text(row, 0)?.parse().map_err(|_| Unreadable("process id"))?;
         let backend = self.backends.entry(pid).or_default();
-        if text(row, 4)? == "slot" {
-            backend.slots.push(text(row, 1)?.to_owned());
-            return Ok(());
+        match text(row, 4)? {
+            "alive" => return Ok(()),
+            "slot" => {
+                backend.slots.push(text(row, 1)?.to_owned());
+                return Ok(());
+            }
+            _ => (),
         }
         let number = |at, what| text(row, at)?.parse::<u32>().map_err(|_| Unreadable(what));
         let lock = AdvisoryLock {
@@ -188,6 +194,17 @@ impl Facts {
         };
         backend.locks.insert(lock, 1);
         Ok(())
+    }
+
+    /// Whether a session that was read by `other` would have been asked and told the same by these: everything but
+    /// what backends hold at the moment.
+    pub fn asks_the_same(&self, other: &Facts) -> bool {
+        let lasting = |facts: &Facts| Facts {
+            backends: BTreeMap::new(),
+            temporary: BTreeMap::new(),
+            ..facts.clone()
+        };
+        lasting(self) == lasting(other)
     }
 
     /// Settings that sessions may change and that the two servers' configurations give otherwise, as
@@ -252,11 +269,23 @@ mod tests {
             row(&["7", "0", "42", "1", "ExclusiveLock"]),
             row(&["8", "s", "", "", "slot"]),
             row(&["7", "0", "42", "1", "ShareLock"]),
+            row(&["9", "", "", "", "alive"]),
         ];
         let facts = Facts::read(&[vec![], vec![], rows.to_vec(), vec![]]).unwrap();
         assert_eq!(facts.backends[&7].locks.len(), 2);
         assert_eq!(facts.backends[&8].slots, ["s"]);
+        assert_eq!(facts.backends[&9], OfBackend::default());
         assert!(Facts::read(&[vec![], vec![row(&["surprise"])], vec![], vec![]]).is_err());
+    }
+
+    #[test]
+    fn what_backends_hold_does_not_change_what_is_asked() {
+        let here = facts(&[row(&["work_mem", "user", "4MB", "configured"])], &[]);
+        let mut later = here.clone();
+        later.temporary.insert(7, (1, "table t".into()));
+        assert!(here.asks_the_same(&later));
+        later.custom.insert("app.x".into());
+        assert!(!here.asks_the_same(&later));
     }
 
     #[test]

@@ -43,29 +43,35 @@ pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase, reference: &Facts) ->
     }
 }
 
-/// The steps that give `currval` and `lastval` their values, on a primary, in a transaction that is rolled back:
-/// what a session remembers of its sequences is not part of it, while the restarted sequence is (`sequence.c`).
+/// The steps that give `currval` and `lastval` their values, on a primary, each group in a transaction that is
+/// rolled back: what a session remembers of its sequences is not part of it, while the restarted sequence is
+/// (`sequence.c`). One sequence a transaction, so that sessions cannot lock each other out in a circle.
 /// `setval` leaves `lastval` alone, so the sequence that was used last comes last, by `nextval`.
-pub fn sequence_steps(to: &Snapshot) -> Vec<Step> {
+pub fn sequence_steps(to: &Snapshot) -> Vec<[Step; 2]> {
     let last =
         to.last_value.and_then(|last| to.sequences.iter().find(|(_, value)| **value == last));
+    let last_name = last.map(|(name, _)| name);
     let run = |what: &str, sql: String| Step::Run {
         what: format!("the value of {what}"),
         sql,
         params: Vec::new(),
     };
-    let mut steps = Vec::new();
-    for (name, value) in to.sequences.iter().filter(|(name, _)| Some(*name) != last.map(|l| l.0)) {
+    let others = to.sequences.iter().filter(|(name, _)| Some(*name) != last_name);
+    let by_setval = others.map(|(name, value)| {
         let literal = sql::quote_literal(name);
-        steps.push(run(name, format!("ALTER SEQUENCE {name} RESTART")));
-        steps.push(run(name, format!("SELECT pg_catalog.setval({literal}, {value})")));
-    }
-    if let Some((name, value)) = last {
+        [
+            run(name, format!("ALTER SEQUENCE {name} RESTART")),
+            run(name, format!("SELECT pg_catalog.setval({literal}, {value})")),
+        ]
+    });
+    let by_nextval = last.map(|(name, value)| {
         let literal = sql::quote_literal(name);
-        steps.push(run(name, format!("ALTER SEQUENCE {name} RESTART {value}")));
-        steps.push(run(name, format!("SELECT pg_catalog.nextval({literal})")));
-    }
-    steps
+        [
+            run(name, format!("ALTER SEQUENCE {name} RESTART {value}")),
+            run(name, format!("SELECT pg_catalog.nextval({literal})")),
+        ]
+    });
+    by_setval.chain(by_nextval).collect()
 }
 
 fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
@@ -240,6 +246,7 @@ mod tests {
         to.sequences.insert("public.b".into(), 9);
         let shown: Vec<String> = sequence_steps(&to)
             .into_iter()
+            .flatten()
             .map(|step| match step {
                 Step::Run { sql, .. } => sql,
                 other => panic!("{other:?}"),
