@@ -229,9 +229,11 @@ async fn sessions(
     Extract(state): Extract<State>,
     Path(app): Path<String>,
     Query(query): Query<BTreeMap<String, String>>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     state.control.application(&app)?;
     if query.get("pinned").is_some_and(|value| value != "false") {
+        authorize(&state, &headers)?;
         // Asks every session's server, as a switchover would.
         let report = state.control.order(model::barrier::Order::Inspect { app }).await;
         return Ok(Json(report).into_response());

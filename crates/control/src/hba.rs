@@ -26,7 +26,11 @@ pub fn fenced(text: &str, admin: &str) -> Option<String> {
         if databases.split(',').any(|name| name == "replication") {
             out.push_str(&format!("{kind} replication {users} {rest}\n"));
         }
-        let admits = users.split(',').any(|name| name == "all" || name.trim_matches('"') == admin);
+        // Whether Holdfast's role is in a group is the server's to know. Locking it out would be worse than
+        // naming it where it was not.
+        let admits = users
+            .split(',')
+            .any(|name| name == "all" || name.starts_with('+') || name.trim_matches('"') == admin);
         if admits && databases != "replication" {
             out.push_str(&format!("{kind} {databases} \"{admin}\" {rest}\n"));
         }
@@ -46,6 +50,7 @@ local   all             all                                     peer
 host    all             all             127.0.0.1/32            trust # why
 host    shop            app,admin       10.0.0.0/8              scram-sha-256
 host    shop            app             10.0.0.0/8              scram-sha-256
+host    shop            +dba            10.1.0.0/8              cert
 local   replication     all                                     trust
 host    replication     repl            0.0.0.0/0               scram-sha-256
 ";
@@ -54,6 +59,7 @@ host    replication     repl            0.0.0.0/0               scram-sha-256
 local all \"admin\" peer
 host all \"admin\" 127.0.0.1/32 trust
 host shop \"admin\" 10.0.0.0/8 scram-sha-256
+host shop \"admin\" 10.1.0.0/8 cert
 local replication all trust
 host replication repl 0.0.0.0/0 scram-sha-256
 "

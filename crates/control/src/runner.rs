@@ -12,7 +12,7 @@ use model::switchover::{Ending, Next, OnTimeout, Outcome, Stage, next, resume};
 use serde::{Deserialize, Serialize};
 use store::Store;
 use thiserror::Error;
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, MutexGuard, oneshot};
 
 use crate::config::{AppServers, ControlConfig};
 use crate::records::{self, RecordError};
@@ -85,7 +85,7 @@ pub struct Control {
     store: Arc<dyn Store>,
     proxies: Proxies,
     /// One execution an application at a time; the store says so as well, across processes.
-    running: Mutex<()>,
+    running: BTreeMap<String, Mutex<()>>,
 }
 
 pub(crate) fn now_ms() -> u64 {
@@ -116,7 +116,8 @@ impl Control {
                 }
             }
         }
-        Ok(Arc::new(Control { config, store, proxies, running: Mutex::default() }))
+        let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
+        Ok(Arc::new(Control { config, store, proxies, running }))
     }
 
     /// The active cell of each application.
@@ -173,6 +174,17 @@ impl Control {
             return gone();
         }
         rx.await.unwrap_or_else(|_| gone())
+    }
+
+    /// Whoever holds this may change the application.
+    fn take(&self, app: &str) -> Result<MutexGuard<'_, ()>, ControlError> {
+        self.servers(app)?;
+        let taken = self.running.get(app).and_then(|running| running.try_lock().ok());
+        taken.ok_or_else(|| {
+            let application = records::application(&*self.store, app);
+            let id = application.ok().and_then(|seen| seen.application.execution).unwrap_or(0);
+            ControlError::UnderWay { app: app.into(), id }
+        })
     }
 
     fn check(
@@ -250,7 +262,7 @@ impl Control {
         app: &str,
         request: SwitchoverRequest,
     ) -> Result<Execution, ControlError> {
-        let _running = self.running.lock().await;
+        let _taken = self.take(app)?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
         let last =
@@ -288,7 +300,7 @@ impl Control {
     /// # Errors
     /// There is none, or it does not stand still.
     pub async fn retry(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
-        let _running = self.running.lock().await;
+        let _taken = self.take(app)?;
         let mut execution = self.execution(app, id)?;
         let seen = records::application(&*self.store, app)?;
         let stage = match execution.ending {
@@ -312,8 +324,8 @@ impl Control {
     /// # Errors
     /// The store cannot be read or written.
     pub async fn recover(&self) -> Result<(), ControlError> {
-        let _running = self.running.lock().await;
         for app in self.config.apps.keys() {
+            let _taken = self.take(app)?;
             let application = records::application(&*self.store, app)?.application;
             let Some(id) = application.execution else { continue };
             let execution = self.execution(app, id)?;
@@ -352,7 +364,15 @@ impl Control {
             self.end(&mut execution, stage, outcome, text, took, after)?;
             match after {
                 Next::Go(next) => stage = next,
-                Next::End(_) => return Ok(execution),
+                Next::End(ending) => {
+                    if ending == Ending::Stuck {
+                        // Clients are not left waiting for a person.
+                        let app = execution.app.clone();
+                        let report = self.order(Order::GiveUp { app }).await;
+                        tracing::warn!(app = execution.app, told = report.told, "sessions ended");
+                    }
+                    return Ok(execution);
+                }
             }
         }
     }

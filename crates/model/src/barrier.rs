@@ -76,6 +76,8 @@ pub enum Order {
     Attach { app: String, to: String },
     /// Let every held session go on, and new logins to `to`.
     Release { app: String, to: String },
+    /// Tell and end every held session: there is no server for them, and no telling when there will be.
+    GiveUp { app: String },
     /// End the connections that moved sessions have left behind, little by little: they are in nobody's way.
     Retire { app: String },
 }

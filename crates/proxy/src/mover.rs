@@ -103,6 +103,7 @@ impl Mover {
             Order::CountLocks { app } => self.count_locks(&app),
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to } => self.release(&app, &to).await,
+            Order::GiveUp { app } => self.give_up(&app).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
         };
         result.unwrap_or_else(|error| Report { error: Some(error), ..Report::default() })
@@ -359,6 +360,27 @@ impl Mover {
         Ok(report)
     }
 
+    /// Tells and ends every held session. The gate stays closed, so new logins wait for their own deadline.
+    async fn give_up(&mut self, app: &str) -> Result<Report, String> {
+        let app = self.app(app)?;
+        app.forget();
+        let mut holding = self.holdings.remove(&app.name).unwrap_or_default();
+        let lost = holding.settle().await?;
+        let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
+        self.end_lost(lost, &mut report);
+        for held in holding.sessions {
+            report.told += 1;
+            let reasons = [Reason::Failed { error: String::new() }];
+            self.shared.metrics.count_move("failed", &reasons);
+            held.session.tell_and_end(&no_server());
+        }
+        // Those that came to a safe point only since then stand on the old server, which is fenced.
+        for engine in &self.shared.engines {
+            engine.send(Command::End(Want::App(app.clone()), no_server()));
+        }
+        Ok(report)
+    }
+
     /// Ends the connections that moved sessions have left behind.
     async fn retire(&mut self, app: &str) -> Report {
         let mut retired = self.retired.remove(app).unwrap_or_default();
@@ -476,6 +498,12 @@ fn forced(why: &str) -> backend::Report {
     )
     .detail(format!("the session could not be moved to another server: {why}"))
     .hint("connect again; the session's temporary state is lost")
+}
+
+fn no_server() -> backend::Report {
+    backend::Report::fatal(SqlState::CANNOT_CONNECT_NOW, "no server takes work at the moment")
+        .detail("a switchover stands still after its point of no return")
+        .hint("connect again later; whoever runs the databases sees why in `holdfast executions`")
 }
 
 fn lost() -> backend::Report {

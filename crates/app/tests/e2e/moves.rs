@@ -5,7 +5,7 @@ use std::time::Duration;
 use wire::backend::TxStatus;
 use wire::frontend;
 
-use crate::support::{Installation, extended, login, run, shown, value};
+use crate::support::{Installation, extended, last_words, login, run, shown, value};
 
 /// Each kind of state: how it is set up, how it is looked at, and what must be seen there for ever.
 const KINDS: &[(&str, &[&str], &str)] = &[
@@ -256,6 +256,60 @@ async fn a_session_that_loses_its_server_while_it_is_held_is_in_nobodys_way() {
     assert_eq!(value(&mut busy, "SELECT pg_is_in_recovery()").await, "f");
     assert!(held.query("SELECT 1").await.is_err());
     assert!(locker.query("SELECT 1").await.is_err());
+}
+
+/// The target cannot write its new timeline, so it ends while it is promoted. Clients are told at once; once the
+/// target is well again, the switchover goes on from where it stood.
+#[tokio::test]
+async fn a_target_that_cannot_be_promoted_leaves_nobody_waiting() {
+    let installation = Installation::start("stuck");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE TABLE t (n int); INSERT INTO t VALUES (1)").await;
+    let history = installation.dir.join("b/pg_wal/00000002.history");
+    // A directory of that name can be neither written nor replaced by a file.
+    std::fs::create_dir(&history).unwrap();
+    std::fs::write(history.join("x"), "").unwrap();
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    let text = shown(&output);
+    assert!(!output.status.success(), "{text}");
+    assert!(text.contains("stuck"), "{text}");
+    let told = last_words(&mut session).await;
+    assert_eq!(told.0, Some(wire::sqlstate::SqlState::CANNOT_CONNECT_NOW), "{}", told.1);
+    // The old server is fenced: what it has is what the new one will have.
+    std::fs::remove_dir_all(&history).unwrap();
+    installation.start_server("b").await;
+    let output = installation.holdfast(&["retry", "1"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    let mut session = installation.connect().await;
+    assert_eq!(value(&mut session, "SELECT n FROM t").await, "1");
+}
+
+/// A second switchover of the same application is refused, not queued.
+#[tokio::test]
+async fn a_second_switchover_is_refused_while_one_is_under_way() {
+    let installation = Installation::start("second");
+    let mut busy = installation.connect().await;
+    run(&mut busy, "BEGIN; SELECT 1").await;
+    let api = installation.facts.api.clone();
+    let first = std::thread::spawn(move || {
+        std::process::Command::new(crate::support::HOLDFAST)
+            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
+            .output()
+            .unwrap()
+    });
+    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let second = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(
+        shown(&second).contains("execution 1 is changing application `shop`"),
+        "{}",
+        shown(&second)
+    );
+    run(&mut busy, "COMMIT").await;
+    let first = first.join().unwrap();
+    assert!(first.status.success(), "{}", shown(&first));
 }
 
 /// Settings that only the servers' own files give: the session keeps what it has seen, the server its own.

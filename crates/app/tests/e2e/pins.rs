@@ -1,11 +1,10 @@
 //! What cannot be carried pins: the switchover is given up with a reason, and the session is as it was. By force
 //! it is told.
 
-use pg::Connection;
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::support::{Installation, connect, extended, run, shown, value};
+use crate::support::{Installation, connect, extended, last_words, run, shown, value};
 
 /// How a session is pinned, a word of the reason, and a look that must work as before after a switchover that
 /// was given up.
@@ -91,18 +90,6 @@ async fn a_pinned_session_is_told_by_force_and_the_others_move() {
     let told = last_words(&mut pinned).await;
     assert_eq!(told.0, Some(SqlState::ADMIN_SHUTDOWN));
     assert!(told.1.contains("temporary objects, such as `table pg_temp.mine"), "{}", told.1);
-}
-
-/// The error that ends a connection: its code and its detail.
-async fn last_words(connection: &mut Connection) -> (Option<SqlState>, String) {
-    let message = connection.receive().await.unwrap();
-    match message.view().unwrap() {
-        wire::backend::Backend::Error(fields) => (
-            fields.sqlstate(),
-            String::from_utf8_lossy(fields.field(b'D').unwrap_or_default()).into_owned(),
-        ),
-        other => panic!("{other:?}"),
-    }
 }
 
 #[tokio::test]

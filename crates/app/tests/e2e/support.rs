@@ -107,6 +107,18 @@ impl Installation {
         connect(self.facts.servers[cell], "postgres", None).await.unwrap()
     }
 
+    /// Starts a server that is ending or has ended.
+    pub(crate) async fn start_server(&self, cell: &str) {
+        let bin_dir = pg::instance::find_bin_dir().unwrap();
+        let mut instance = pg::instance::Instance::of(&bin_dir, &self.dir.join(cell)).unwrap();
+        instance.options = vec![
+            format!("-p {}", self.facts.servers[cell]),
+            format!("-c unix_socket_directories={}", self.dir.join("sockets").display()),
+        ];
+        wait_until("the server's end", || !instance.is_running());
+        instance.start(START_MAX).await.unwrap();
+    }
+
     pub(crate) fn config(&self) -> PathBuf {
         self.dir.join("holdfast.toml")
     }
@@ -224,4 +236,18 @@ pub(crate) async fn extended(connection: &mut Connection, messages: &[u8]) -> Ve
         .into_iter()
         .map(|a| a.rows.into_iter().next().and_then(|row| row.into_iter().next()).flatten())
         .collect()
+}
+
+/// The error that ends a connection: its code and its detail.
+pub(crate) async fn last_words(
+    connection: &mut Connection,
+) -> (Option<wire::sqlstate::SqlState>, String) {
+    let message = connection.receive().await.unwrap();
+    match message.view().unwrap() {
+        wire::backend::Backend::Error(fields) => (
+            fields.sqlstate(),
+            String::from_utf8_lossy(fields.field(b'D').unwrap_or_default()).into_owned(),
+        ),
+        other => panic!("{other:?}"),
+    }
 }
