@@ -44,7 +44,7 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::CatchUp => catch_up(execution, to).await,
         // The grant is the transaction that records the begin of this stage; if it is written, it is given.
         Stage::Grant => Ok(format!("epoch {} is `{}`'s", execution.epoch.next(), execution.to)),
-        Stage::Promote => promote(to).await,
+        Stage::Promote => promote(control, execution, to).await,
         Stage::Attach => attach(control, execution).await,
         Stage::Release => release(control, execution, &execution.to).await,
         Stage::Rejoin => {
@@ -282,7 +282,6 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
         }
         tokio::time::sleep(POLL).await;
     }
-    reported(control.order(Order::CountLocks { app: execution.app.clone() }).await)?;
     // A record that is written and flushed: whatever was written before it is flushed, too.
     old.rows("SELECT pg_logical_emit_message(true, 'holdfast', 'fenced')").await.map_err(chain)?;
     let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;
@@ -348,7 +347,9 @@ async fn catch_up(execution: &Execution, to: &CellServer) -> Done {
     }
 }
 
-async fn promote(to: &CellServer) -> Done {
+async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> Done {
+    // While the target is promoted, which is mostly waiting. Who loses locks by it is told, before the grant or after.
+    reported(control.order(Order::CountLocks { app: execution.app.clone() }).await)?;
     let mut new = admin(to).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;

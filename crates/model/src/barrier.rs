@@ -72,7 +72,8 @@ pub enum Order {
     /// Begin to count how often each held session holds its advisory locks. The server must be fenced. `Attach`
     /// and `Release` wait for the end of it.
     CountLocks { app: String },
-    /// Attach every held session to `to` and prove that it is the same.
+    /// Attach every held session to `to` and prove that it is the same. A session goes on as soon as it is
+    /// attached, once all stand there that hold locks or listen: what they have is nobody else's.
     Attach { app: String, to: String },
     /// Let every held session go on, and new logins to `to`.
     Release { app: String, to: String },

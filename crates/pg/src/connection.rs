@@ -6,7 +6,7 @@ use std::io;
 use thiserror::Error;
 use wire::Malformed;
 use wire::backend::{Backend, TxStatus};
-use wire::frame::{self, FrameError, Side};
+use wire::frame::{self, FrameError, HEADER_LEN, Side};
 use wire::frontend::{self, Target};
 use wire::sqlstate::SqlState;
 
@@ -133,19 +133,31 @@ impl Connection {
     /// # Errors
     /// The connection is lost or does not carry the protocol.
     pub async fn receive(&mut self) -> Result<Message, QueryError> {
+        let (tag, len) = self.arrived().await?;
+        let body = self.buffer.get(self.at + HEADER_LEN..self.at + len).unwrap_or_default();
+        let message = Message { tag, body: body.to_vec() };
+        self.pass(len);
+        self.note(&message)?;
+        Ok(message)
+    }
+
+    /// Goes on behind a message of `len` bytes.
+    fn pass(&mut self, len: usize) {
+        self.at += len;
+        if self.at == self.buffer.len() {
+            self.buffer.clear();
+            self.at = 0;
+        }
+    }
+
+    /// Waits until the next message is here as a whole; gives its tag, and its length with its header.
+    async fn arrived(&mut self) -> Result<(u8, usize), QueryError> {
         loop {
             let rest = self.buffer.get(self.at..).unwrap_or_default();
-            if let Some((tag, body, len)) =
+            if let Some((tag, _, len)) =
                 frame::whole(Side::Backend, rest).map_err(QueryError::Frame)?
             {
-                let message = Message { tag, body: body.to_vec() };
-                self.at += len;
-                if self.at == self.buffer.len() {
-                    self.buffer.clear();
-                    self.at = 0;
-                }
-                self.note(&message)?;
-                return Ok(message);
+                return Ok((tag, len));
             }
             if rest.len() > MESSAGE_LEN_MAX {
                 return Err(QueryError::TooLong);
@@ -223,14 +235,35 @@ impl Connection {
     /// # Errors
     /// As [`Connection::query`].
     pub async fn answers(&mut self) -> Result<Vec<Answer>, QueryError> {
+        self.answers_of(|_, _| true).await
+    }
+
+    /// As [`Connection::answers`], with those rows only for which `wanted` says so, by the number of their answer
+    /// and their values.
+    ///
+    /// # Errors
+    /// As [`Connection::query`].
+    pub async fn answers_of(
+        &mut self,
+        wanted: impl Fn(usize, &[Option<&[u8]>]) -> bool,
+    ) -> Result<Vec<Answer>, QueryError> {
         let (mut answers, mut current, mut error) = (Vec::new(), Answer::default(), None);
         loop {
-            let message = self.receive().await?;
-            match message.view()? {
-                Backend::DataRow(values) => {
+            let (tag, len) = self.arrived().await?;
+            if tag == b'D' {
+                // Rows are most of what comes, so they are looked at where they lie.
+                let body = self.buffer.get(self.at + HEADER_LEN..self.at + len).unwrap_or_default();
+                if let Backend::DataRow(values) = view(tag, body)?
+                    && wanted(answers.len(), &values)
+                {
                     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
                     current.rows.push(values.into_iter().map(|value| value.map(text)).collect());
                 }
+                self.pass(len);
+                continue;
+            }
+            let message = self.receive().await?;
+            match message.view()? {
                 Backend::CommandComplete { tag } => {
                     current.tag = String::from_utf8_lossy(tag).into_owned();
                     answers.push(std::mem::take(&mut current));

@@ -212,7 +212,12 @@ async fn capture_on(
         Connection::add_statement(&mut out, STATEMENT_NAME, question, &params);
     }
     frontend::sync(&mut out);
-    let answers = match exchange(connection, &out).await {
+    let ask = async {
+        connection.send(&out).await?;
+        connection.answers_of(|answer, row| capture::matters(subject, answer, row)).await
+    };
+    let answers = timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)));
+    let answers = match answers {
         Ok(answers) => answers,
         Err(error) => {
             roll_back(connection).await?;

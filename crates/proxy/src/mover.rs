@@ -48,6 +48,14 @@ enum Read {
     Ready(Snapshot),
 }
 
+impl Read {
+    /// Other sessions can see whether it stands: they would get its locks, or wake nobody.
+    fn is_seen_by_others(&self) -> bool {
+        matches!(self, Read::Ready(snapshot)
+            if !(snapshot.locks.is_empty() && snapshot.channels.is_empty()))
+    }
+}
+
 /// A held session that something is done with, and how that went.
 type AtWork = JoinSet<(Held, Result<(), Reason>)>;
 
@@ -59,6 +67,8 @@ struct Holding {
     /// The cell that they stand on, and their databases.
     from: Option<Arc<Cell>>,
     databases: BTreeSet<String>,
+    /// How long those were held that go on, in milliseconds.
+    pauses: Vec<f64>,
     /// Sessions that are being read, or whose locks are being counted, while other things go on.
     at_work: AtWork,
 }
@@ -168,7 +178,7 @@ impl Mover {
             }
             holding.incoming = Some(incoming);
         }
-        let Holding { sessions: held, incoming, at_work, from, databases } = holding;
+        let Holding { sessions: held, incoming, at_work, from, databases, .. } = holding;
         let places = Arc::new(Semaphore::new(self.shared.config.limits.moves_at_once));
         while held.len() + at_work.len() < app.sessions.load(Ordering::SeqCst)
             && Instant::now() < deadline
@@ -331,31 +341,58 @@ impl Mover {
         let mut report = Report { sessions: count(held.len() + lost.len()), ..Report::default() };
         self.end_lost(lost, &mut report);
         let holding = self.holdings.entry(app.name.clone()).or_default();
-        let attached = each(held, self.shared.config.limits.moves_at_once, |mut held| {
-            let (app, cell) = (app.clone(), cell.clone());
-            async move {
-                let result = attach_one(&mut held, &app, cell).await;
-                (held, result)
-            }
-        });
+        let attach = |held: Vec<Held>| {
+            each(held, self.shared.config.limits.moves_at_once, |mut held| {
+                let (app, cell) = (app.clone(), cell.clone());
+                async move {
+                    let result = attach_one(&mut held, &app, cell).await;
+                    (held, result)
+                }
+            })
+        };
         let retired = self.retired.entry(app.name.clone()).or_default();
-        for (held, result) in all(attached).await? {
+        let (first, then): (Vec<Held>, Vec<Held>) =
+            held.into_iter().partition(|held| held.read.is_seen_by_others());
+        let mut failed = Vec::new();
+        for (held, result) in all(attach(first)).await? {
+            match result {
+                Ok(old) => {
+                    retired.push(old);
+                    holding.sessions.push(held);
+                }
+                Err(reason) => failed.push((held, reason)),
+            }
+        }
+        for engine in &self.shared.engines {
+            engine.send(Command::Unwant(Want::App(app.clone())));
+        }
+        report.done += count(holding.sessions.len());
+        for held in holding.sessions.drain(..) {
+            self.shared.go_on(held.session, &mut holding.pauses);
+        }
+        let mut attaching = attach(then);
+        while let Some(attached) = attaching.join_next().await {
+            let (held, result) =
+                attached.map_err(|error| format!("attaching a session broke off: {error}"))?;
             match result {
                 Ok(old) => {
                     retired.push(old);
                     report.done += 1;
-                    self.shared.metrics.count_move("moved", &[]);
-                    holding.sessions.push(held);
+                    self.shared.go_on(held.session, &mut holding.pauses);
                 }
-                Err(reason) => {
-                    report.told += 1;
-                    let reasons = vec![reason];
-                    self.shared.metrics.count_move("failed", &reasons);
-                    let why = reasons.iter().map(Reason::to_string).collect::<Vec<_>>().join("; ");
-                    report.blockers.push(Blocker { session: held.session.named(), reasons });
-                    held.session.tell_and_end(&forced(&why));
-                }
+                Err(reason) => failed.push((held, reason)),
             }
+        }
+        for _ in 0..report.done {
+            self.shared.metrics.count_move("moved", &[]);
+        }
+        for (held, reason) in failed {
+            report.told += 1;
+            let reasons = vec![reason];
+            self.shared.metrics.count_move("failed", &reasons);
+            let why = reasons.iter().map(Reason::to_string).collect::<Vec<_>>().join("; ");
+            report.blockers.push(Blocker { session: held.session.named(), reasons });
+            held.session.tell_and_end(&forced(&why));
         }
         Ok(report)
     }
@@ -406,7 +443,6 @@ impl Mover {
         for engine in &self.shared.engines {
             engine.send(Command::Unwant(Want::App(app.clone())));
         }
-        let mut pauses = Vec::new();
         let lost = holding.settle().await?;
         let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
         self.end_lost(lost, &mut report);
@@ -420,21 +456,17 @@ impl Mover {
                 holding.sessions.push(Held { session, read: Read::Not });
             }
         }
-        for mut held in holding.sessions {
+        for held in std::mem::take(&mut holding.sessions) {
             if held.session.cell.name != cell.name {
                 report.told += 1;
                 held.session.tell_and_end(&forced("it came to a safe point only after the switch"));
                 continue;
             }
-            if let Some(since) = held.session.held_since.take() {
-                let pause = since.elapsed();
-                self.shared.metrics.count_pause(pause);
-                pauses.push(pause.as_secs_f64() * 1_000.0);
-            }
-            report.done += 1;
-            self.shared.give(held.session);
+            self.shared.go_on(held.session, &mut holding.pauses);
         }
-        report.pauses = Pauses::of(pauses);
+        report.done = count(holding.pauses.len());
+        report.sessions = report.sessions.max(report.done);
+        report.pauses = Pauses::of(holding.pauses);
         Ok(report)
     }
 }

@@ -107,6 +107,16 @@ impl Shared {
         }
     }
 
+    /// A session that was held goes on.
+    pub(crate) fn go_on(&self, mut session: Box<Session>, pauses: &mut Vec<f64>) {
+        if let Some(since) = session.held_since.take() {
+            let pause = since.elapsed();
+            self.metrics.count_pause(pause);
+            pauses.push(pause.as_secs_f64() * 1_000.0);
+        }
+        self.give(session);
+    }
+
     pub(crate) fn session_of_key(
         &self,
         pid: i32,

@@ -221,13 +221,22 @@ pub(crate) fn print_execution(execution: &Execution) {
     if let Some(reason) = &execution.reason {
         println!("reason: {reason}");
     }
+    // A stage is shown when it has ended; the last one also while it runs.
+    let last = execution.log.len().saturating_sub(1);
+    let shown = |at: usize, event| event != LogEvent::Started || at == last;
     let rows: Vec<Vec<String>> = execution
         .log
         .iter()
-        .filter(|entry| entry.event != LogEvent::Started)
+        .enumerate()
+        .filter(|(at, entry)| shown(*at, entry.event))
+        .map(|(_, entry)| entry)
         .map(|entry| {
             let took = entry.took_ms.map_or(String::new(), |ms| format!("{ms:.1} ms"));
-            let event = if entry.event == LogEvent::Done { "done" } else { "failed" };
+            let event = match entry.event {
+                LogEvent::Started => "runs",
+                LogEvent::Done => "done",
+                LogEvent::Failed => "failed",
+            };
             vec![entry.stage.to_string(), event.into(), took, entry.text.clone()]
         })
         .collect();

@@ -236,7 +236,7 @@ async fn a_session_that_loses_its_server_while_it_is_held_is_in_nobodys_way() {
             .output()
             .unwrap()
     });
-    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold") {
+    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     // They are read as soon as they are held; then nothing is asked of them for a while.
@@ -297,7 +297,7 @@ async fn a_second_switchover_is_refused_while_one_is_under_way() {
             .output()
             .unwrap()
     });
-    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold") {
+    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let second = installation.holdfast(&["switchover", "shop", "--to", "b"]);

@@ -235,6 +235,19 @@ impl Captured {
 #[error("the server's answer to a capture has no {0}")]
 pub struct Unreadable(pub(super) &'static str);
 
+/// Whether a row of an answer to [`questions`] says anything: most settings are as they are configured, and there
+/// are hundreds of them.
+pub fn matters(subject: &Subject<'_>, answer: usize, row: &[Option<&[u8]>]) -> bool {
+    if answer != ANSWER_SETTINGS {
+        return true;
+    }
+    let cell = |at: usize| row.get(at).copied().flatten().unwrap_or_default();
+    let Ok(name) = std::str::from_utf8(cell(0)) else { return true };
+    let configured = subject.reference.configured.get(name);
+    !subject.facts.fixed.contains(name)
+        && configured.is_none_or(|configured| configured.value.as_bytes() != cell(1))
+}
+
 /// Reads the answers to [`questions`], and the INFO messages that came with them.
 ///
 /// # Errors
@@ -497,6 +510,24 @@ mod tests {
         assert_eq!((snapshot.role.as_str(), snapshot.session_user.as_str()), ("none", "app"));
         assert_eq!(snapshot.sequences["public.\"odd name\""], 5);
         assert_eq!(snapshot.last_value, Some(5));
+    }
+
+    #[test]
+    fn rows_that_say_what_is_configured_do_not_matter() {
+        let mut facts = Facts::default();
+        let configured = Configured { value: "4MB".into(), superuser: false };
+        facts.configured.insert("work_mem".into(), configured);
+        facts.fixed.insert("port".into());
+        let custom = BTreeSet::new();
+        let subject = subject(&facts, &custom);
+        let matters = |answer, name: &str, value: &str| {
+            matters(&subject, answer, &[Some(name.as_bytes()), Some(value.as_bytes()), None])
+        };
+        assert!(!matters(ANSWER_SETTINGS, "work_mem", "4MB"));
+        assert!(!matters(ANSWER_SETTINGS, "port", "5432"));
+        assert!(matters(ANSWER_SETTINGS, "work_mem", "8MB"));
+        assert!(matters(ANSWER_SETTINGS, "geqo", "on"));
+        assert!(matters(ANSWER_STATE, "work_mem", "4MB"));
     }
 
     #[test]

@@ -199,12 +199,24 @@ impl Facts {
     /// Whether a session that was read by `other` would have been asked and told the same by these: everything but
     /// what backends hold at the moment.
     pub fn asks_the_same(&self, other: &Facts) -> bool {
-        let lasting = |facts: &Facts| Facts {
-            backends: BTreeMap::new(),
-            temporary: BTreeMap::new(),
-            ..facts.clone()
-        };
-        lasting(self) == lasting(other)
+        let Facts {
+            configured,
+            fixed,
+            custom,
+            pins,
+            origins,
+            setval,
+            sequences_refused,
+            backends: _,
+            temporary: _,
+        } = self;
+        *configured == other.configured
+            && *fixed == other.fixed
+            && *custom == other.custom
+            && *pins == other.pins
+            && *origins == other.origins
+            && *setval == other.setval
+            && *sequences_refused == other.sequences_refused
     }
 
     /// Settings that sessions may change and that the two servers' configurations give otherwise, as
