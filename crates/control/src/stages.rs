@@ -456,6 +456,9 @@ async fn rejoin(from: &CellServer, to: &CellServer) -> Done {
 
 /// Copies the new primary in place of the old data, which is kept aside until the copy is whole.
 async fn clone_anew(instance: &Instance, conninfo: &str) -> Result<(), String> {
+    if !instance.has("pg_basebackup") {
+        return Err(format!("`{}` has no pg_basebackup", instance.bin_dir.display()));
+    }
     let aside = instance.data_dir.with_extension("holdfast-old");
     let io = |error: std::io::Error| format!("`{}`: {error}", instance.data_dir.display());
     if aside.exists() {

@@ -91,6 +91,11 @@ impl Instance {
         })
     }
 
+    /// Whether the distribution has this program; those for embedding have only the server.
+    pub fn has(&self, program: &str) -> bool {
+        self.bin_dir.join(program).exists()
+    }
+
     /// Runs one of the server's programs to its end.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
 mod bench;
+mod majors;
 mod regress;
 mod setup;
 
@@ -14,6 +15,7 @@ cargo xtask test [FILTER]  install what is missing, check format and lints, and 
 cargo xtask check          format, lints and documentation only
 cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause
 cargo xtask regress        PostgreSQL's own regression suite, direct and through the proxy
+cargo xtask majors [MAJOR] the tests of moves and pins on PostgreSQL 16, 17 and 18, which it fetches
 cargo xtask setup          only install what is missing";
 
 pub(crate) type Done = Result<(), String>;
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         Some("test") => test(rest),
         Some("check") => check(),
         Some("bench") => bench::run(rest),
+        Some("majors") => majors::run(rest),
         Some("regress") => regress::run(),
         Some("setup") => setup::servers().and_then(|()| setup::drivers()),
         _ => {

@@ -145,7 +145,12 @@ impl Demo {
             "copying it to cell {} (standby, port {})",
             CELLS[1], self.ports[1]
         ));
-        standby.clone_from(&conninfo(self.ports[0])).await.map_err(|e| chain(&e))?;
+        let conninfo = conninfo(self.ports[0]);
+        if standby.has("pg_basebackup") {
+            standby.clone_from(&conninfo).await.map_err(|e| chain(&e))?;
+        } else {
+            copy_stopped(primary, standby, &conninfo).await?;
+        }
         standby.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
         step.end();
         let step = Progress::begin("starting proxy and control");
@@ -262,6 +267,23 @@ impl std::fmt::Display for Dsn {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "host=127.0.0.1 port={} user={SUPERUSER} dbname=postgres", self.port)
     }
+}
+
+/// Copies a server of a distribution that has no pg_basebackup: while it stands still.
+async fn copy_stopped(from: &Instance, to: &Instance, conninfo: &str) -> Result<(), String> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    from.stop("fast", LIMIT).await.map_err(|e| chain(&e))?;
+    let copied = tokio::process::Command::new("cp")
+        .args(["-aT", "--"])
+        .args([&from.data_dir, &to.data_dir])
+        .status()
+        .await
+        .map_err(|e| format!("cp: {e}"))?;
+    if !copied.success() {
+        return Err(format!("copying `{}` failed: {copied}", from.data_dir.display()));
+    }
+    to.make_standby(conninfo).map_err(|e| chain(&e))?;
+    from.start(LIMIT).await.map_err(|e| chain(&e))
 }
 
 /// A port that nobody listens on, and that no outgoing connection takes before the server does: below the range

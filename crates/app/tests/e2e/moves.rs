@@ -5,7 +5,9 @@ use std::time::Duration;
 use wire::backend::TxStatus;
 use wire::frontend;
 
-use crate::support::{Installation, extended, last_words, login, run, shown, value};
+use crate::support::{
+    Installation, extended, last_words, login, run, shown, there_and_back, value,
+};
 
 /// Each kind of state: how it is set up, how it is looked at, and what must be seen there for ever.
 const KINDS: &[(&str, &[&str], &str)] = &[
@@ -153,7 +155,7 @@ async fn every_kind_of_carried_state_is_the_same_there_and_back() {
         let before = value(&mut session, look).await;
         sessions.push((name, look, before, session));
     }
-    for cell in ["b", "a"] {
+    for cell in there_and_back() {
         let text = installation.switch_to(cell);
         assert!(
             text.contains(&format!("{} of {} sessions moved", KINDS.len(), KINDS.len())),
@@ -178,7 +180,7 @@ async fn values_of_sequences_move_and_the_sequences_stay() {
     // Only a value by setval: lastval has none and must have none afterwards.
     let mut set = installation.connect().await;
     run(&mut set, "SELECT setval('d', 7)").await;
-    for cell in ["b", "a"] {
+    for cell in there_and_back() {
         installation.switch_to(cell);
         let look = "SELECT concat_ws(' ', currval('s'), currval('only_set'), lastval())";
         assert_eq!(value(&mut session, look).await, "500 42 500", "on {cell}");
@@ -186,9 +188,12 @@ async fn values_of_sequences_move_and_the_sequences_stay() {
         assert_eq!(value(&mut set, "SELECT currval('d')").await, "7", "on {cell}");
         assert!(set.value("SELECT lastval()").await.is_err(), "on {cell}");
     }
-    assert_eq!(value(&mut session, "SELECT last_value FROM s").await, "502");
-    assert_eq!(value(&mut session, "SELECT nextval('s')").await, "503");
-    assert_eq!(value(&mut session, "SELECT nextval('only_set')").await, "43");
+    // A promotion by itself lets a sequence skip what was logged ahead (`SEQ_LOG_VALS`), never go back.
+    for (name, last) in [("s", 502), ("only_set", 42)] {
+        let next = value(&mut session, &format!("SELECT nextval('{name}')")).await;
+        let next: i64 = next.parse().unwrap();
+        assert!(next > last && next <= last + 33, "{name}: {next} after {last}");
+    }
 }
 
 /// Each restores its values under a lock on the sequence, and they come in any order.
@@ -343,12 +348,12 @@ async fn a_session_keeps_what_the_configuration_of_its_server_gave_it() {
 async fn settings_that_the_session_itself_cannot_see_move() {
     let installation = Installation::start("unseen");
     let mut session = installation.connect().await;
-    run(&mut session, "CREATE ROLE nobody; SET dynamic_library_path = '/nowhere'").await;
+    run(&mut session, "CREATE ROLE nobody; SET dynamic_library_path = '$libdir:/no'").await;
     run(&mut session, "SET SESSION AUTHORIZATION nobody").await;
     installation.switch_to("b");
     assert_eq!(value(&mut session, "SELECT session_user").await, "nobody");
     run(&mut session, "RESET SESSION AUTHORIZATION").await;
-    assert_eq!(value(&mut session, "SHOW dynamic_library_path").await, "/nowhere");
+    assert_eq!(value(&mut session, "SHOW dynamic_library_path").await, "$libdir:/no");
 }
 
 #[tokio::test]
@@ -377,7 +382,7 @@ async fn statements_of_the_protocol_go_on_with_and_without_a_name() {
     frontend::parse(&mut out, b"", b"SELECT $1::text || ' unnamed'", &[]);
     frontend::sync(&mut out);
     extended(&mut session, &out).await;
-    for cell in ["b", "a"] {
+    for cell in there_and_back() {
         installation.switch_to(cell);
         let mut out = Vec::new();
         frontend::bind_text(&mut out, b"", b"", &[Some(b"still")]);

