@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tls::certificate::end_point_hash;
-use tls::{ClientTls, Handshake, SslMode};
+use tls::{ClientTls, Handshake, SslMode, SslNegotiation};
 use tokio::time::timeout;
 use wire::backend::{self, Authentication, Backend, Fields};
 use wire::frontend;
@@ -42,6 +42,10 @@ pub enum ConnectError {
     Timeout { address: Address, timeout: Duration },
     #[error("`{address}` does not offer TLS, which `sslmode` asks for")]
     NoTls { address: Address },
+    #[error(
+        "`{address}` does not say that it speaks `postgresql`, which `sslnegotiation = \"direct\"` needs"
+    )]
+    NoAlpn { address: Address },
     #[error("TLS to `{address}` cannot be set up")]
     Tls { address: Address, source: TlsError },
     #[error("`{address}` refuses the login: {message} ({sqlstate})")]
@@ -126,6 +130,9 @@ impl Target {
         if self.tls.mode == SslMode::Disable || self.address.socket_path().is_some() {
             return Ok(Connection::new(stream, Vec::new(), None));
         }
+        if self.tls.negotiation == SslNegotiation::Direct {
+            return self.start_tls(stream).await;
+        }
         let mut out = Vec::new();
         startup::ssl_request(&mut out);
         stream.write_all(&out).await.map_err(io)?;
@@ -135,18 +142,7 @@ impl Target {
         }
         match answer.as_slice() {
             // More than one byte in the clear would be the injection of CVE-2021-23222.
-            [b'S'] => {
-                let tls = |source| ConnectError::Tls { address: address(), source };
-                let handshake = Handshake::client(&self.tls, &self.address.host)
-                    .map_err(|source| tls(TlsError::Handshake(source)))?;
-                let mut early = Vec::new();
-                let (certificate, _) =
-                    Box::pin(stream.handshake(Box::new(handshake), Vec::new(), &mut early))
-                        .await
-                        .map_err(tls)?;
-                let end_point = certificate.as_deref().and_then(end_point_hash);
-                Ok(Connection::new(stream, early, end_point))
-            }
+            [b'S'] => self.start_tls(stream).await,
             [b'N'] if self.tls.mode == SslMode::Prefer => {
                 Ok(Connection::new(stream, Vec::new(), None))
             }
@@ -156,6 +152,21 @@ impl Target {
                 "unexpected answer to an SSLRequest",
             ))),
         }
+    }
+
+    async fn start_tls(&self, mut stream: Stream) -> Result<Connection, ConnectError> {
+        let tls = |source| ConnectError::Tls { address: self.address.clone(), source };
+        let handshake = Handshake::client(&self.tls, &self.address.host)
+            .map_err(|source| tls(TlsError::Handshake(source)))?;
+        let mut early = Vec::new();
+        let handshake = stream.handshake(Box::new(handshake), Vec::new(), &mut early);
+        let (certificate, alpn) = Box::pin(handshake).await.map_err(tls)?;
+        // Without it, what answered may be a server of another protocol that was talked into this one.
+        if self.tls.negotiation == SslNegotiation::Direct && !alpn {
+            return Err(ConnectError::NoAlpn { address: self.address.clone() });
+        }
+        let end_point = certificate.as_deref().and_then(end_point_hash);
+        Ok(Connection::new(stream, early, end_point))
     }
 
     async fn authenticate(

@@ -66,6 +66,28 @@ impl SslMode {
     }
 }
 
+/// How TLS begins, as libpq's `sslnegotiation`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SslNegotiation {
+    /// An SSLRequest asks for it.
+    #[default]
+    Postgres,
+    /// At once, a round trip earlier. Servers from 17 on.
+    Direct,
+}
+
+impl SslNegotiation {
+    pub const NAMES: [&'static str; 2] = ["postgres", "direct"];
+
+    pub fn from_name(name: &str) -> Option<SslNegotiation> {
+        match name {
+            "postgres" => Some(SslNegotiation::Postgres),
+            "direct" => Some(SslNegotiation::Direct),
+            _ => None,
+        }
+    }
+}
+
 /// Whether a client must show a certificate, as `clientcert` in pg_hba.conf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClientCert {
@@ -136,6 +158,7 @@ impl ServerTls {
 pub struct ClientTls {
     pub(crate) config: Arc<ClientConfig>,
     pub mode: SslMode,
+    pub negotiation: SslNegotiation,
 }
 
 impl ClientTls {
@@ -163,7 +186,7 @@ impl ClientTls {
         config.resumption = Resumption::disabled();
         config.enable_secret_extraction = true;
         config.alpn_protocols = vec![ALPN.to_vec()];
-        Ok(ClientTls { config: Arc::new(config), mode })
+        Ok(ClientTls { config: Arc::new(config), mode, negotiation: SslNegotiation::default() })
     }
 }
 

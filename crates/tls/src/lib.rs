@@ -21,6 +21,6 @@ pub mod config;
 pub mod handshake;
 pub mod record;
 
-pub use config::{ClientTls, ServerTls, SslMode, TlsConfigError};
+pub use config::{ClientTls, ServerTls, SslMode, SslNegotiation, TlsConfigError};
 pub use handshake::{Established, Handshake, HandshakeError, Progress};
 pub use record::{Opened, Record, RecordError};

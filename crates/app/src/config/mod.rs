@@ -17,7 +17,7 @@ use proxy::ProxyConfig;
 use proxy::config::{AUTH_QUERY, AppConfig, AuthConfig, Limits};
 use thiserror::Error;
 use tls::config::ClientCert;
-use tls::{ClientTls, ServerTls, SslMode};
+use tls::{ClientTls, ServerTls, SslMode, SslNegotiation};
 use toml::de::DeTable;
 use wire::scram::{Credential, Secret};
 
@@ -287,6 +287,20 @@ fn read_app(
     let identity = cert.as_deref().zip(key.as_deref());
     let tls = ClientTls::load(sslmode.unwrap_or(SslMode::Prefer), root.as_deref(), identity);
     let tls = tls.map_err(|error| mistakes.add(table.span(), chain(&error))).ok();
+    let names = &SslNegotiation::NAMES;
+    let negotiation = table.choice(mistakes, "sslnegotiation", names, SslNegotiation::from_name);
+    let negotiation = negotiation.unwrap_or_default();
+    if negotiation == SslNegotiation::Direct && sslmode.is_none_or(|mode| mode < SslMode::Require) {
+        // As libpq: a mode that may go without TLS has nothing to fall back to.
+        mistakes.add(
+            table.span(),
+            "`app.sslnegotiation = \"direct\"` needs `app.sslmode` to be require, verify-ca or verify-full",
+        );
+    }
+    let tls = tls.map(|mut tls| {
+        tls.negotiation = negotiation;
+        tls
+    });
 
     let mut cells = BTreeMap::new();
     let mut active = Vec::new();

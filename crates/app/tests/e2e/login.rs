@@ -118,13 +118,13 @@ async fn tls_of_every_mode_with_the_channel_bound() {
     let installation = Installation::start("tls");
     ask_for_scram(&installation).await;
     let (cert, key) = certificate(&installation);
-    let tls = format!(
+    let section = format!(
         "[proxy.tls]\ncert = \"{}\"\nkey = \"{}\"\nrequired = true\n",
         cert.display(),
         key.display()
     );
     let proxy =
-        Second::start(&installation, "tls", &tls, "auth = \"scram\"\nsslmode = \"disable\"");
+        Second::start(&installation, "tls", &section, "auth = \"scram\"\nsslmode = \"disable\"");
     for mode in [SslMode::Require, SslMode::VerifyCa, SslMode::VerifyFull] {
         let tls = ClientTls::load(mode, Some(&cert), None).unwrap();
         let mut session = login(proxy.port, "app", Some("sesame"), tls, &[]).await.unwrap();
@@ -136,6 +136,11 @@ async fn tls_of_every_mode_with_the_channel_bound() {
     }
     let error = connect(proxy.port, "app", Some("sesame")).await.unwrap_err();
     assert!(error.to_string().contains("TLS is required"), "{error}");
+    // As PostgreSQL 17 and its clients: no SSLRequest. The client of this test is the one that servers see.
+    let mut tls = ClientTls::load(SslMode::VerifyFull, Some(&cert), None).unwrap();
+    tls.negotiation = tls::SslNegotiation::Direct;
+    let mut session = login(proxy.port, "app", Some("sesame"), tls, &[]).await.unwrap();
+    assert_eq!(value(&mut session, "SELECT current_user").await, "app");
     // OpenSSL's view of the same, with channel binding demanded, and a client that speaks TLS 1.2 at most.
     for options in ["channel_binding=require", "ssl_max_protocol_version=TLSv1.2"] {
         let dsn = format!(
