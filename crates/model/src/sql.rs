@@ -125,8 +125,7 @@ impl<'a> Iterator for Tokens<'a> {
                 self.take(Kind::Word, len)
             }
             [b'0'..=b'9', ..] => {
-                let len =
-                    rest.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'.').count();
+                let len = rest.iter().take_while(|b| is_word_part(**b) || **b == b'.').count();
                 self.take(Kind::Number, len)
             }
             _ => self.take(Kind::Other, 1),

@@ -153,6 +153,13 @@ pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Capt
         setval: session.hints.setval,
         reference: facts,
     };
+    if session.protocol.is_doubtful() {
+        if let Err(error) = end_doubt(&mut connection).await {
+            give_back(session, connection, false).map_err(failed)?;
+            return Err(Reason::ServerLost { error: model::chain(&error) });
+        }
+        session.protocol.end_doubt();
+    }
     let mut result = kind.capture(&mut connection, facts).await;
     for _ in 1..CAPTURE_TRIES {
         match &result {
@@ -179,6 +186,26 @@ pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Capt
         Unnamed::Last | Unnamed::Absent => (),
     }
     Ok(captured)
+}
+
+/// Finds out whether the server has still to answer a Sync: what comes before the answer to our own question is
+/// the client's.
+async fn end_doubt(connection: &mut Connection) -> Result<(), QueryError> {
+    let mut out = Vec::new();
+    frontend::close(&mut out, frontend::Target::Statement(STATEMENT_NAME.as_bytes()));
+    frontend::sync(&mut out);
+    let ask = async {
+        connection.send(&out).await?;
+        loop {
+            let message = connection.receive().await?;
+            match message.tag {
+                b'3' => return connection.answers().await.map(drop),
+                b'S' => (),
+                _ => connection.aside.extend_from_slice(&message.raw()),
+            }
+        }
+    };
+    timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))
 }
 
 /// Counts how often each advisory lock is held, by letting go of it for a moment. Nobody else may be able to take

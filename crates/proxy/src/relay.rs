@@ -171,6 +171,9 @@ impl Session {
     pub fn on_server_bytes(&mut self, bytes: &mut [u8]) -> Result<usize, Fault> {
         let mut at = 0;
         loop {
+            if self.server.scanner.at_boundary() {
+                at += wire::frame::data_len(bytes.get(at..).unwrap_or_default());
+            }
             let rest = bytes.get_mut(at..).unwrap_or_default();
             match self.server.scanner.peek(rest).map_err(Fault::Server)? {
                 Step::Incomplete => break,

@@ -142,6 +142,27 @@ impl Scanner {
     }
 }
 
+/// The length of all whole messages with data (DataRow, CopyData) at the start of `bytes`. They answer nothing and
+/// say nothing but their content, and a bulk stream consists of little else.
+#[inline]
+pub fn data_len(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    while let Some(&[b'D' | b'd', a, b, c, d]) =
+        bytes.get(at..).and_then(<[u8]>::first_chunk::<HEADER_LEN>)
+    {
+        let len = u32::from_be_bytes([a, b, c, d]);
+        let Some(end) = usize::try_from(len).ok().and_then(|len| at.checked_add(len + 1)) else {
+            break;
+        };
+        // What is cut off, or no message at all, is for the scanner to say.
+        if len < 4 || len - 4 > LARGE_LEN_MAX || end > bytes.len() {
+            break;
+        }
+        at = end;
+    }
+    at
+}
+
 /// A whole message: its tag, its body and its length in all.
 pub type Whole<'a> = (u8, &'a [u8], usize);
 
@@ -179,6 +200,21 @@ mod tests {
     fn an_unknown_tag_is_refused_at_its_first_byte() {
         assert_eq!(Side::Frontend.header(b"G"), Err(FrameError::Tag { tag: b'G' }));
         assert_eq!(Side::Backend.header(b"G"), Ok(None));
+    }
+
+    #[test]
+    fn data_is_stepped_over_up_to_what_is_not_whole() {
+        let mut stream = Vec::new();
+        crate::frontend::copy_data(&mut stream, &[7; 300]);
+        crate::frontend::copy_data(&mut stream, &[]);
+        let whole = stream.len();
+        assert_eq!(data_len(&stream), whole);
+        crate::frontend::sync(&mut stream);
+        assert_eq!(data_len(&stream), whole);
+        assert_eq!(data_len(&stream[..whole - 1]), 305);
+        assert_eq!(data_len(b""), 0);
+        assert_eq!(data_len(&[b'D', 0, 0, 0, 3, 0]), 0);
+        assert_eq!(data_len(&[b'D', 0xff, 0xff, 0xff, 0xff, 0]), 0);
     }
 
     #[test]

@@ -62,6 +62,31 @@ enum Extent {
     Part,
 }
 
+/// Where a text stands that is looked at.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    /// The statement as it was sent. Only that may be shown: what stands inside a literal may be a secret.
+    statement: &'a [u8],
+    extent: Extent,
+    /// Bodies within bodies.
+    depth: usize,
+}
+
+impl Place<'_> {
+    fn shown(self) -> String {
+        match self.extent {
+            Extent::Whole => sql::shown(self.statement, SHOWN_LEN_MAX),
+            // It may begin inside a literal.
+            Extent::Part => "a long statement".into(),
+        }
+    }
+}
+
+/// Bodies within bodies that are looked into; deeper ones pin.
+const DEPTH_MAX: usize = 8;
+/// Pins that one session may have by its texts.
+const PINS_MAX: usize = 64;
+
 /// Functions of PostgreSQL that leave what no catalog shows, by OID (`pg_proc.dat`), for those who call them by
 /// the function call protocol.
 const SET_CONFIG_OID: u32 = 2078;
@@ -73,11 +98,22 @@ impl Hints {
         self.custom.is_empty() && self.pins.is_empty() && !self.setval
     }
 
-    fn learn(&mut self, name: String, sql: &[u8]) {
+    /// The number of pins is bounded: one is enough to hold a session.
+    fn pin(&mut self, pin: Pin) {
+        if self.pins.len() < PINS_MAX {
+            self.pins.insert(pin);
+        }
+    }
+
+    fn pin_custom(&mut self, place: Place<'_>) {
+        self.pin(Pin::CustomSettings { statement: place.shown() });
+    }
+
+    fn learn(&mut self, name: String, place: Place<'_>) {
         if self.custom.len() < CUSTOM_NAMES_MAX && name.len() <= NAME_LEN_MAX {
             self.custom.insert(name);
         } else {
-            self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+            self.pin_custom(place);
         }
     }
 
@@ -85,7 +121,7 @@ impl Hints {
     #[inline]
     pub fn on_statement(&mut self, sql: &[u8]) {
         if begins_with_set(sql) || (FINDER.is_match(sql) | has_several(sql)) {
-            self.look_closely(sql, Extent::Whole);
+            self.look_closely(sql, Place { statement: sql, extent: Extent::Whole, depth: 0 });
         }
     }
 
@@ -93,7 +129,7 @@ impl Hints {
     #[cold]
     pub fn on_part(&mut self, sql: &[u8]) {
         if FINDER.is_match(sql) || contains_set(sql) {
-            self.look_closely(sql, Extent::Part);
+            self.look_closely(sql, Place { statement: sql, extent: Extent::Part, depth: 0 });
         }
     }
 
@@ -103,9 +139,9 @@ impl Hints {
         let statement = || format!("function call {oid}");
         match oid {
             SET_CONFIG_OID => {
-                self.pins.insert(Pin::CustomSettings { statement: statement() });
+                self.pin(Pin::CustomSettings { statement: statement() });
             }
-            SETSEED_OID => drop(self.pins.insert(Pin::Seed { statement: statement() })),
+            SETSEED_OID => self.pin(Pin::Seed { statement: statement() }),
             oid if SETVAL_OIDS.contains(&oid) => self.setval = true,
             _ => (),
         }
@@ -115,38 +151,41 @@ impl Hints {
     #[inline]
     pub fn on_command_tag(&mut self, tag: &[u8]) {
         if tag.starts_with(b"LOAD") {
-            self.pins.insert(Pin::Library);
+            self.pin(Pin::Library);
         }
     }
 
     #[cold]
-    fn look_closely(&mut self, sql: &[u8], extent: Extent) {
+    fn look_closely(&mut self, sql: &[u8], place: Place<'_>) {
+        if place.depth > DEPTH_MAX {
+            return self.pin_custom(place);
+        }
         let tokens: Vec<Token<'_>> = Tokens::new(sql).collect();
-        let shown = || sql::shown(sql, SHOWN_LEN_MAX);
+        let shown = || place.shown();
         for (at, token) in tokens.iter().enumerate() {
             if token.is_word("set") {
-                self.on_set(&tokens[at + 1..], sql, extent);
+                self.on_set(&tokens[at + 1..], place);
             }
             if token.kind == Kind::Text || token.kind == Kind::Unclear {
                 // A function body, a DO block or a text that cannot be read: words inside count, too.
-                self.on_opaque(token.text, sql, extent);
+                self.on_opaque(*token, place);
             }
             let Some(name) = sql::name_of(token) else { continue };
             match name.as_str() {
-                "set_config" => self.on_set_config(&tokens[at + 1..], sql, extent),
+                "set_config" => self.on_set_config(&tokens[at + 1..], place),
                 "setval" => self.setval = true,
-                "setseed" => drop(self.pins.insert(Pin::Seed { statement: shown() })),
+                "setseed" => self.pin(Pin::Seed { statement: shown() }),
                 "pg_backup_start" | "pg_start_backup" => {
-                    self.pins.insert(Pin::BackupMode { statement: shown() });
+                    self.pin(Pin::BackupMode { statement: shown() });
                 }
                 "pg_replication_origin_session_setup" => {
-                    self.pins.insert(Pin::ReplicationOrigin);
+                    self.pin(Pin::ReplicationOrigin);
                 }
                 "load" if tokens.get(at + 1).is_some_and(|next| next.kind == Kind::Text) => {
-                    self.pins.insert(Pin::Library);
+                    self.pin(Pin::Library);
                 }
                 name if name.starts_with("dblink") => {
-                    self.pins.insert(Pin::Dblink { statement: shown() });
+                    self.pin(Pin::Dblink { statement: shown() });
                 }
                 _ => (),
             }
@@ -154,36 +193,36 @@ impl Hints {
     }
 
     /// `SET [SESSION | LOCAL] a.b { = | TO } ...`: a name with a dot is a custom setting.
-    fn on_set(&mut self, after: &[Token<'_>], sql: &[u8], extent: Extent) {
-        let skip = after.iter().take_while(|t| t.is_word("session") || t.is_word("local")).count();
-        let name = &after[skip.min(after.len())..];
-        let pin = |hints: &mut Hints| {
-            hints.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+    fn on_set(&mut self, after: &[Token<'_>], place: Place<'_>) {
+        let keyword = |at: usize| {
+            let is_name = after.get(at + 1).is_some_and(|next| next.is_other(b'.'));
+            !is_name && after.get(at).is_some_and(|t| t.is_word("session") || t.is_word("local"))
         };
+        let name = after.get(usize::from(keyword(0))..).unwrap_or_default();
         let Some(first) = name.first() else {
             // `'set ' || name`, to be executed.
-            return pin(self);
+            return self.pin_custom(place);
         };
         if first.is_other(b'%')
             || first.is_other(b'\'')
             || matches!(first.kind, Kind::Unclear | Kind::Text)
         {
-            return pin(self);
+            return self.pin_custom(place);
         }
         if sql::name_of(first).is_some_and(|name| name == "seed") {
-            self.pins.insert(Pin::Seed { statement: sql::shown(sql, SHOWN_LEN_MAX) });
-            return;
+            return self.pin(Pin::Seed { statement: place.shown() });
         }
         // One quoted word can hold the dot: `SET "app.x"`.
         if first.kind == Kind::Quoted
             && let Some(name) = sql::name_of(first).filter(|name| name.contains('.'))
         {
-            return self.learn(name, sql);
+            return self.learn(name, place);
         }
         let [first, dot, rest @ ..] = name else {
-            return if extent == Extent::Part {
-                pin(self)
-            };
+            if place.extent == Extent::Part {
+                self.pin_custom(place);
+            }
+            return;
         };
         if !dot.is_other(b'.') {
             return;
@@ -193,53 +232,58 @@ impl Hints {
         while rest.next_if(|token| token.is_other(b'.')).is_some() {
             parts.push(rest.next().and_then(sql::name_of));
         }
-        let ends_here = rest.next().is_none() && extent == Extent::Part;
+        let ends_here = rest.next().is_none() && place.extent == Extent::Part;
         match parts.into_iter().collect::<Option<Vec<String>>>() {
-            Some(parts) if !ends_here => self.learn(parts.join("."), sql),
-            _ => pin(self),
+            Some(parts) if !ends_here => self.learn(parts.join("."), place),
+            _ => self.pin_custom(place),
         }
     }
 
     /// `set_config('a.b', ...)`: a literal name is learned, a name without a dot is in the catalogs.
-    fn on_set_config(&mut self, after: &[Token<'_>], sql: &[u8], extent: Extent) {
-        let [open, name, comma, ..] = after else {
-            if extent == Extent::Part {
-                self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+    fn on_set_config(&mut self, after: &[Token<'_>], place: Place<'_>) {
+        let [open, name, rest @ ..] = after else {
+            if place.extent == Extent::Part {
+                self.pin_custom(place);
             }
             return;
         };
         if !open.is_other(b'(') {
             return;
         }
-        let literal =
-            if comma.is_other(b',') || comma.is_other(b':') { sql::literal_of(name) } else { None };
-        match literal {
-            Some(name) if name.contains('.') => self.learn(name.to_lowercase(), sql),
-            Some(_) => (),
-            None => {
-                self.pins.insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+        // The literal alone, or with a cast: whatever else stands there computes the name.
+        let is_whole = match rest {
+            [comma, ..] if comma.is_other(b',') => true,
+            [a, b, kind, comma, ..] if a.is_other(b':') && b.is_other(b':') => {
+                kind.kind == Kind::Word && comma.is_other(b',')
             }
+            _ => false,
+        };
+        match sql::literal_of(name).filter(|_| is_whole) {
+            // PostgreSQL compares names of settings without the case of ASCII letters (`guc_name_compare`).
+            Some(name) if name.contains('.') => self.learn(name.to_ascii_lowercase(), place),
+            Some(_) => (),
+            None => self.pin_custom(place),
         }
     }
 
-    fn on_opaque(&mut self, text: &[u8], sql: &[u8], extent: Extent) {
+    fn on_opaque(&mut self, token: Token<'_>, place: Place<'_>) {
+        let text = token.text;
         let body = match text {
-            [b'$', ..] => {
+            [b'$', ..] if token.kind == Kind::Text => {
                 let tag_len = text[1..].iter().position(|b| *b == b'$').map_or(0, |at| at + 2);
                 text.get(tag_len..text.len().saturating_sub(tag_len)).unwrap_or_default()
             }
             // The text of a plain literal is code only for EXECUTE; words in it are hints all the same.
-            [b'\'', body @ .., b'\''] => body,
+            [b'\'', body @ .., b'\''] if token.kind == Kind::Text => body,
             _ => {
                 if FINDER.is_match(text) || contains_set(text) {
-                    self.pins
-                        .insert(Pin::CustomSettings { statement: sql::shown(sql, SHOWN_LEN_MAX) });
+                    self.pin_custom(place);
                 }
                 return;
             }
         };
-        if body.len() < sql.len() && (FINDER.is_match(body) || contains_set(body)) {
-            self.look_closely(body, extent);
+        if FINDER.is_match(body) || contains_set(body) {
+            self.look_closely(body, Place { depth: place.depth + 1, ..place });
         }
     }
 }
@@ -247,7 +291,9 @@ impl Hints {
 /// The first word is SET, after white space, comments or semicolons.
 #[inline]
 fn begins_with_set(sql: &[u8]) -> bool {
-    let start = sql.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(sql.len());
+    // As the server's lexer, which counts the vertical tab among blanks.
+    let blank = |b: &u8| b.is_ascii_whitespace() || *b == 0x0b;
+    let start = sql.iter().position(|b| !blank(b)).unwrap_or(sql.len());
     match sql.get(start..) {
         Some([b's' | b'S', b'e' | b'E', b't' | b'T', next, ..]) => !next.is_ascii_alphanumeric(),
         Some([b'-', b'-', ..] | [b'/', b'*', ..] | [b';', ..]) => contains_set(&sql[start..]),
@@ -378,6 +424,40 @@ mod tests {
     fn a_pin_does_not_show_the_secrets_of_its_statement() {
         let hints = hints("select dblink_connect('host=x password=sesame')");
         assert!(!format!("{hints:?}").contains("sesame"));
+    }
+
+    /// What fuzzing has found.
+    #[test]
+    fn odd_texts_are_neither_lost_nor_shown() {
+        learns("set local.x = 1", &["local.x"]);
+        learns("set session.x = 1", &["session.x"]);
+        learns("set local app.x = 1", &["app.x"]);
+        learns("\x0bset a.b = 1", &["a.b"]);
+        pins("select set_config('app.'::text || n, '1', false)", "custom_settings");
+        pins("select 'C:\\tmp\\', set_config('app.x','1',false), 'b'", "custom_settings");
+        let shown = hints("select 'my password sesame is for dblink at work'");
+        assert!(!format!("{shown:?}").contains("sesame"));
+        let mut part = Hints::default();
+        part.on_part(b"the secret sesame dblink word', 'x')");
+        assert!(!part.pins.is_empty() && !format!("{part:?}").contains("sesame"));
+    }
+
+    #[test]
+    fn bodies_within_bodies_end() {
+        let mut sql = "set a.b = 1".to_owned();
+        for depth in 0..5_000 {
+            sql = format!("do $a{depth}$ {sql} $a{depth}$");
+        }
+        pins(&sql, "custom_settings");
+    }
+
+    #[test]
+    fn pins_are_limited() {
+        let mut hints = Hints::default();
+        for n in 0..10_000 {
+            hints.on_statement(format!("select setseed(a{n})").as_bytes());
+        }
+        assert_eq!(hints.pins.len(), PINS_MAX);
     }
 
     #[test]

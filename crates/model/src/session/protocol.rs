@@ -68,8 +68,11 @@ pub struct Protocol {
     /// The server ignores everything until the next Sync.
     skipping: bool,
     copy_in: bool,
-    /// Data of the running COPY FROM STDIN was passed on.
+    /// Data of a COPY FROM STDIN, or its end, was passed on since the last answer that ends one.
     copy_data: bool,
+    /// Syncs that the server may have read as part of a COPY that failed, and then ignored, or not: so many more
+    /// ReadyForQuery may come. The next answer tells.
+    doubtful: usize,
     out_of_step: bool,
     /// The running simple query may not have been read by the server, so that nothing of it was done.
     query_unread: bool,
@@ -92,6 +95,7 @@ impl Protocol {
             skipping: false,
             copy_in: false,
             copy_data: false,
+            doubtful: 0,
             out_of_step: false,
             query_unread: false,
         }
@@ -129,6 +133,9 @@ impl Protocol {
             (true, ..) => "answers are out of step",
             (_, false, ..) => "a request is running",
             (_, _, true, _) => "a pipeline is open without its Sync",
+            _ if self.doubtful > 0 => {
+                "a COPY has failed, and only the next answer tells where it stands"
+            }
             (_, _, _, TxStatus::InTransaction) => "a transaction is open",
             (_, _, _, TxStatus::Failed) => "a failed transaction is open",
             (_, _, _, TxStatus::Idle) => "idle",
@@ -144,6 +151,17 @@ impl Protocol {
     #[inline]
     pub fn is_full(&self) -> bool {
         self.requests.len() >= REQUESTS_MAX
+    }
+
+    /// One more ReadyForQuery may be on its way, for a Sync that the server may have ignored. Whoever takes the
+    /// session must ask for something else first: what comes before that answer is the client's.
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful > 0
+    }
+
+    /// Whoever asked has seen that nothing more is on its way.
+    pub fn end_doubt(&mut self) {
+        self.doubtful = 0;
     }
 
     /// The server answered what was not asked, so the count is worth nothing from then on.
@@ -183,14 +201,16 @@ impl Protocol {
             b'E' => Request::Execute,
             b'C' if first == Some(b'S') && second == Some(0) => Request::CloseUnnamed,
             b'C' => Request::Close,
+            // They may come before the server has said that it copies; without a COPY they mean nothing.
             b'c' | b'f' => {
-                if self.copy_in {
+                if !self.requests.is_empty() {
+                    self.copy_data = true;
                     self.requests.push_back(Request::CopyEnd);
                 }
                 return Note::Nothing;
             }
             b'd' => {
-                self.copy_data = self.copy_in;
+                self.copy_data = !self.requests.is_empty();
                 return Note::Nothing;
             }
             // Flush asks for answers and has none; Terminate ends everything.
@@ -204,9 +224,18 @@ impl Protocol {
     /// A message of the server is passed on. `status` is the byte of a ReadyForQuery.
     #[inline]
     pub fn on_backend(&mut self, tag: u8, status: Option<TxStatus>) {
+        // Rows, notices, parameters and notifications answer nothing by themselves.
+        if matches!(tag, b'D' | b'd' | b'N' | b'S' | b'A' | b't' | b'c' | b'K' | b'V') {
+            return;
+        }
+        if !self.copy_in {
+            self.pass_copy_ends();
+        }
+        if tag != b'Z' {
+            // A ReadyForQuery that was due would have come before this.
+            self.doubtful = 0;
+        }
         match tag {
-            // Rows, notices, parameters and notifications answer nothing by themselves.
-            b'D' | b'd' | b'N' | b'S' | b'A' | b't' | b'c' | b'K' | b'V' => (),
             b'Z' => self.on_ready(status),
             b'1' => match self.requests.front() {
                 Some(Request::ParseNamed) => self.answered(),
@@ -240,10 +269,10 @@ impl Protocol {
                 Some(Request::Query) => self.copy_in = false,
                 _ => self.out_of_step = true,
             },
-            b'G' => {
-                self.copy_in = true;
-                self.copy_data = false;
-            }
+            b'G' => match self.requests.front() {
+                Some(Request::Execute | Request::Query) => self.copy_in = true,
+                _ => self.out_of_step = true,
+            },
             b'E' => self.on_error(ErrorOrigin::Statement),
             _ => (),
         }
@@ -268,6 +297,13 @@ impl Protocol {
         self.requests.pop_front();
     }
 
+    /// Ends of a COPY that was none are read and ignored.
+    fn pass_copy_ends(&mut self) {
+        while self.requests.front() == Some(&Request::CopyEnd) {
+            self.answered();
+        }
+    }
+
     fn answers(&mut self, request: Request) {
         if self.requests.front() == Some(&request) {
             self.answered();
@@ -277,6 +313,12 @@ impl Protocol {
     }
 
     fn on_ready(&mut self, status: Option<TxStatus>) {
+        // One more than was certain. A Sync alone gets one that looks the same, so it stays in doubt.
+        if self.doubtful > 0 && self.requests.front() != Some(&Request::Sync) {
+            self.doubtful -= 1;
+            self.take_status(status);
+            return;
+        }
         match self.requests.front() {
             Some(Request::Query) => {
                 self.answered();
@@ -289,10 +331,13 @@ impl Protocol {
             _ => self.out_of_step = true,
         }
         // A COPY that failed under a simple query leaves its end unanswered.
-        while self.requests.front() == Some(&Request::CopyEnd) {
-            self.answered();
-        }
+        self.pass_copy_ends();
         self.copy_in = false;
+        self.copy_data = false;
+        self.take_status(status);
+    }
+
+    fn take_status(&mut self, status: Option<TxStatus>) {
         match status {
             Some(status) => self.status = status,
             None => self.out_of_step = true,
@@ -306,18 +351,24 @@ impl Protocol {
             return;
         }
         self.copy_in = false;
+        self.copy_data = false;
         if let Some(end) = self.requests.iter().position(|request| *request == Request::CopyEnd) {
             self.requests.drain(..=end);
         }
-        // The client owes a Sync that the server does not ignore.
-        self.batch_open = !self.requests.contains(&Request::Sync);
+        // The client owes a Sync that the server does not ignore; or has begun another batch behind it.
+        self.batch_open |= !self.requests.contains(&Request::Sync);
     }
 
     fn on_error(&mut self, origin: ErrorOrigin) {
+        if !self.copy_in {
+            self.pass_copy_ends();
+        }
+        self.doubtful = 0;
         match self.requests.front() {
             // The ReadyForQuery that follows answers these. With none, the error ends the connection.
             None | Some(Request::Query | Request::FunctionCall | Request::Sync) => {
-                self.query_unread = origin == ErrorOrigin::Message;
+                let query = self.requests.front() == Some(&Request::Query);
+                self.query_unread = query && origin == ErrorOrigin::Message;
                 self.copy_in = false;
                 return;
             }
@@ -327,14 +378,18 @@ impl Protocol {
             }
             Some(_) => (),
         }
-        if self.copy_in {
-            self.copy_in = false;
-            if self.copy_data {
-                // Whatever Sync stood before the data was read and ignored before the data was.
-                while matches!(self.requests.get(1), Some(Request::Sync)) {
-                    self.requests.remove(1);
-                }
-            }
+        if std::mem::take(&mut self.copy_in) && std::mem::take(&mut self.copy_data) {
+            // A Sync before the end of the data was ignored if the server has read that far (`CopyGetData`). If it
+            // failed before, such as in a trigger, it is still to be answered.
+            let end = self.requests.iter().position(|request| *request == Request::CopyEnd);
+            let in_copy = end.unwrap_or(self.requests.len());
+            let before = self.requests.len();
+            let mut at = 0;
+            self.requests.retain(|request| {
+                at += 1;
+                at > in_copy || *request != Request::Sync
+            });
+            self.doubtful += before - self.requests.len();
         }
         while let Some(request) = self.requests.pop_front() {
             match request {
