@@ -323,6 +323,8 @@ struct Run {
     /// The Parse whose text the relay holds.
     kept: Option<usize>,
     transcript: String,
+    /// A COPY has failed where only the next answer tells how far it was read.
+    doubted: bool,
     sent: usize,
 }
 
@@ -387,9 +389,10 @@ impl Run {
         }
     }
 
-    fn check(&self) {
+    fn check(&mut self) {
+        self.doubted |= self.protocol.is_doubtful();
         let (protocol, server, transcript) = (&self.protocol, &self.server, &self.transcript);
-        if protocol.is_safe_point() {
+        if protocol.is_safe_point() && !protocol.is_doubtful() {
             assert!(server.is_done(), "no safe point, the server is not done:{transcript}");
             assert_eq!(server.tx, TxStatus::Idle, "no safe point:{transcript}");
             let right = match protocol.unnamed() {
@@ -401,6 +404,10 @@ impl Run {
             assert!(right, "{:?} is not what the server keeps:{transcript}", protocol.unnamed());
         }
         if self.manners.is_some() {
+            // After a COPY that failed only the server knows where it stands; who pipelines on from there is pinned.
+            if protocol.is_out_of_step() && self.doubted {
+                return;
+            }
             assert!(!protocol.is_out_of_step(), "out of step:{transcript}");
             let quiet = protocol.is_quiet() && protocol.status() == server.tx;
             assert!(quiet || !server.is_done(), "never quiet again: {protocol:?}:{transcript}");
@@ -426,6 +433,7 @@ fuzz_target!(|data: &[u8]| {
         manners: (manners & 1 == 0).then(Manners::default),
         kept: None,
         transcript: String::new(),
+        doubted: false,
         sent: 0,
     };
     while let Some(choice) = choices.next() {

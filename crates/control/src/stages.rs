@@ -135,6 +135,9 @@ pub(crate) async fn check_servers(
     if !b.streaming {
         return Err(format!("`{to}` does not stream from `{from}`"));
     }
+    if server(from)?.instance.is_some() {
+        hba_rules(&mut old).await.map_err(|error| format!("`{from}` cannot be fenced: {error}"))?;
+    }
     let lag = a.lsn.bytes_since(b.lsn);
     if lag > LAG_BYTES_MAX {
         return Err(format!(
@@ -254,7 +257,10 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
     let mut old = admin(from).await?;
     let hba = hba_of(from, &mut old).await?;
     let closed = match &hba {
-        Some((instance, hba)) => close_hba(instance, hba, &from.admin.user)?,
+        Some((instance, hba)) => {
+            close_hba(&mut old, instance, hba, &from.admin.user).await?;
+            true
+        }
         None => false,
     };
     old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
@@ -292,16 +298,29 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended"))
 }
 
-fn close_hba(instance: &Instance, hba: &Hba, admin: &str) -> Result<bool, String> {
-    let text = std::fs::read_to_string(&hba.path)
-        .map_err(|error| format!("`{}`: {error}", hba.path.display()))?;
-    if text.starts_with(hba::MARK) {
-        return Ok(true);
+/// What the server makes of its `pg_hba.conf`.
+async fn hba_rules(admin: &mut Admin) -> Result<Vec<hba::Rule>, String> {
+    hba::read(&admin.rows(hba::QUESTION).await.map_err(chain)?)
+}
+
+async fn close_hba(
+    old: &mut Admin,
+    instance: &Instance,
+    hba: &Hba,
+    admin: &str,
+) -> Result<(), String> {
+    let io = |error: std::io::Error| format!("`{}`: {error}", hba.path.display());
+    let text = std::fs::read(&hba.path).map_err(io)?;
+    if !text.starts_with(hba::MARK.as_bytes()) {
+        // The server would not load a file with an error in it, and go on with what it has loaded before.
+        let fenced = hba::fenced(&hba_rules(old).await?, admin);
+        instance.write(&hba.saved, &text).map_err(chain)?;
+        instance.write(&hba.path, fenced.as_bytes()).map_err(chain)?;
     }
-    let Some(fenced) = hba::fenced(&text, admin) else { return Ok(false) };
-    instance.write(&hba.saved, text.as_bytes()).map_err(chain)?;
-    instance.write(&hba.path, fenced.as_bytes()).map_err(chain)?;
-    Ok(true)
+    if hba::is_fenced(&hba_rules(old).await?, admin) {
+        return Ok(());
+    }
+    Err(format!("`{}` cannot be narrowed to `{admin}` and replication", hba.path.display()))
 }
 
 /// Puts the original back, if the file is ours.

@@ -289,6 +289,29 @@ async fn a_target_that_cannot_be_promoted_leaves_nobody_waiting() {
     assert_eq!(value(&mut session, "SELECT n FROM t").await, "1");
 }
 
+/// A file whose lists go on after a blank, as PostgreSQL allows, is narrowed all the same; one with an error in it,
+/// which the server would not load, is refused before anybody is held.
+#[tokio::test]
+async fn the_fence_reads_pg_hba_as_the_server_does() {
+    let installation = Installation::start("hba");
+    let path = installation.dir.join("a/pg_hba.conf");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let odd = "host shop, \"postgres\" all 127.0.0.1/32 trust\nhost all all \\\n 127.0.0.1 255.0.0.0 trust\n";
+    std::fs::write(&path, format!("{odd}{text}")).unwrap();
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE ROLE app LOGIN; SELECT pg_reload_conf()").await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    let back = installation.dir.join("b/pg_hba.conf");
+    let text = std::fs::read_to_string(&back).unwrap();
+    std::fs::write(&back, format!("host all all nonsense trust extra=\n{text}")).unwrap();
+    let output = installation.holdfast(&["switchover", "shop", "--to", "a"]);
+    assert_eq!(output.status.code(), Some(1));
+    let told = shown(&output);
+    assert!(told.contains("`b` cannot be fenced: line 1 of pg_hba.conf"), "{told}");
+    assert!(!told.contains("hold  "), "{told}");
+}
+
 /// A second switchover of the same application is refused, not queued.
 #[tokio::test]
 async fn a_second_switchover_is_refused_while_one_is_under_way() {

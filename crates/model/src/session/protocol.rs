@@ -68,8 +68,6 @@ pub struct Protocol {
     /// The server ignores everything until the next Sync.
     skipping: bool,
     copy_in: bool,
-    /// Data of a COPY FROM STDIN, or its end, was passed on since the last answer that ends one.
-    copy_data: bool,
     /// Syncs that the server may have read as part of a COPY that failed, and then ignored, or not: so many more
     /// ReadyForQuery may come. The next answer tells.
     doubtful: usize,
@@ -94,7 +92,6 @@ impl Protocol {
             batch_open: false,
             skipping: false,
             copy_in: false,
-            copy_data: false,
             doubtful: 0,
             out_of_step: false,
             query_unread: false,
@@ -182,6 +179,9 @@ impl Protocol {
     #[inline]
     pub fn on_frontend(&mut self, tag: u8, first: Option<u8>, second: Option<u8>) -> Note {
         if self.skipping && tag != b'S' {
+            // Whether the server skips it hangs on a Sync that it may have ignored.
+            let asks = matches!(tag, b'Q' | b'F' | b'P' | b'B' | b'D' | b'E' | b'C');
+            self.out_of_step |= asks && self.doubtful > 0;
             return Note::Nothing;
         }
         let request = match tag {
@@ -204,16 +204,11 @@ impl Protocol {
             // They may come before the server has said that it copies; without a COPY they mean nothing.
             b'c' | b'f' => {
                 if !self.requests.is_empty() {
-                    self.copy_data = true;
                     self.requests.push_back(Request::CopyEnd);
                 }
                 return Note::Nothing;
             }
-            b'd' => {
-                self.copy_data = !self.requests.is_empty();
-                return Note::Nothing;
-            }
-            // Flush asks for answers and has none; Terminate ends everything.
+            // Data is part of a COPY; Flush asks for answers and has none; Terminate ends everything.
             _ => return Note::Nothing,
         };
         self.batch_open |= !matches!(request, Request::Query | Request::FunctionCall);
@@ -231,7 +226,7 @@ impl Protocol {
         if !self.copy_in {
             self.pass_copy_ends();
         }
-        if tag != b'Z' {
+        if !matches!(tag, b'Z' | b'E') {
             // A ReadyForQuery that was due would have come before this.
             self.doubtful = 0;
         }
@@ -316,6 +311,7 @@ impl Protocol {
         // One more than was certain. A Sync alone gets one that looks the same, so it stays in doubt.
         if self.doubtful > 0 && self.requests.front() != Some(&Request::Sync) {
             self.doubtful -= 1;
+            self.skipping = false;
             self.take_status(status);
             return;
         }
@@ -333,7 +329,6 @@ impl Protocol {
         // A COPY that failed under a simple query leaves its end unanswered.
         self.pass_copy_ends();
         self.copy_in = false;
-        self.copy_data = false;
         self.take_status(status);
     }
 
@@ -351,7 +346,6 @@ impl Protocol {
             return;
         }
         self.copy_in = false;
-        self.copy_data = false;
         if let Some(end) = self.requests.iter().position(|request| *request == Request::CopyEnd) {
             self.requests.drain(..=end);
         }
@@ -363,7 +357,10 @@ impl Protocol {
         if !self.copy_in {
             self.pass_copy_ends();
         }
-        self.doubtful = 0;
+        if !matches!(self.requests.front(), None | Some(Request::Sync)) {
+            // It is about what was asked later than any Sync in doubt; one of those may fail as well.
+            self.doubtful = 0;
+        }
         match self.requests.front() {
             // The ReadyForQuery that follows answers these. With none, the error ends the connection.
             None | Some(Request::Query | Request::FunctionCall | Request::Sync) => {
@@ -378,12 +375,15 @@ impl Protocol {
             }
             Some(_) => (),
         }
-        if std::mem::take(&mut self.copy_in) && std::mem::take(&mut self.copy_data) {
+        if std::mem::take(&mut self.copy_in) {
             // A Sync before the end of the data was ignored if the server has read that far (`CopyGetData`). If it
             // failed before, such as in a trigger, it is still to be answered.
             let end = self.requests.iter().position(|request| *request == Request::CopyEnd);
             let in_copy = end.unwrap_or(self.requests.len());
             let before = self.requests.len();
+            // Anything else inside a COPY is refused, or done after it: a client that sends it is not counted on.
+            let odd = |request: &Request| !matches!(request, Request::Sync);
+            self.out_of_step |= self.requests.iter().take(in_copy).skip(1).any(odd);
             let mut at = 0;
             self.requests.retain(|request| {
                 at += 1;

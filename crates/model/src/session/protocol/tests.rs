@@ -186,6 +186,10 @@ fn a_copy_that_ends_oddly_is_never_a_safe_point_too_early() {
     safe(">E >S <G >d >c >S <E <ZI <ZI");
     safe(">E >S <G >d >c >S <E <ZI >P: >B >E >S <1 <2 <C <ZI");
     safe(">E >S <G >d >c >S <E <ZI >Q <ZI <C <ZI");
+    // The server may have read the Sync before it failed, also where no data came.
+    doubtful(">E >S <G <E >c >S <ZI");
+    safe(">E >S <G <E <ZI");
+    safe(">E >S <G <E <E <ZI");
     // Clients that harm only themselves.
     doubtful(">E <G >d >S <E >S <ZI");
     unsafe_(">E >c >S <G >c >S <C <ZI");
@@ -194,6 +198,8 @@ fn a_copy_that_ends_oddly_is_never_a_safe_point_too_early() {
     safe(">P: >B >E >c >S <1 <2 <C <ZI");
     safe(">Q >c <C <ZI");
     assert!(play("<G").is_out_of_step());
+    assert!(play(">E >Q >S <G >P: <E").is_out_of_step());
+    assert!(play(">E >S <G <E >CSx <ZI").is_out_of_step());
 }
 
 #[test]
