@@ -367,8 +367,9 @@ async fn catch_up(execution: &Execution, to: &CellServer) -> Done {
 }
 
 async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> Done {
-    // While the target is promoted, which is mostly waiting. Who loses locks by it is told, before the grant or after.
-    reported(control.order(Order::CountLocks { app: execution.app.clone() }).await)?;
+    // While the target is promoted, which is mostly waiting. Who loses its server by it is told, before the grant
+    // or after.
+    reported(control.order(Order::HearOut { app: execution.app.clone() }).await)?;
     let mut new = admin(to).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;

@@ -69,9 +69,9 @@ pub enum Order {
     /// Read the state of every held session, and see to it that `to`, still a standby, has a copy of each. Those
     /// that cannot be moved are told if `on_timeout` says so.
     Capture { app: String, to: String, on_timeout: OnTimeout },
-    /// Begin to count how often each held session holds its advisory locks. The server must be fenced. `Attach`
-    /// and `Release` wait for the end of it.
-    CountLocks { app: String },
+    /// Begin to hear what the fenced server still has for held sessions: how often each holds its locks, and
+    /// notifications. `Attach` and `Release` wait for the end of it.
+    HearOut { app: String },
     /// Attach every held session to `to` and prove that it is the same. A session goes on as soon as it is
     /// attached, once all stand there that hold locks or listen: what they have is nobody else's.
     Attach { app: String, to: String },

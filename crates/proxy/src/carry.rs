@@ -171,9 +171,11 @@ pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Capt
     }
     let in_step = matches!(&result, Ok(_) | Err(QueryError::Server { .. }));
     give_back(session, connection, in_step).map_err(failed)?;
-    let mut captured = result.map_err(|error| match in_step {
-        true => failed(error),
-        false => Reason::ServerLost { error: model::chain(&error) },
+    let mut captured = result.map_err(|error| match error.sqlstate() {
+        // Such as a sequence that somebody is altering; it may be free the next time.
+        Some(SqlState::LOCK_NOT_AVAILABLE) => Reason::Busy { what: error.to_string() },
+        _ if in_step => failed(error),
+        _ => Reason::ServerLost { error: model::chain(&error) },
     })?;
     captured.pins.extend(session.known_pins());
     match session.protocol.unnamed() {
@@ -208,16 +210,20 @@ async fn end_doubt(connection: &mut Connection) -> Result<(), QueryError> {
     timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))
 }
 
-/// Counts how often each advisory lock is held, by letting go of it for a moment. Nobody else may be able to take
-/// it: every client is held and the server is fenced. After an error the session has lost its server.
-pub(crate) async fn count_locks(
-    session: &mut Session,
-    snapshot: &mut Snapshot,
-) -> Result<(), Reason> {
+/// Asks the fenced server once more: how often each advisory lock is held, and, by asking anything at all, for
+/// notifications that were sent since the session was read. Nobody else may be able to take the locks: every client
+/// is held. After an error the session has lost its server.
+pub(crate) async fn hear_out(session: &mut Session, snapshot: &mut Snapshot) -> Result<(), Reason> {
     let mut connection = borrow(session).map_err(failed)?;
-    let counted = ask_counts(&mut connection, snapshot).await;
-    give_back(session, connection, counted.is_ok()).map_err(failed)?;
-    counted.map_err(failed)
+    let heard = if snapshot.locks.is_empty() {
+        let mut out = Vec::new();
+        frontend::sync(&mut out);
+        exchange(&mut connection, &out).await.map(drop)
+    } else {
+        ask_counts(&mut connection, snapshot).await
+    };
+    give_back(session, connection, heard.is_ok()).map_err(failed)?;
+    heard.map_err(failed)
 }
 
 /// Sends what is in `out` and reads the answers up to the last ReadyForQuery of `syncs`.
@@ -478,7 +484,9 @@ async fn restore_sequences(
         setval: true,
         reference: here,
     };
-    let again = kind.capture(connection, there).await.map_err(failed)?.snapshot;
+    let mut again = kind.capture(connection, there).await.map_err(failed)?;
+    again.name_sequences(here);
+    let again = again.snapshot;
     let only = |from: &Snapshot| Snapshot {
         sequences: from.sequences.clone(),
         last_value: from.last_value,
@@ -529,9 +537,23 @@ async fn parse_unnamed(prepared: &mut Prepared, session: &Session) -> Result<(),
     if session.protocol.unnamed() != Unnamed::Last || session.unnamed == prepared.unnamed {
         return Ok(());
     }
-    let mut out = session.unnamed.clone();
+    // In a transaction of ours, as a standby refuses one of an isolation level that the session may have by default.
+    let mut out = Vec::new();
+    Connection::add_statement(&mut out, STATEMENT_NAME, capture::BEGIN, &[]);
     frontend::sync(&mut out);
-    match exchange(&mut prepared.connection, &out).await {
+    out.extend_from_slice(&session.unnamed);
+    frontend::sync(&mut out);
+    Connection::add_statement(&mut out, STATEMENT_NAME, "COMMIT", &[]);
+    frontend::sync(&mut out);
+    let connection = &mut prepared.connection;
+    let ask = async {
+        connection.send(&out).await?;
+        connection.answers().await?;
+        let parsed = connection.answers().await;
+        connection.answers().await?;
+        parsed
+    };
+    match timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX))) {
         Ok(_) => {
             prepared.unnamed.clone_from(&session.unnamed);
             Ok(())

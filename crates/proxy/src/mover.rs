@@ -49,8 +49,16 @@ enum Read {
 }
 
 impl Read {
-    /// Other sessions can see whether it stands: they would get its locks, or wake nobody.
+    /// Other sessions can see whether it stands, or be in its way: they would get its locks, wake nobody, or hold
+    /// the sequence whose value it is given.
     fn is_seen_by_others(&self) -> bool {
+        matches!(self, Read::Ready(snapshot) if !(snapshot.locks.is_empty()
+            && snapshot.channels.is_empty()
+            && snapshot.sequences.is_empty()))
+    }
+
+    /// Its old server may have something for it, or must be asked once more when nobody else is left there.
+    fn has_last_words(&self) -> bool {
         matches!(self, Read::Ready(snapshot)
             if !(snapshot.locks.is_empty() && snapshot.channels.is_empty()))
     }
@@ -110,7 +118,7 @@ impl Mover {
             }
             Order::Backends { app } => Ok(self.backends(&app)),
             Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
-            Order::CountLocks { app } => self.count_locks(&app),
+            Order::HearOut { app } => self.hear_out(&app),
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to } => self.release(&app, &to).await,
             Order::GiveUp { app } => self.give_up(&app).await,
@@ -299,20 +307,20 @@ impl Mover {
         Ok(report)
     }
 
-    /// Begins to count the locks of every held session. Meanwhile the target catches up and is promoted.
-    fn count_locks(&mut self, app: &str) -> Result<Report, String> {
+    /// Begins to hear what the fenced server still has for held sessions: how often each holds its locks, and
+    /// notifications that were sent since it was read. Meanwhile the target is promoted.
+    fn hear_out(&mut self, app: &str) -> Result<Report, String> {
         let app = self.app(app)?;
         let holding = self.holdings.entry(app.name.clone()).or_default();
-        let has_locks =
-            |held: &Held| matches!(&held.read, Read::Ready(snapshot) if !snapshot.locks.is_empty());
-        let (with, without): (Vec<Held>, Vec<Held>) =
-            std::mem::take(&mut holding.sessions).into_iter().partition(has_locks);
+        let (with, without): (Vec<Held>, Vec<Held>) = std::mem::take(&mut holding.sessions)
+            .into_iter()
+            .partition(|held| held.read.has_last_words());
         holding.sessions = without;
         let report = Report { sessions: count(with.len()), ..Report::default() };
         let limits = &self.shared.config.limits;
         holding.at_work = each(with, limits.moves_at_once, async |mut held| {
             let result = match &mut held.read {
-                Read::Ready(snapshot) => carry::count_locks(&mut held.session, snapshot).await,
+                Read::Ready(snapshot) => carry::hear_out(&mut held.session, snapshot).await,
                 _ => Ok(()),
             };
             (held, result)
@@ -326,7 +334,8 @@ impl Mover {
             report.told += 1;
             let (named, reasons) = (held.session.named(), vec![reason]);
             self.shared.metrics.count_move("lost", &reasons);
-            held.session.tell_and_end(&forced("its advisory locks were lost"));
+            held.session
+                .tell_and_end(&forced("its locks or notifications were lost with its server"));
             report.blockers.push(Blocker { session: named, reasons });
         }
     }
@@ -643,7 +652,7 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     let there = app.facts(cell, database).map_err(one)?;
     let mut captured = match std::mem::replace(&mut held.read, Read::Not) {
         Read::Captured(captured, facts) if facts.asks_the_same(&here) => captured,
-        Read::Failed(reason) => return Err(vec![reason]),
+        Read::Failed(reason) if !matches!(reason, Reason::Busy { .. }) => return Err(vec![reason]),
         _ => carry::capture(session, &here).await.map_err(one)?,
     };
     if !here.backends.contains_key(&session.backend_pid) {

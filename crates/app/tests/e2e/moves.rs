@@ -312,6 +312,84 @@ async fn the_fence_reads_pg_hba_as_the_server_does() {
     assert!(!told.contains("hold  "), "{told}");
 }
 
+/// The listener is held and read while the notifier still has its transaction open: what that sends at its end is
+/// delivered to the old server, and to the client before it goes on.
+#[tokio::test]
+async fn a_notification_sent_while_the_listener_is_held_arrives() {
+    let installation = Installation::start("late-notify");
+    let mut listener = installation.connect().await;
+    run(&mut listener, "LISTEN jobs").await;
+    let mut notifier = installation.connect().await;
+    run(&mut notifier, "BEGIN; NOTIFY jobs, 'late'").await;
+    let api = installation.facts.api.clone();
+    let switch = tokio::task::spawn_blocking(move || {
+        std::process::Command::new(crate::support::HOLDFAST)
+            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
+            .output()
+            .unwrap()
+    });
+    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    run(&mut notifier, "COMMIT").await;
+    let output = switch.await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    run(&mut notifier, "NOTIFY jobs, 'after'").await;
+    let mut heard = Vec::new();
+    while heard.last().map(String::as_str) != Some("after") {
+        let message = listener.receive().await.unwrap();
+        if let wire::backend::Backend::Notification { payload, .. } = message.view().unwrap() {
+            heard.push(String::from_utf8_lossy(payload).into_owned());
+        }
+    }
+    assert_eq!(heard, ["late", "after"]);
+}
+
+/// A client of the extended protocol whose default isolation level a standby refuses.
+#[tokio::test]
+async fn an_unnamed_statement_moves_under_a_serializable_default() {
+    let installation = Installation::start("serializable");
+    let mut session = installation.connect().await;
+    run(&mut session, "SET default_transaction_isolation = serializable").await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"", b"SELECT 'unnamed'", &[]);
+    frontend::sync(&mut out);
+    extended(&mut session, &out).await;
+    installation.switch_to("b");
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"", &[]);
+    frontend::execute(&mut out, b"", 0);
+    frontend::sync(&mut out);
+    assert_eq!(extended(&mut session, &out).await, [Some("unnamed".into())]);
+}
+
+/// A sequence that got another name, and another that got its name, while the session was held.
+#[tokio::test]
+async fn a_value_stays_with_its_sequence_and_not_with_its_name() {
+    let installation = Installation::start("renamed");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE SEQUENCE s; SELECT nextval('s')").await;
+    let mut busy = installation.connect().await;
+    run(&mut busy, "BEGIN; ALTER SEQUENCE s RENAME TO s_old; CREATE SEQUENCE s START 500").await;
+    let api = installation.facts.api.clone();
+    let switch = tokio::task::spawn_blocking(move || {
+        std::process::Command::new(crate::support::HOLDFAST)
+            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
+            .output()
+            .unwrap()
+    });
+    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    run(&mut busy, "COMMIT").await;
+    let output = switch.await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(value(&mut session, "SELECT currval('s_old')").await, "1");
+    assert!(session.value("SELECT currval('s')").await.is_err());
+}
+
 /// A second switchover of the same application is refused, not queued.
 #[tokio::test]
 async fn a_second_switchover_is_refused_while_one_is_under_way() {

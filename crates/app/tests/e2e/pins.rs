@@ -46,6 +46,7 @@ const PINNED: &[(&str, &str, &str)] = &[
         "together with other",
         "SELECT 1",
     ),
+    ("SET seq_page_cost = 1.23456789", "six digits at most", "SELECT 1"),
     ("SELECT pg_backup_start('x', true)", "backup", "SELECT 1"),
 ];
 
@@ -105,6 +106,65 @@ async fn a_statement_that_cannot_be_prepared_again_pins() {
     let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(shown(&output).contains("`broken` cannot be prepared again"), "{}", shown(&output));
+}
+
+/// Custom settings that functions, views and policies set under names that cannot be known: each pins whoever is in
+/// the database.
+#[tokio::test]
+async fn code_that_computes_the_name_of_a_setting_pins() {
+    let installation = Installation::start("computes");
+    let mut session = installation.connect().await;
+    let mut other = installation.direct("a").await;
+    for (make, drop) in [
+        (
+            "CREATE FUNCTION f(k text) RETURNS text LANGUAGE sql AS 'SELECT set_config(''app.'' || k, ''1'', false)'",
+            "DROP FUNCTION f",
+        ),
+        (
+            "CREATE FUNCTION f(k text) RETURNS text BEGIN ATOMIC SELECT set_config('app.' || k, '1', false); END",
+            "DROP FUNCTION f",
+        ),
+        (
+            "CREATE FUNCTION f(k text) RETURNS void LANGUAGE plpgsql AS \
+             'BEGIN EXECUTE format(''SET app.%I = 1'', k); END'",
+            "DROP FUNCTION f",
+        ),
+        ("CREATE VIEW v AS SELECT set_config('app.x', '1', false)", "DROP VIEW v"),
+    ] {
+        run(&mut other, make).await;
+        let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+        assert_eq!(output.status.code(), Some(1), "{make}: {}", shown(&output));
+        assert!(shown(&output).contains("computes the name"), "{make}: {}", shown(&output));
+        run(&mut other, drop).await;
+    }
+    // What can be known is carried, wherever it stands.
+    let sql = "CREATE FUNCTION f() RETURNS void LANGUAGE plpgsql AS \
+        'BEGIN SET a.b.c = 7; PERFORM set_config(''app.x''::text, ''8'', false); END'";
+    run(&mut other, sql).await;
+    run(&mut session, "SELECT f()").await;
+    installation.switch_to("b");
+    let look = "SELECT current_setting('a.b.c') || current_setting('app.x')";
+    assert_eq!(value(&mut session, look).await, "78");
+}
+
+/// Somebody keeps a sequence locked. A look at the sessions waits for a moment, says so and harms nobody.
+#[tokio::test]
+async fn a_locked_sequence_keeps_a_session_busy_and_alive() {
+    let installation = Installation::start("locked-sequence");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE TABLE a (n serial); CREATE TABLE b (n serial)").await;
+    run(&mut session, "INSERT INTO a DEFAULT VALUES").await;
+    let mut other = installation.direct("a").await;
+    run(&mut other, "BEGIN; TRUNCATE b RESTART IDENTITY").await;
+    let text = shown(&installation.holdfast(&["sessions", "shop", "--pinned"]));
+    assert!(text.contains("lock timeout"), "{text}");
+    assert_eq!(value(&mut session, "SELECT lastval()").await, "1");
+    run(&mut other, "COMMIT; BEGIN; SELECT nextval('a_n_seq'); PREPARE TRANSACTION 'x'").await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
+    assert!(shown(&output).contains("prepared transaction `x` may hold"), "{}", shown(&output));
+    run(&mut other, "ROLLBACK PREPARED 'x'").await;
+    installation.switch_to("b");
+    assert_eq!(value(&mut session, "SELECT lastval()").await, "1");
 }
 
 #[tokio::test]

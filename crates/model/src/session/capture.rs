@@ -11,7 +11,7 @@
 //! They are asked while clients wait, so they are few and small: a session is asked for what only itself can
 //! tell, [`Facts`] hold the rest. SHOW ALL costs a third of `pg_settings` and is not planned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::Facts;
 use super::pin::Pin;
@@ -34,6 +34,9 @@ fn put_aside(version: ServerVersion) -> &'static [&'static str] {
     ];
     if version.major() >= 17 { &ALL } else { &ALL[..6] }
 }
+
+/// How long a capture waits for a lock, such as of a sequence that somebody is altering.
+const LOCK_TIMEOUT: &str = "1s";
 
 /// Settings that are no state of the session: of the transaction, of the server, or told elsewhere.
 pub(super) const NOT_STATE: [&str; 8] = [
@@ -108,7 +111,8 @@ pub fn questions(subject: &Subject<'_>) -> Questions {
     };
     set("client_encoding", "UTF8");
     set("statement_timeout", "0");
-    set("lock_timeout", "10s");
+    // Well before an answer is given up, which would cost the session its server.
+    set("lock_timeout", LOCK_TIMEOUT);
     if subject.version.major() >= 17 {
         set("transaction_timeout", "0");
     }
@@ -173,18 +177,24 @@ fn aside_question(subject: &Subject<'_>) -> String {
 }
 
 /// Asks every sequence for the session's value, as INFO messages. To be asked after the other questions of a
-/// session that has a last value, or may have used `setval`: most have not, and are spared it.
+/// session that has a last value, or may have used `setval`: most have not, and are spared it. That a sequence is
+/// locked must come out, though its code is of the class that says that there is no value.
 pub const SEQUENCES: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE v bigint; s record; BEGIN \
-    FOR s IN SELECT c.oid, format('%I.%I', nspname, relname) AS name, \
+    FOR s IN SELECT c.oid, \
     pg_has_role(relowner, 'USAGE') AND has_schema_privilege(n.oid, 'USAGE') AS own \
     FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace \
     WHERE relkind = 'S' AND relpersistence <> 't' LOOP \
-    BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % %', s.own, v, s.name; \
-    EXCEPTION WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN NULL; END; \
+    BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % %', s.own, v, s.oid; \
+    EXCEPTION WHEN lock_not_available THEN RAISE; \
+    WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN NULL; END; \
     END LOOP; END $holdfast$";
 
 /// Whether [`SEQUENCES`] are to be asked, by the INFO messages of the other questions.
 pub fn asks_sequences(subject: &Subject<'_>, infos: &[String]) -> bool {
+    !subject.facts.has_too_many_sequences() && may_have_sequences(subject, infos)
+}
+
+fn may_have_sequences(subject: &Subject<'_>, infos: &[String]) -> bool {
     let may = subject.setval || subject.facts.setval;
     !subject.in_recovery && (may || infos.iter().any(|info| info.starts_with("holdfast: lastval ")))
 }
@@ -206,12 +216,25 @@ pub struct Captured {
     pub pins: Vec<Pin>,
     /// The schema of its temporary objects, 0 if it never had one.
     pub temporary_schema: u32,
+    /// There are values of sequences that were not asked for, because there are too many sequences.
+    pub unasked_sequences: bool,
+    /// The values of sequences by their OIDs: others may give them new names while the session is held.
+    pub sequences: BTreeMap<u32, SequenceValue>,
+}
+
+/// What `currval` gives, and whether the login owns the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceValue {
+    pub value: i64,
+    pub own: bool,
 }
 
 impl Captured {
     /// Adds what the backend holds that is seen from outside. To be done once, by facts that were learned after
     /// the session's last request.
     pub fn complete(&mut self, facts: &Facts, backend_pid: i32) {
+        self.name_sequences(facts);
+        self.pin_sequences(facts);
         if let Some((objects, example)) = facts.temporary.get(&self.temporary_schema) {
             self.pins.push(Pin::Temporary { objects: *objects, example: example.clone() });
         }
@@ -227,6 +250,41 @@ impl Captured {
         }
         self.pins.sort();
         self.pins.dedup();
+    }
+
+    /// Puts the values of sequences into the snapshot, under the names that they have by now. One that was dropped
+    /// has no value any more.
+    pub fn name_sequences(&mut self, facts: &Facts) {
+        let named = self.sequences.iter().filter_map(|(oid, held)| {
+            facts.sequences.get(oid).map(|sequence| (sequence.name.clone(), held.value))
+        });
+        self.snapshot.sequences = named.collect();
+    }
+
+    fn pin_sequences(&mut self, facts: &Facts) {
+        let mut pin = |why: String| self.pins.push(Pin::Sequences { why });
+        if (self.unasked_sequences || !self.sequences.is_empty())
+            && let Some(why) = &facts.sequences_refused
+        {
+            pin(why.clone());
+        }
+        for (oid, held) in &self.sequences {
+            let Some(sequence) = facts.sequences.get(oid) else { continue };
+            let name = &sequence.name;
+            if !held.own {
+                pin(format!("it takes the owner of `{name}`, which the session's user is not"));
+            }
+            if held.value < sequence.min || held.value > sequence.max {
+                let (min, max) = (sequence.min, sequence.max);
+                pin(format!("{} is not from {min} to {max}, the bounds of `{name}`", held.value));
+            }
+        }
+        if let Some(last) = self.snapshot.last_value
+            && !self.unasked_sequences
+            && !self.snapshot.sequences.values().any(|value| *value == last)
+        {
+            pin("the session may not use the sequence of lastval any more".into());
+        }
     }
 }
 
@@ -258,6 +316,7 @@ pub fn read<'a>(
     infos: &[String],
 ) -> Result<Captured, Unreadable> {
     let mut captured = Captured { pins: subject.facts.pins.clone(), ..Captured::default() };
+    let mut rounded = Vec::new();
     let snapshot = &mut captured.snapshot;
     let reference = &subject.reference.configured;
     let mut set = |name: &str, value: &str| {
@@ -278,7 +337,16 @@ pub fn read<'a>(
             && !subject.facts.fixed.contains(name)
         {
             // A setting without a value is an empty text.
-            set(name, optional(row, 1).unwrap_or_default());
+            let value = optional(row, 1).unwrap_or_default();
+            if is_rounded(value)
+                && reference.get(name).is_none_or(|configured| configured.value != value)
+            {
+                rounded.push(Pin::Refused {
+                    what: format!("setting {name}"),
+                    error: format!("its value is shown as {value}, with six digits at most"),
+                });
+            }
+            set(name, value);
         }
     }
     let first = rows(ANSWER_PUT_ASIDE).first().ok_or(Unreadable("settings"))?;
@@ -289,25 +357,27 @@ pub fn read<'a>(
     snapshot.session_user = text(first, aside.len() + 1)?.to_owned();
     captured.temporary_schema =
         text(first, aside.len() + 2)?.parse().map_err(|_| Unreadable("temporary schema"))?;
+    captured.pins.append(&mut rounded);
+    captured.unasked_sequences =
+        subject.facts.has_too_many_sequences() && may_have_sequences(subject, infos);
     for row in rows(ANSWER_STATE) {
         read_row(row, &mut captured)?;
     }
     for info in infos {
         read_info(info, &mut captured);
     }
-    let snapshot = &captured.snapshot;
-    if !snapshot.sequences.is_empty()
-        && let Some(why) = &subject.facts.sequences_refused
-    {
-        captured.pins.push(Pin::Sequences { why: why.clone() });
-    }
-    if let Some(last) = snapshot.last_value
-        && !snapshot.sequences.values().any(|value| *value == last)
-    {
-        let why = "the session may not use the sequence of lastval any more".into();
-        captured.pins.push(Pin::Sequences { why });
-    }
     Ok(captured)
+}
+
+/// Whether a value may be a real number of more digits than SHOW gives (`%g`).
+fn is_rounded(value: &str) -> bool {
+    let mantissa = value.split(['e', 'E']).next().unwrap_or_default();
+    let number = mantissa.trim_start_matches('-');
+    let is_real = !number.is_empty()
+        && (number.contains('.') || number.len() < value.trim_start_matches('-').len())
+        && number.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let digits = number.chars().filter(char::is_ascii_digit).collect::<String>();
+    is_real && value.parse::<f64>().is_ok() && digits.trim_start_matches('0').len() >= 6
 }
 
 fn read_info(info: &str, captured: &mut Captured) {
@@ -321,15 +391,13 @@ fn read_info(info: &str, captured: &mut Captured) {
         captured.snapshot.last_value = value.parse().ok();
     } else if let Some(rest) = told.strip_prefix("currval ") {
         let mut parts = rest.splitn(3, ' ');
-        let (own, value, name) = (parts.next(), parts.next(), parts.next());
-        let (Some(own), Some(Ok(value)), Some(name)) = (own, value.map(str::parse), name) else {
+        let (own, value, oid) = (parts.next(), parts.next(), parts.next());
+        let (Some(own), Some(Ok(value)), Some(Ok(oid))) =
+            (own, value.map(str::parse), oid.map(str::parse))
+        else {
             return;
         };
-        if own != "t" {
-            let why = format!("it takes the owner of `{name}`, which the session's user is not");
-            captured.pins.push(Pin::Sequences { why });
-        }
-        captured.snapshot.sequences.insert(name.to_owned(), value);
+        captured.sequences.insert(oid, SequenceValue { value, own: own == "t" });
     }
 }
 
@@ -434,7 +502,7 @@ pub fn read_lock_count(message: &str) -> Option<(AdvisoryLock, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::facts::Configured;
+    use super::super::facts::{Configured, Sequence};
     use super::*;
 
     fn row(cells: &[&str]) -> Row {
@@ -462,6 +530,10 @@ mod tests {
         let mut captured = read(&subject(facts, &custom), rows, &infos).unwrap();
         captured.complete(facts, 7);
         captured
+    }
+
+    fn sequence(name: &str) -> Sequence {
+        Sequence { name: name.into(), min: 1, max: 100 }
     }
 
     fn codes(captured: &Captured) -> Vec<&'static str> {
@@ -497,7 +569,8 @@ mod tests {
             row(&["channel", "jobs"]),
             row(&["custom", "app.user", "7"]),
         ];
-        let infos = ["holdfast: lastval 5", "holdfast: currval t 5 public.\"odd name\""];
+        facts.sequences.insert(40, sequence("public.\"odd name\""));
+        let infos = ["holdfast: lastval 5", "holdfast: currval t 5 40"];
         let captured = read_with(&facts, &settings, &state, &infos);
         assert_eq!(captured.pins, []);
         let snapshot = captured.snapshot;
@@ -558,16 +631,34 @@ mod tests {
 
     #[test]
     fn values_of_sequences_pin_where_they_cannot_be_restored() {
+        let mut facts = Facts::default();
+        facts.sequences.insert(40, sequence("public.s"));
+        let pins = |facts: &Facts, infos: &[&str]| codes(&read_with(facts, &[], &[], infos));
+        assert_eq!(pins(&facts, &["holdfast: currval f 5 40"]), ["sequences"]);
+        assert_eq!(pins(&facts, &["holdfast: currval t 500 40"]), ["sequences"]);
+        assert_eq!(pins(&facts, &["holdfast: lastval 5"]), ["sequences"]);
+        assert_eq!(
+            pins(&facts, &["holdfast: lastval 5", "holdfast: currval t 6 40"]),
+            ["sequences"]
+        );
+        assert_eq!(pins(&facts, &["holdfast: lastval hidden"]), ["sequences"]);
+        assert!(pins(&facts, &["holdfast: currval t 5 40"]).is_empty());
+        // Dropped meanwhile.
+        assert!(pins(&facts, &["holdfast: currval t 5 41"]).is_empty());
+        facts.sequences_refused = Some("of a trigger".into());
+        assert_eq!(pins(&facts, &["holdfast: currval t 5 40"]), ["sequences"]);
+    }
+
+    #[test]
+    fn real_numbers_that_may_be_rounded_pin() {
         let facts = Facts::default();
-        let pins = |infos: &[&str]| codes(&read_with(&facts, &[], &[], infos));
-        assert_eq!(pins(&["holdfast: currval f 5 public.s"]), ["sequences"]);
-        assert_eq!(pins(&["holdfast: lastval 5"]), ["sequences"]);
-        assert_eq!(pins(&["holdfast: lastval 5", "holdfast: currval t 6 public.s"]), ["sequences"]);
-        assert_eq!(pins(&["holdfast: lastval hidden"]), ["sequences"]);
-        assert!(pins(&["holdfast: currval t 5 public.s"]).is_empty());
-        let facts = Facts { sequences_refused: Some("of a trigger".into()), ..Facts::default() };
-        let captured = read_with(&facts, &[], &[], &["holdfast: currval t 5 public.s"]);
-        assert_eq!(codes(&captured), ["sequences"]);
+        let pins =
+            |value: &str| codes(&read_with(&facts, &[row(&["x.y", value, "why"])], &[], &[]));
+        assert_eq!(pins("0.333333"), ["refused"]);
+        assert_eq!(pins("1.23457e+06"), ["refused"]);
+        for value in ["0.3", "1.1", "1234567", "4MB", "10.1.2.3", "0.00001", "on", "-1"] {
+            assert!(pins(value).is_empty(), "{value}");
+        }
     }
 
     #[test]

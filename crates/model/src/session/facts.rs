@@ -7,8 +7,17 @@ use super::capture::{NOT_STATE, Row, Unreadable, optional, text};
 use super::pin::Pin;
 use super::snapshot::AdvisoryLock;
 
-/// Sequences of one database that are looked through for values of a session.
-const SEQUENCES_MAX: u64 = 10_000;
+/// Sequences of one database that are looked through for values of a session. Each is locked meanwhile, by each
+/// session that is read at the same time, in a table that by default has room for 6,400 locks in all.
+const SEQUENCES_MAX: usize = 250;
+
+/// A sequence's quoted name with its schema, and its bounds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequence {
+    pub name: String,
+    pub min: i64,
+    pub max: i64,
+}
 
 /// A setting that a session may change, as the server's configuration has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +52,8 @@ pub struct Facts {
     pub setval: bool,
     /// Why values of sequences cannot be restored in this database.
     pub sequences_refused: Option<String>,
+    /// By OID.
+    pub sequences: BTreeMap<u32, Sequence>,
     /// By process id. One that is not there had ended when it was looked for, and its locks with it.
     pub backends: BTreeMap<i32, OfBackend>,
     /// Temporary objects, how many and one of them, by the OID of their schema.
@@ -60,26 +71,39 @@ pub const QUESTIONS: [&str; 4] = [
     "SELECT name, context, current_setting(name, true), \
      CASE WHEN source IN ('default','configuration file','command line','environment variable','override') \
      THEN 'configured' ELSE source END FROM pg_settings",
-    "SELECT 'custom', m[1], NULL FROM pg_proc, \
-     regexp_matches(prosrc, $$set_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m WHERE oid >= 16384 UNION \
-     SELECT 'custom', m[1], NULL FROM pg_proc, regexp_matches(prosrc, \
-     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*\\.\\w+)\\s*(?:=|to\\M)$$, 'gi') m WHERE oid >= 16384 UNION \
-     SELECT 'custom', split_part(c, '=', 1), NULL FROM pg_db_role_setting, unnest(setconfig) c \
+    "WITH f AS MATERIALIZED (SELECT proname::text AS name, CASE WHEN prosqlbody IS NULL THEN prosrc \
+     ELSE pg_get_function_sqlbody(oid) END AS body, proconfig FROM pg_proc WHERE oid >= 16384) \
+     SELECT 'custom', m[1], NULL, NULL FROM f, \
+     regexp_matches(body, $$\\mset_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m UNION \
+     SELECT 'custom', m[1], NULL, NULL FROM f, regexp_matches(body, \
+     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*(?:\\.\\w+)+)\\s*(?:=|to\\M)$$, 'gi') m UNION \
+     SELECT 'custom', split_part(c, '=', 1), NULL, NULL FROM pg_db_role_setting, unnest(setconfig) c \
      WHERE c ~ '^[^=]*[.]' UNION \
-     SELECT 'custom', split_part(c, '=', 1), NULL FROM pg_proc, unnest(proconfig) c \
-     WHERE oid >= 16384 AND c ~ '^[^=]*[.]' UNION ALL \
-     SELECT 'computes', proname::text, NULL FROM pg_proc WHERE oid >= 16384 \
-     AND prosrc ~* $$set_config\\s*\\(\\s*[^'\\s]$$ UNION ALL \
-     SELECT 'seed', proname::text, NULL FROM pg_proc WHERE oid >= 16384 \
-     AND prosrc ~* $$(\\msetseed\\s*\\(|\\mset\\s+(session\\s+|local\\s+)?seed\\M)$$ UNION ALL \
-     SELECT 'setval', NULL, NULL WHERE EXISTS (SELECT FROM pg_proc WHERE oid >= 16384 AND prosrc ~* $$\\msetval\\M$$) \
-     UNION ALL \
-     SELECT 'language', lanname::text, NULL FROM pg_language l \
+     SELECT 'custom', split_part(c, '=', 1), NULL, NULL FROM f, unnest(proconfig) c WHERE c ~ '^[^=]*[.]' UNION ALL \
+     SELECT 'computes', 'function ' || name, NULL, NULL FROM f \
+     WHERE regexp_count(body, $$\\mset_config\\s*\\($$, 1, 'i') <> regexp_count(body, \
+     $$\\mset_config\\s*\\(\\s*'[^']+'\\s*(::\\s*\\w+\\s*)?,$$, 1, 'i') \
+     OR body ~* $$'\\s*set\\s+(?:local\\s+|session\\s+)?(?:[\\w\"]+\\s*\\.\\s*)*[%'|]$$ UNION ALL \
+     SELECT 'computes', 'rule of ' || ev_class::regclass, NULL, NULL FROM pg_rewrite \
+     WHERE ev_class >= 16384 AND ev_action::text LIKE '%:funcid 2078 %' UNION ALL \
+     SELECT 'computes', 'default of ' || adrelid::regclass, NULL, NULL FROM pg_attrdef \
+     WHERE adbin::text LIKE '%:funcid 2078 %' UNION ALL \
+     SELECT 'computes', 'policy of ' || polrelid::regclass, NULL, NULL FROM pg_policy \
+     WHERE concat(polqual::text, polwithcheck::text) LIKE '%:funcid 2078 %' UNION ALL \
+     SELECT 'seed', name, NULL, NULL FROM f \
+     WHERE body ~* $$(\\msetseed\\s*\\(|\\mset\\s+(session\\s+|local\\s+)?seed\\M)$$ UNION ALL \
+     SELECT 'setval', NULL, NULL, NULL WHERE EXISTS (SELECT FROM f WHERE body ~* $$\\msetval\\M$$) UNION ALL \
+     SELECT 'language', lanname::text, NULL, NULL FROM pg_language l \
      WHERE lanname IN ('plperl','plperlu','plpython3u','pltcl','pltclu','plv8','plr','pllua') \
      AND EXISTS (SELECT FROM pg_proc WHERE prolang = l.oid) UNION ALL \
-     SELECT 'origins', NULL, NULL WHERE EXISTS (SELECT FROM pg_replication_origin) UNION ALL \
-     SELECT 'event_trigger', evtname::text, NULL FROM pg_event_trigger WHERE evtenabled <> 'D' UNION ALL \
-     SELECT 'sequences', count(*)::text, NULL FROM pg_class WHERE relkind = 'S'",
+     SELECT 'origins', NULL, NULL, NULL WHERE EXISTS (SELECT FROM pg_replication_origin) UNION ALL \
+     SELECT 'refuses', format('event trigger `%s` would run', evtname), NULL, NULL FROM pg_event_trigger \
+     WHERE evtenabled <> 'D' AND evtevent IN ('ddl_command_start','ddl_command_end') \
+     AND (evttags IS NULL OR 'ALTER SEQUENCE' = ANY (evttags)) UNION ALL \
+     SELECT 'refuses', format('prepared transaction `%s` may hold a sequence', gid), NULL, NULL \
+     FROM pg_prepared_xacts WHERE database = current_database() UNION ALL \
+     SELECT format('%I.%I', nspname, relname), c.oid::text, seqmin::text, seqmax::text FROM pg_sequence s \
+     JOIN pg_class c ON c.oid = seqrelid JOIN pg_namespace n ON n.oid = relnamespace WHERE relpersistence <> 't'",
     "SELECT pid::text, classid::text, objid::text, objsubid::text, mode FROM pg_locks \
      WHERE locktype = 'advisory' AND granted AND pid IS NOT NULL \
      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL \
@@ -115,6 +139,13 @@ impl Facts {
         for row in rows(1)? {
             facts.read_fact(row)?;
         }
+        if facts.has_too_many_sequences() {
+            let count = facts.sequences.len();
+            let why = format!(
+                "the database has {count} sequences, at most {SEQUENCES_MAX} are looked through"
+            );
+            facts.sequences_refused.get_or_insert(why);
+        }
         for row in rows(2)? {
             facts.read_backend(row)?;
         }
@@ -124,6 +155,11 @@ impl Facts {
             facts.temporary.insert(schema, (number(1)?, text(row, 2)?.to_owned()));
         }
         Ok(facts)
+    }
+
+    /// There are more than are looked through.
+    pub fn has_too_many_sequences(&self) -> bool {
+        self.sequences.len() > SEQUENCES_MAX
     }
 
     fn read_setting(&mut self, row: &Row) -> Result<(), Unreadable> {
@@ -143,8 +179,7 @@ impl Facts {
         match text(row, 0)? {
             "custom" => drop(self.custom.insert(text(row, 1)?.to_owned())),
             "computes" => {
-                let statement = format!("function {}", text(row, 1)?);
-                self.pins.push(Pin::CustomSettings { statement });
+                self.pins.push(Pin::CustomSettings { statement: text(row, 1)?.to_owned() });
             }
             "seed" => {
                 let statement = format!("function {}", text(row, 1)?);
@@ -155,19 +190,17 @@ impl Facts {
                 self.pins.push(Pin::StatefulLanguage { language: text(row, 1)?.to_owned() });
             }
             "origins" => self.origins = true,
-            "event_trigger" => {
-                // Restoring a value takes an ALTER SEQUENCE that is rolled back, and the trigger would see it.
-                let why = format!("event trigger `{}` would run", text(row, 1)?);
+            // Restoring a value takes an ALTER SEQUENCE that is rolled back.
+            "refuses" => {
+                let why = text(row, 1)?.to_owned();
                 self.sequences_refused.get_or_insert(why);
             }
-            "sequences" => {
-                let count: u64 = text(row, 1)?.parse().map_err(|_| Unreadable("count"))?;
-                if count > SEQUENCES_MAX {
-                    let why = format!(
-                        "the database has {count} sequences, at most {SEQUENCES_MAX} are looked through"
-                    );
-                    self.sequences_refused.get_or_insert(why);
-                }
+            // The name of a sequence holds a dot, so it is none of the words above.
+            name if name.contains('.') => {
+                let number = |at| text(row, at)?.parse::<i64>().map_err(|_| Unreadable("number"));
+                let oid = u32::try_from(number(1)?).map_err(|_| Unreadable("sequence"))?;
+                let (min, max) = (number(2)?, number(3)?);
+                self.sequences.insert(oid, Sequence { name: name.to_owned(), min, max });
             }
             _ => return Err(Unreadable("known kind of fact")),
         }
@@ -207,6 +240,7 @@ impl Facts {
             origins,
             setval,
             sequences_refused,
+            sequences: _,
             backends: _,
             temporary: _,
         } = self;
@@ -263,16 +297,17 @@ mod tests {
     fn what_hides_in_functions_pins_every_session() {
         let rows = [
             row(&["custom", "app.x"]),
-            row(&["computes", "f"]),
+            row(&["computes", "function f"]),
             row(&["seed", "g"]),
             row(&["language", "plperl"]),
-            row(&["event_trigger", "audit"]),
-            row(&["sequences", "20000"]),
+            row(&["refuses", "event trigger `audit` would run"]),
+            row(&["public.s", "40", "1", "100"]),
         ];
         let facts = facts(&[], &rows);
         let codes: Vec<&str> = facts.pins.iter().map(Pin::code).collect();
         assert_eq!(codes, ["custom_settings", "seed", "stateful_language"]);
         assert_eq!(facts.sequences_refused.as_deref(), Some("event trigger `audit` would run"));
+        assert_eq!(facts.sequences[&40].name, "public.s");
     }
 
     #[test]

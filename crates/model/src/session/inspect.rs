@@ -21,7 +21,7 @@ pub const CUSTOM_NAMES_MAX: usize = 256;
 const NAME_LEN_MAX: usize = 128;
 
 /// Words that raise a question, in the order of [`Word`].
-const WORDS: [&str; 8] = [
+const WORDS: [&str; 9] = [
     "set_config",
     "setseed",
     "setval",
@@ -30,6 +30,8 @@ const WORDS: [&str; 8] = [
     "pg_start_backup",
     "pg_replication_origin_session_setup",
     "load",
+    // Code in a literal, for a function that runs it.
+    "'set",
 ];
 
 static FINDER: LazyLock<AhoCorasick> = LazyLock::new(|| {
@@ -37,7 +39,7 @@ static FINDER: LazyLock<AhoCorasick> = LazyLock::new(|| {
         .ascii_case_insensitive(true)
         .match_kind(MatchKind::LeftmostLongest)
         .build(WORDS)
-        .expect("eight short words make an automaton")
+        .expect("nine short words make an automaton")
 });
 
 /// Bytes of a long text that are looked at again with its next part, so that no word hides at the seam.
@@ -162,6 +164,10 @@ impl Hints {
         }
         let tokens: Vec<Token<'_>> = Tokens::new(sql).collect();
         let shown = || place.shown();
+        // In a part the rest may come.
+        let calls = |at: usize| {
+            tokens.get(at + 1).map_or(place.extent == Extent::Part, |next| next.is_other(b'('))
+        };
         for (at, token) in tokens.iter().enumerate() {
             if token.is_word("set") {
                 self.on_set(&tokens[at + 1..], place);
@@ -174,7 +180,7 @@ impl Hints {
             match name.as_str() {
                 "set_config" => self.on_set_config(&tokens[at + 1..], place),
                 "setval" => self.setval = true,
-                "setseed" => self.pin(Pin::Seed { statement: shown() }),
+                "setseed" if calls(at) => self.pin(Pin::Seed { statement: shown() }),
                 "pg_backup_start" | "pg_start_backup" => {
                     self.pin(Pin::BackupMode { statement: shown() });
                 }
@@ -184,7 +190,7 @@ impl Hints {
                 "load" if tokens.get(at + 1).is_some_and(|next| next.kind == Kind::Text) => {
                     self.pin(Pin::Library);
                 }
-                name if name.starts_with("dblink") => {
+                name if name.starts_with("dblink") && calls(at) => {
                     self.pin(Pin::Dblink { statement: shown() });
                 }
                 _ => (),
@@ -203,10 +209,7 @@ impl Hints {
             // `'set ' || name`, to be executed.
             return self.pin_custom(place);
         };
-        if first.is_other(b'%')
-            || first.is_other(b'\'')
-            || matches!(first.kind, Kind::Unclear | Kind::Text)
-        {
+        if first.is_other(b'%') || first.is_other(b'\'') || first.kind == Kind::Unclear {
             return self.pin_custom(place);
         }
         if sql::name_of(first).is_some_and(|name| name == "seed") {
@@ -344,6 +347,8 @@ mod tests {
         learns("set search_path = a, b; select 1", &[]);
         learns("select * from a.setup where x = 'set'", &[]);
         learns("select upload, payload from downloads", &[]);
+        learns("insert into t values ('The options are set ''wrong''; please fix')", &[]);
+        learns("insert into dblink_jobs values ('dblink is nice', 'setseed, too')", &[]);
     }
 
     #[test]
@@ -360,6 +365,7 @@ mod tests {
             &["app.x", "app.y"],
         );
         learns("do 'begin set app.x = 1; end'", &["app.x"]);
+        learns("select run_sql('set dyn.x = 1')", &["dyn.x"]);
     }
 
     #[test]
@@ -435,10 +441,10 @@ mod tests {
         learns("\x0bset a.b = 1", &["a.b"]);
         pins("select set_config('app.'::text || n, '1', false)", "custom_settings");
         pins("select 'C:\\tmp\\', set_config('app.x','1',false), 'b'", "custom_settings");
-        let shown = hints("select 'my password sesame is for dblink at work'");
+        let shown = hints("select 'my password sesame is for dblink() at work'");
         assert!(!format!("{shown:?}").contains("sesame"));
         let mut part = Hints::default();
-        part.on_part(b"the secret sesame dblink word', 'x')");
+        part.on_part(b"the secret sesame dblink() word', 'x')");
         assert!(!part.pins.is_empty() && !format!("{part:?}").contains("sesame"));
     }
 
