@@ -178,6 +178,13 @@ pub(crate) async fn capture(session: &mut Session, facts: &Facts) -> Result<Capt
         _ => Reason::ServerLost { error: model::chain(&error) },
     })?;
     captured.pins.extend(session.known_pins());
+    if session.restyled {
+        let why = "was prepared under another DateStyle, TimeZone or IntervalStyle";
+        let pins = captured.snapshot.prepared.iter().filter(|(_, p)| p.text.contains('\''));
+        let pins = pins.map(|(name, _)| Pin::Prepared { name: name.clone(), why: why.into() });
+        let pins: Vec<Pin> = pins.collect();
+        captured.pins.extend(pins);
+    }
     match session.protocol.unnamed() {
         Unnamed::Earlier => captured.pins.push(Pin::Unnamed),
         Unnamed::Last if session.unnamed_too_long => captured.pins.push(Pin::TooLarge {
@@ -609,6 +616,8 @@ impl Session {
         self.backend_secret = secret.into();
         self.cell = cell;
         self.moves += 1;
+        // Every statement was prepared anew, under the settings of now.
+        self.restyled = false;
         self.client.push(&aside);
         self.tell_params(&params);
         Ok(old)

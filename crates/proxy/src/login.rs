@@ -472,6 +472,8 @@ async fn attach(
         hints: Default::default(),
         unnamed: Vec::new(),
         unnamed_too_long: false,
+        has_prepared: false,
+        restyled: false,
         long: None,
         client_pid,
         client_secret: secret.into(),

@@ -103,6 +103,7 @@ impl Session {
                     return false;
                 }
                 let note = self.protocol.on_frontend(header.tag, body.first().copied(), None);
+                self.has_prepared |= header.tag == b'P' && body.first().is_some_and(|b| *b != 0);
                 let whole = body.len() >= body_len;
                 let body = body.get(..body_len).unwrap_or(body);
                 if !whole {
@@ -198,6 +199,7 @@ impl Session {
                         b'A' => self.on_notification(body),
                         b'C' => {
                             self.hints.on_command_tag(body);
+                            self.has_prepared |= body.starts_with(b"PREPARE\0");
                             self.protocol.on_backend(b'C', None);
                         }
                         b'E' => {
@@ -222,7 +224,10 @@ impl Session {
         if let Ok(Backend::ParameterStatus { name, value }) = backend::read(b'S', body) {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
             let mut params = (*self.params).clone();
-            params.insert(text(name), text(value));
+            let style = matches!(name, b"DateStyle" | b"TimeZone" | b"IntervalStyle");
+            let before = params.insert(text(name), text(value));
+            self.restyled |=
+                style && self.has_prepared && before.is_none_or(|b| b.as_bytes() != value);
             self.params = self.app.share(params);
         }
     }

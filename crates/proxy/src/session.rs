@@ -96,6 +96,10 @@ pub struct Session {
     pub unnamed: Vec<u8>,
     /// The unnamed statement was longer than is kept.
     pub unnamed_too_long: bool,
+    /// It has had statements with a name.
+    pub has_prepared: bool,
+    /// Since it has, a setting has changed by which the server reads literals when it prepares a statement.
+    pub restyled: bool,
     /// A long statement is passing.
     pub long: Option<Box<LongText>>,
     /// What the client knows: the pid of its first backend, and a secret of ours.

@@ -47,6 +47,7 @@ const PINNED: &[(&str, &str, &str)] = &[
         "SELECT 1",
     ),
     ("SET seq_page_cost = 1.23456789", "six digits at most", "SELECT 1"),
+    ("PREPARE p AS SELECT 'now'::timestamptz", "the time at which it was prepared", "EXECUTE p"),
     ("SELECT pg_backup_start('x', true)", "backup", "SELECT 1"),
 ];
 
@@ -145,6 +146,22 @@ async fn code_that_computes_the_name_of_a_setting_pins() {
     installation.switch_to("b");
     let look = "SELECT current_setting('a.b.c') || current_setting('app.x')";
     assert_eq!(value(&mut session, look).await, "78");
+}
+
+/// The server reads a literal when it prepares the statement, under the settings of then.
+#[tokio::test]
+async fn a_statement_prepared_under_another_date_style_pins() {
+    let installation = Installation::start("restyled");
+    let mut session = installation.connect().await;
+    run(&mut session, "SET DateStyle = 'ISO, DMY'").await;
+    run(&mut session, "PREPARE p AS SELECT '01/02/2024'::date").await;
+    installation.switch_to("b");
+    assert_eq!(value(&mut session, "EXECUTE p").await, "2024-02-01");
+    run(&mut session, "SET DateStyle = 'ISO, MDY'").await;
+    let output = installation.holdfast(&["switchover", "shop", "--to", "a"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(shown(&output).contains("prepared under another DateStyle"), "{}", shown(&output));
+    assert_eq!(value(&mut session, "EXECUTE p").await, "2024-02-01");
 }
 
 /// Somebody keeps a sequence locked. A look at the sessions waits for a moment, says so and harms nobody.

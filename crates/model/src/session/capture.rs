@@ -430,8 +430,18 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
     Ok(())
 }
 
-/// Why a statement that was prepared by SQL cannot be prepared again by running its text.
+/// Why a statement cannot be prepared again by its text.
 fn not_repeatable(prepared: &Prepared) -> Option<&'static str> {
+    // Read once, when the statement is prepared (manual, "Special Values" of dates).
+    let of_now = |token: sql::Token<'_>| {
+        sql::literal_of(&token).is_some_and(|text| {
+            let text = text.trim().to_ascii_lowercase();
+            ["now", "today", "tomorrow", "yesterday"].contains(&text.as_str())
+        })
+    };
+    if prepared.text.contains('\'') && sql::Tokens::new(prepared.text.as_bytes()).any(of_now) {
+        return Some("holds the time at which it was prepared");
+    }
     if !prepared.from_sql {
         return None;
     }
