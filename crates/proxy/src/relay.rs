@@ -200,6 +200,11 @@ impl Session {
                         b'C' => {
                             self.hints.on_command_tag(body);
                             self.has_prepared |= body.starts_with(b"PREPARE\0");
+                            if body.starts_with(b"DEALLOCATE ALL\0")
+                                || body.starts_with(b"DISCARD ALL\0")
+                            {
+                                (self.has_prepared, self.restyled) = (false, false);
+                            }
                             self.protocol.on_backend(b'C', None);
                         }
                         b'E' => {

