@@ -419,10 +419,10 @@ fn bulk(binary: &Path) -> Done {
 
 /// Memory per idle client that is logged in: 2,000 of them, as many as a server here takes.
 fn idle(binary: &Path) -> Done {
-    const CLIENTS: usize = 2_000;
+    const CLIENTS: usize = 5_000;
     let dir = scratch().join("bench");
     let cluster =
-        Cluster::start(&dir.join("cluster"), "-c max_connections=2200 -c shared_buffers=128MB")?;
+        Cluster::start(&dir.join("cluster"), "-c max_connections=5200 -c shared_buffers=128MB")?;
     let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "")?;
     let warm: Vec<TcpStream> =
         (0..50).map(|_| raw_login(holdfast.port)).collect::<Result<_, _>>()?;
