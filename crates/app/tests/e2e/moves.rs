@@ -234,16 +234,7 @@ async fn a_session_that_loses_its_server_while_it_is_held_is_in_nobodys_way() {
     }
     run(&mut busy, "BEGIN; SELECT 1").await;
     let mut admin = installation.direct("a").await;
-    let api = installation.facts.api.clone();
-    let switch = tokio::task::spawn_blocking(move || {
-        std::process::Command::new(crate::support::HOLDFAST)
-            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
-            .output()
-            .unwrap()
-    });
-    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let switch = installation.switch_until_it_holds().await;
     // They are read as soon as they are held; then nothing is asked of them for a while.
     let look = format!(
         "SELECT bool_and(now() - state_change > '500ms') FROM pg_stat_activity WHERE pid IN ({})",
@@ -323,16 +314,7 @@ async fn a_notification_sent_while_the_listener_is_held_arrives() {
     run(&mut listener, "LISTEN jobs").await;
     let mut notifier = installation.connect().await;
     run(&mut notifier, "BEGIN; NOTIFY jobs, 'late'").await;
-    let api = installation.facts.api.clone();
-    let switch = tokio::task::spawn_blocking(move || {
-        std::process::Command::new(crate::support::HOLDFAST)
-            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
-            .output()
-            .unwrap()
-    });
-    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let switch = installation.switch_until_it_holds().await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     run(&mut notifier, "COMMIT").await;
     let output = switch.await.unwrap();
@@ -374,16 +356,7 @@ async fn a_value_stays_with_its_sequence_and_not_with_its_name() {
     run(&mut session, "CREATE SEQUENCE s; SELECT nextval('s')").await;
     let mut busy = installation.connect().await;
     run(&mut busy, "BEGIN; ALTER SEQUENCE s RENAME TO s_old; CREATE SEQUENCE s START 500").await;
-    let api = installation.facts.api.clone();
-    let switch = tokio::task::spawn_blocking(move || {
-        std::process::Command::new(crate::support::HOLDFAST)
-            .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
-            .output()
-            .unwrap()
-    });
-    while !shown(&installation.holdfast(&["executions", "1"])).contains("hold     runs") {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let switch = installation.switch_until_it_holds().await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     run(&mut busy, "COMMIT").await;
     let output = switch.await.unwrap();

@@ -117,6 +117,21 @@ impl Installation {
         text
     }
 
+    /// Begins a switchover to `b` that a busy session keeps waiting, and waits until it holds.
+    pub(crate) async fn switch_until_it_holds(&self) -> tokio::task::JoinHandle<Output> {
+        let api = self.facts.api.clone();
+        let switch = tokio::task::spawn_blocking(move || {
+            Command::new(HOLDFAST)
+                .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
+                .output()
+                .unwrap()
+        });
+        while !shown(&self.holdfast(&["executions", "1"])).contains("hold     runs") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        switch
+    }
+
     /// Clients that connect through the proxy, as the superuser.
     pub(crate) async fn connect(&self) -> Connection {
         connect(self.facts.port, "postgres", None).await.unwrap()
