@@ -365,7 +365,7 @@ impl Control {
             match after {
                 Next::Go(next) => stage = next,
                 Next::End(ending) => {
-                    if ending == Ending::Stuck {
+                    if ending == Ending::Stuck && stage.holds_clients() {
                         // Clients are not left waiting for a person.
                         let app = execution.app.clone();
                         let report = self.order(Order::GiveUp { app }).await;

@@ -50,6 +50,13 @@ impl Stage {
         Stage::Revert,
     ];
 
+    /// Clients are held while it runs. If it can go neither on nor back, they must be told: no wait is without end.
+    /// Reverting is not among these: it lets them go on first.
+    pub fn holds_clients(self) -> bool {
+        use Stage::{Attach, Capture, CatchUp, Fence, Grant, Hold, Promote};
+        matches!(self, Hold | Capture | Fence | CatchUp | Grant | Promote | Attach)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Stage::Prepare => "prepare",
@@ -187,6 +194,15 @@ rejoin: Completed, else CompletedWithoutRejoin
 revert: Aborted, else Stuck
 "
         );
+    }
+
+    #[test]
+    fn whoever_is_held_where_it_is_stuck_is_told() {
+        let stuck = |stage: &Stage| next(*stage, Outcome::Failed) == Next::End(Ending::Stuck);
+        let told: Vec<Stage> =
+            Stage::ALL.into_iter().filter(stuck).filter(|s| s.holds_clients()).collect();
+        // Release and revert are stuck only after clients go on.
+        assert_eq!(told, [Stage::Promote, Stage::Attach]);
     }
 
     #[test]

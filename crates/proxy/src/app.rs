@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model::barrier::Reason;
 use model::session::facts::{self, Facts};
@@ -15,6 +15,8 @@ use crate::auth::Authenticator;
 use crate::carry::Prepared;
 use crate::config::AppConfig;
 
+/// How long one database may take to be learned of. Clients may be waiting for it.
+const LEARN_MAX: Duration = Duration::from_secs(10);
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
 const PARAM_SETS_MAX: usize = 256;
 
@@ -131,7 +133,12 @@ impl App {
             Facts::read(&answers).map(Arc::new).map_err(|error| failed(&error))
         };
         let began = Instant::now();
-        let learned = ask.await;
+        let late = || {
+            let error =
+                format!("database `{database}` did not tell what it holds in {LEARN_MAX:?}");
+            Err(Reason::Failed { error })
+        };
+        let learned = tokio::time::timeout(LEARN_MAX, ask).await.unwrap_or_else(|_| late());
         tracing::debug!(cell = cell.name, database, took = ?began.elapsed(), "learned of a database");
         let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert((cell.name.clone(), database.to_owned()), learned);

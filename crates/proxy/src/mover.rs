@@ -191,9 +191,10 @@ impl Mover {
         while held.len() + at_work.len() < app.sessions.load(Ordering::SeqCst)
             && Instant::now() < deadline
         {
-            if let Some(incoming) = incoming
-                && let Ok(Some(mut session)) = timeout(POLL, incoming.recv()).await
-            {
+            let Some(incoming) = incoming else { break };
+            if let Ok(received) = timeout(POLL, incoming.recv()).await {
+                // No engine is left that could hand one out.
+                let Some(mut session) = received else { break };
                 session.held_since = Some(Instant::now());
                 from.get_or_insert_with(|| session.cell.clone());
                 if !databases.contains(&session.identity.database) {
@@ -266,8 +267,13 @@ impl Mover {
         // Anew, for what backends hold and for functions made since: nothing of it can change any more. Meanwhile
         // the last sessions are read, which does not fail by itself.
         let learning = learn_all(&app, holding.from.clone(), &holding.databases);
+        // The target's were learned beforehand, but for databases that nobody was in then.
+        let unknown = |name: &&String| app.facts(&cell, name).is_err();
+        let unknown = holding.databases.iter().filter(unknown).cloned().collect();
+        let learning_there = learn_all(&app, [cell.clone()], &unknown);
         holding.settle().await?;
         all(learning).await?;
+        all(learning_there).await?;
         let held = std::mem::take(&mut holding.sessions);
         report.sessions = count(held.len());
         let captured = each(held, self.shared.config.limits.moves_at_once, |mut held| {
@@ -406,25 +412,36 @@ impl Mover {
         Ok(report)
     }
 
-    /// Tells and ends every held session. The gate stays closed, so new logins wait for their own deadline.
+    /// Tells and ends every held session. Those that go on already are left alone; the gate stays closed, so new
+    /// logins wait for their own deadline.
     async fn give_up(&mut self, app: &str) -> Result<Report, String> {
         let app = self.app(app)?;
         app.forget();
         let mut holding = self.holdings.remove(&app.name).unwrap_or_default();
+        for engine in &self.shared.engines {
+            engine.send(Command::Unwant(Want::App(app.clone())));
+        }
         let lost = holding.settle().await?;
+        self.take_in(&mut holding).await;
         let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
         self.end_lost(lost, &mut report);
         for held in holding.sessions {
             report.told += 1;
-            let reasons = [Reason::Failed { error: String::new() }];
-            self.shared.metrics.count_move("failed", &reasons);
+            self.shared.metrics.count_move("gave_up", &[]);
             held.session.tell_and_end(&no_server());
         }
-        // Those that came to a safe point only since then stand on the old server, which is fenced.
-        for engine in &self.shared.engines {
-            engine.send(Command::End(Want::App(app.clone()), no_server()));
-        }
         Ok(report)
+    }
+
+    /// Takes sessions in that were handed out after the last look, once nobody wants them any more.
+    async fn take_in(&self, holding: &mut Holding) {
+        let Some(mut incoming) = holding.incoming.take() else { return };
+        // The engines answer in order, so whatever was on its way is here once they have answered this.
+        let _ = self.shared.views().await;
+        incoming.close();
+        while let Some(session) = incoming.recv().await {
+            holding.sessions.push(Held { session, read: Read::Not });
+        }
     }
 
     /// Ends the connections that moved sessions have left behind.
@@ -456,15 +473,8 @@ impl Mover {
         let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
         self.end_lost(lost, &mut report);
         app.open(cell.clone());
-        // Sessions that were handed out after the last look. On a new server they would be lost ones.
-        if let Some(mut incoming) = holding.incoming.take() {
-            // The engines answer in order, so whatever was on its way is here once they have answered this.
-            let _ = self.shared.views().await;
-            incoming.close();
-            while let Some(session) = incoming.recv().await {
-                holding.sessions.push(Held { session, read: Read::Not });
-            }
-        }
+        // On a new server these would be lost ones.
+        self.take_in(&mut holding).await;
         for held in std::mem::take(&mut holding.sessions) {
             if held.session.cell.name != cell.name {
                 report.told += 1;

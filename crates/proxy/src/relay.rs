@@ -136,8 +136,13 @@ impl Session {
                 self.protocol.on_frontend(header.tag, body.first().copied(), body.get(1).copied());
             }
             b'F' => {
-                let Some(oid) = body.first_chunk::<4>() else { return body_len < 4 };
-                self.hints.on_function_call(u32::from_be_bytes(*oid));
+                if body.len() < body_len.min(4) {
+                    return false;
+                }
+                // One that is too short to name a function is the server's to refuse.
+                if let Some(oid) = body.first_chunk::<4>().filter(|_| body_len >= 4) {
+                    self.hints.on_function_call(u32::from_be_bytes(*oid));
+                }
                 self.protocol.on_frontend(b'F', None, None);
             }
             tag => {

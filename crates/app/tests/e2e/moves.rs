@@ -365,6 +365,27 @@ async fn a_value_stays_with_its_sequence_and_not_with_its_name() {
     assert!(session.value("SELECT currval('s')").await.is_err());
 }
 
+/// A session that logs into a database that nobody was in when the switchover was prepared. Learning of the other
+/// database waits for a lock meanwhile.
+#[tokio::test]
+async fn a_session_of_a_database_that_was_not_prepared_moves() {
+    let installation = Installation::start("late-database");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE DATABASE late").await;
+    let mut admin = installation.direct("a").await;
+    run(&mut admin, "BEGIN; LOCK TABLE pg_policy IN ACCESS EXCLUSIVE MODE").await;
+    let switch = installation.holdfast_in_background(&["switchover", "shop", "--to", "b"]);
+    let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+    while value(&mut admin, waits).await == "0" {}
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let more = [("database", "late")];
+    let late = login(installation.facts.port, "postgres", None, tls, &more).await;
+    run(&mut admin, "COMMIT").await;
+    let output = switch.await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(value(&mut late.unwrap(), "SELECT current_database()").await, "late");
+}
+
 /// A second switchover of the same application is refused, not queued.
 #[tokio::test]
 async fn a_second_switchover_is_refused_while_one_is_under_way() {

@@ -107,6 +107,13 @@ impl Installation {
             .unwrap()
     }
 
+    /// As [`Installation::holdfast`], while the test goes on.
+    pub(crate) fn holdfast_in_background(&self, args: &[&str]) -> tokio::task::JoinHandle<Output> {
+        let mut command = Command::new(HOLDFAST);
+        command.args(["--api", &self.facts.api]).args(args).stdin(Stdio::null());
+        tokio::task::spawn_blocking(move || command.output().unwrap())
+    }
+
     /// A switchover that must complete.
     pub(crate) fn switch_to(&self, cell: &str) -> String {
         let output = self.holdfast(&["switchover", "shop", "--to", cell, "--deadline", "10s"]);
@@ -119,13 +126,8 @@ impl Installation {
 
     /// Begins a switchover to `b` that a busy session keeps waiting, and waits until it holds.
     pub(crate) async fn switch_until_it_holds(&self) -> tokio::task::JoinHandle<Output> {
-        let api = self.facts.api.clone();
-        let switch = tokio::task::spawn_blocking(move || {
-            Command::new(HOLDFAST)
-                .args(["--api", &api, "switchover", "shop", "--to", "b", "--deadline", "20s"])
-                .output()
-                .unwrap()
-        });
+        let args = ["switchover", "shop", "--to", "b", "--deadline", "20s"];
+        let switch = self.holdfast_in_background(&args);
         while !shown(&self.holdfast(&["executions", "1"])).contains("hold     runs") {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
