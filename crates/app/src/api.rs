@@ -9,7 +9,7 @@ use axum::extract::{Json, Path, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use control::{Control, ControlError, SwitchoverRequest};
+use control::{Control, ControlError, MoveRequest, SwitchoverRequest};
 use model::cell::CellState;
 use pg::admin::Admin;
 use proxy::Proxy;
@@ -39,6 +39,7 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/applications/{app}/sessions", get(sessions))
         .route("/v1/applications/{app}/switchover", post(switchover))
+        .route("/v1/applications/{app}/move", post(move_sessions))
         .route("/v1/applications/{app}/executions/{id}/retry", post(retry))
         .route("/v1/executions", get(executions))
         .route("/metrics", get(metrics))
@@ -259,6 +260,22 @@ async fn switchover(
     let run = tokio::spawn(async move { control.switchover(&app, request).await });
     match run.await {
         Ok(execution) => Ok(Json(execution?).into_response()),
+        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn move_sessions(
+    Extract(state): Extract<State>,
+    Path(app): Path<String>,
+    headers: HeaderMap,
+    Json(request): Json<MoveRequest>,
+) -> Result<Response, ApiError> {
+    authorize(&state, &headers)?;
+    // It runs to its end also if whoever asked for it hangs up.
+    let control = state.control.clone();
+    let run = tokio::spawn(async move { control.move_sessions(&app, request).await });
+    match run.await {
+        Ok(report) => Ok(Json(report?).into_response()),
         Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }

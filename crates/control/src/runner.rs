@@ -39,6 +39,20 @@ fn default_deadline_ms() -> u64 {
     30_000
 }
 
+/// Which sessions are to be moved, and where to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveRequest {
+    /// All of the application, if none is named.
+    #[serde(default)]
+    pub session: Option<u64>,
+    /// A cell whose server may serve them, as the one where they stand.
+    pub to: String,
+    /// How long running transactions may take to end.
+    #[serde(default = "default_deadline_ms")]
+    pub deadline_ms: u64,
+}
+
 /// What a dry run found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DryRun {
@@ -187,17 +201,22 @@ impl Control {
         })
     }
 
+    fn check_cell(&self, app: &str, cell: &str) -> Result<(), ControlError> {
+        let servers = self.servers(app)?;
+        if servers.cells.contains_key(cell) {
+            return Ok(());
+        }
+        let known = servers.cells.keys().cloned().collect::<Vec<_>>().join(", ");
+        Err(ControlError::NoCell { app: app.into(), cell: cell.into(), known })
+    }
+
     fn check(
         &self,
         app: &str,
         application: &Application,
         to: &str,
     ) -> Result<String, ControlError> {
-        let servers = self.servers(app)?;
-        if !servers.cells.contains_key(to) {
-            let known = servers.cells.keys().cloned().collect::<Vec<_>>().join(", ");
-            return Err(ControlError::NoCell { app: app.into(), cell: to.into(), known });
-        }
+        self.check_cell(app, to)?;
         if let Some(id) = application.execution {
             return Err(ControlError::UnderWay { app: app.into(), id });
         }
@@ -293,6 +312,21 @@ impl Control {
             "switchover begins"
         );
         self.run(execution, Stage::Prepare).await
+    }
+
+    /// Moves sessions to fresh connections, while the application goes on.
+    ///
+    /// # Errors
+    /// Another change of the application is under way, or there is no such cell.
+    pub async fn move_sessions(
+        &self,
+        app: &str,
+        request: MoveRequest,
+    ) -> Result<Report, ControlError> {
+        let _taken = self.take(app)?;
+        self.check_cell(app, &request.to)?;
+        let MoveRequest { session, to, deadline_ms } = request;
+        Ok(self.order(Order::Move { app: app.into(), session, to, deadline_ms }).await)
     }
 
     /// Takes up an execution that stands still.

@@ -401,10 +401,7 @@ async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
     let order = Order::Release { app: execution.app.clone(), to: to.to_owned() };
     let report = reported(control.order(order).await)?;
     Ok(match report.pauses {
-        Some(p) => format!(
-            "{} sessions go on; held p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms",
-            report.done, p.p50, p.p99, p.max
-        ),
+        Some(pauses) => format!("{} sessions go on; held {pauses}", report.done),
         None => format!("{} sessions go on", report.done),
     })
 }

@@ -79,6 +79,9 @@ pub enum Order {
     Release { app: String, to: String },
     /// Tell and end every held session: there is no server for them, and no telling when there will be.
     GiveUp { app: String },
+    /// Move one session, or all, to a fresh connection of `to`, while the rest of the application goes on. A busy one
+    /// is waited for until `deadline_ms` from now.
+    Move { app: String, session: Option<u64>, to: String, deadline_ms: u64 },
     /// End the connections that moved sessions have left behind, little by little: they are in nobody's way.
     Retire { app: String },
 }
@@ -108,6 +111,12 @@ pub struct Pauses {
     pub p50: f64,
     pub p99: f64,
     pub max: f64,
+}
+
+impl std::fmt::Display for Pauses {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms", self.p50, self.p99, self.max)
+    }
 }
 
 impl Pauses {

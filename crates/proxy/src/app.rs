@@ -56,7 +56,7 @@ pub struct App {
     /// Sessions that have passed the gate and not ended, wherever they are.
     pub sessions: AtomicUsize,
     /// Sessions attached beforehand to another cell.
-    pub prepared: Mutex<HashMap<u64, Prepared>>,
+    prepared: Mutex<HashMap<u64, Prepared>>,
     /// What was learned of servers and databases since the last preparation, by cell and database.
     facts: Mutex<HashMap<(String, String), Learned>>,
     params: Mutex<BTreeSet<Params>>,
@@ -155,6 +155,15 @@ impl App {
         };
         let learned = all.get(&(cell.name.clone(), database.to_owned())).cloned();
         learned.unwrap_or_else(|| Err(unknown()))
+    }
+
+    /// The copy of a session that was made beforehand.
+    pub(crate) fn take_prepared(&self, session: u64) -> Option<Prepared> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(&session)
+    }
+
+    pub(crate) fn keep_prepared(&self, session: u64, copy: Prepared) {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).insert(session, copy);
     }
 
     /// Forgets copies of sessions and what was learned of servers.

@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use model::barrier::NamedSession;
+use model::barrier::{Blocker, NamedSession, Reason};
 use model::session::inspect::Hints;
 use model::session::{Pin, Protocol};
 use pg::stream::Parts;
@@ -234,6 +234,19 @@ pub struct SessionView {
     pub requests: u64,
     pub moves: u32,
     pub pins: Vec<String>,
+}
+
+impl SessionView {
+    /// As one that is in the way because it is busy.
+    pub(crate) fn into_busy(self) -> Blocker {
+        let session = NamedSession {
+            id: self.id,
+            user: self.user,
+            database: self.database,
+            application_name: self.application_name,
+        };
+        Blocker { session, reasons: vec![Reason::Busy { what: self.state }] }
+    }
 }
 
 impl Session {

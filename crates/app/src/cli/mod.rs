@@ -86,6 +86,23 @@ enum Verb {
         #[arg(long, value_name = "abort|force", default_value = "abort", value_parser = on_timeout)]
         on_timeout: OnTimeout,
     },
+    /// Move sessions to fresh connections, while the application goes on.
+    #[command(after_help = "Example: holdfast move shop --session 7 --to a")]
+    Move {
+        app: String,
+        /// The session, as `holdfast sessions` numbers it.
+        #[arg(long, value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
+        session: Option<u64>,
+        /// Every session of the application.
+        #[arg(long)]
+        all: bool,
+        /// A cell whose server may serve them; the one where they stand gives each a fresh process.
+        #[arg(long, value_name = "CELL")]
+        to: String,
+        /// How long running transactions may take to end.
+        #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration_ms)]
+        deadline: u64,
+    },
     /// What was done: the newest executions, or one with its steps.
     #[command(after_help = "Example: holdfast executions 3")]
     Executions { id: Option<u64> },
@@ -119,6 +136,10 @@ pub(crate) fn main() -> ExitCode {
             let request =
                 control::SwitchoverRequest { to, dry_run, deadline_ms: deadline, on_timeout };
             show::switchover(&cli.global, &app, &request)
+        }
+        Verb::Move { app, session, all: _, to, deadline } => {
+            let request = control::MoveRequest { session, to, deadline_ms: deadline };
+            show::move_sessions(&cli.global, &app, &request)
         }
         Verb::Executions { id } => show::executions(&cli.global, id),
         Verb::Retry { id } => show::retry(&cli.global, id),

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use control::SwitchoverRequest;
 use control::runner::DryRun;
+use control::{MoveRequest, SwitchoverRequest};
 use model::barrier::{Blocker, Report};
 use model::persisted::{Execution, LogEvent};
 use model::switchover::Ending;
@@ -244,6 +244,24 @@ pub(crate) fn print_execution(execution: &Execution) {
     if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
         println!("next: holdfast retry {id}");
     }
+}
+
+pub(super) fn move_sessions(global: &Global, app: &str, request: &MoveRequest) -> Done {
+    let report: Report = client::post(global, &format!("/v1/applications/{app}/move"), request)?;
+    if let Some(error) = report.error {
+        return Err(error);
+    }
+    let code = if report.done == report.sessions { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    if global.json {
+        json(&report)?;
+        return Ok(code);
+    }
+    let held = report.pauses.map_or(String::new(), |pauses| format!("; held {pauses}"));
+    println!("{} of {} sessions moved to `{}`{held}", report.done, report.sessions, request.to);
+    if !report.blockers.is_empty() {
+        print_blockers(&report.blockers);
+    }
+    Ok(code)
 }
 
 pub(super) fn executions(global: &Global, id: Option<u64>) -> Done {

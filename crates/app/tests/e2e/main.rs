@@ -7,6 +7,8 @@ mod support;
 mod crash;
 mod drivers;
 mod hostile;
+mod kinds;
 mod login;
 mod moves;
 mod pins;
+mod single;

@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::facts::Facts;
+use super::facts::{Facts, OfBackend};
 use super::pin::Pin;
 use super::snapshot::{AdvisoryLock, ENTRIES_MAX, Prepared, Snapshot};
 use crate::sql;
@@ -93,6 +93,8 @@ pub struct Subject<'a> {
     pub reference: &'a Facts,
     /// The server is in recovery, so no sequence was used.
     pub in_recovery: bool,
+    /// What its backend holds is asked as well; else [`Facts`] are to tell.
+    pub alone: bool,
 }
 
 /// What is asked of a session.
@@ -131,7 +133,7 @@ pub fn questions(subject: &Subject<'_>) -> Questions {
         plain(format!("SELECT {}", parts.join(", "))),
         plain(aside_question(subject)),
         plain("SHOW ALL".into()),
-        (STATE_QUESTION.into(), vec![format!("{{{}}}", custom.join(","))]),
+        (state_question(subject), vec![format!("{{{}}}", custom.join(","))]),
         plain("COMMIT".into()),
     ])
 }
@@ -141,12 +143,27 @@ fn element(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
+fn state_question(subject: &Subject<'_>) -> String {
+    format!("{STATE_QUESTION}{}", if subject.alone { BACKEND_QUESTION } else { "" })
+}
+
 const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text, parameter_types::oid[]::text \
     FROM pg_prepared_statements WHERE name <> '_holdfast capture 7f3a9c41' UNION ALL \
     SELECT 'cursor', name, NULL, NULL, NULL FROM pg_cursors WHERE is_holdable UNION ALL \
     SELECT 'channel', c, NULL, NULL, NULL FROM pg_listening_channels() c UNION ALL \
     SELECT 'custom', n, current_setting(n, true), NULL, NULL FROM unnest($1::text[]) n \
     WHERE current_setting(n, true) IS NOT NULL";
+
+/// What [`Facts`] tell of all backends, of the session's own.
+const BACKEND_QUESTION: &str = " UNION ALL \
+    SELECT 'lock', classid::text, objid::text, objsubid::text, mode FROM pg_locks \
+    WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid() \
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL \
+    SELECT 'slot', slot_name::text, NULL, NULL, NULL FROM pg_replication_slots \
+    WHERE temporary AND active_pid = pg_backend_pid() UNION ALL \
+    SELECT 'temporary', count(*)::text, min(regexp_replace(pg_describe_object(classid, objid, objsubid), \
+    $$\\mpg_temp_\\d+\\.$$, 'pg_temp.')), NULL, NULL FROM pg_depend \
+    WHERE refclassid = 'pg_namespace'::regclass AND refobjid = pg_my_temp_schema() HAVING count(*) > 0";
 
 /// What only a block can ask without logging an error comes as messages of level INFO, which reach the client
 /// whatever its settings and stay out of the server's log. `lastval()` is an error where it has no value.
@@ -220,6 +237,8 @@ pub struct Captured {
     pub unasked_sequences: bool,
     /// The values of sequences by their OIDs: others may give them new names while the session is held.
     pub sequences: BTreeMap<u32, SequenceValue>,
+    /// What its backend holds, if it was asked alone.
+    pub backend: Option<OfBackend>,
 }
 
 /// What `currval` gives, and whether the login owns the sequence.
@@ -235,13 +254,16 @@ impl Captured {
     pub fn complete(&mut self, facts: &Facts, backend_pid: i32) {
         self.name_sequences(facts);
         self.pin_sequences(facts);
-        if let Some((objects, example)) = facts.temporary.get(&self.temporary_schema) {
-            self.pins.push(Pin::Temporary { objects: *objects, example: example.clone() });
-        }
-        if let Some(backend) = facts.backends.get(&backend_pid) {
-            self.snapshot.locks.clone_from(&backend.locks);
-            let slots = backend.slots.iter().cloned().map(|slot| Pin::TemporarySlot { slot });
-            self.pins.extend(slots);
+        let backend = self.backend.take().or_else(|| {
+            let temporary = facts.temporary.get(&self.temporary_schema).cloned();
+            let backend = facts.backends.get(&backend_pid).cloned();
+            backend.map(|backend| OfBackend { temporary, ..backend })
+        });
+        if let Some(OfBackend { locks, slots, temporary }) = backend {
+            self.snapshot.locks = locks;
+            self.pins.extend(slots.into_iter().map(|slot| Pin::TemporarySlot { slot }));
+            let pin = temporary.map(|(objects, example)| Pin::Temporary { objects, example });
+            self.pins.extend(pin);
         }
         let size = self.snapshot.len();
         if size > ENTRIES_MAX {
@@ -360,6 +382,7 @@ pub fn read<'a>(
     captured.pins.append(&mut rounded);
     captured.unasked_sequences =
         subject.facts.has_too_many_sequences() && may_have_sequences(subject, infos);
+    captured.backend = subject.alone.then(OfBackend::default);
     for row in rows(ANSWER_STATE) {
         read_row(row, &mut captured)?;
     }
@@ -425,7 +448,10 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
         }
         "cursor" => captured.pins.push(Pin::HoldCursor { name: text(row, 1)?.to_owned() }),
         "channel" => drop(snapshot.channels.insert(text(row, 1)?.to_owned())),
-        _ => return Err(Unreadable("known kind of row")),
+        kind => {
+            let backend = captured.backend.as_mut().ok_or(Unreadable("known kind of row"))?;
+            return backend.read(kind, row);
+        }
     }
     Ok(())
 }

@@ -32,6 +32,40 @@ pub struct Configured {
 pub struct OfBackend {
     pub locks: BTreeMap<AdvisoryLock, u32>,
     pub slots: Vec<String>,
+    /// Temporary objects, how many and one of them.
+    pub temporary: Option<(u64, String)>,
+}
+
+impl OfBackend {
+    /// Reads a row of what the backend was asked of itself: a kind, and up to four columns.
+    pub(super) fn read(&mut self, kind: &str, row: &Row) -> Result<(), Unreadable> {
+        match kind {
+            "lock" => self.read_lock(row),
+            "slot" => {
+                self.slots.push(text(row, 1)?.to_owned());
+                Ok(())
+            }
+            "temporary" => {
+                let count = text(row, 1)?.parse().map_err(|_| Unreadable("count"))?;
+                self.temporary = Some((count, text(row, 2)?.to_owned()));
+                Ok(())
+            }
+            _ => Err(Unreadable("known kind of row")),
+        }
+    }
+
+    /// The key of a lock stands in columns 1 to 3, its mode in column 4.
+    fn read_lock(&mut self, row: &Row) -> Result<(), Unreadable> {
+        let number = |at, what| text(row, at)?.parse::<u32>().map_err(|_| Unreadable(what));
+        let lock = AdvisoryLock {
+            classid: number(1, "lock class")?,
+            objid: number(2, "lock object")?,
+            objsubid: text(row, 3)?.parse().map_err(|_| Unreadable("lock kind"))?,
+            shared: text(row, 4)? == "ShareLock",
+        };
+        self.locks.insert(lock, 1);
+        Ok(())
+    }
 }
 
 /// What is known of a database and its server.
@@ -211,22 +245,13 @@ impl Facts {
         let pid: i32 = text(row, 0)?.parse().map_err(|_| Unreadable("process id"))?;
         let backend = self.backends.entry(pid).or_default();
         match text(row, 4)? {
-            "alive" => return Ok(()),
+            "alive" => Ok(()),
             "slot" => {
                 backend.slots.push(text(row, 1)?.to_owned());
-                return Ok(());
+                Ok(())
             }
-            _ => (),
+            _ => backend.read_lock(row),
         }
-        let number = |at, what| text(row, at)?.parse::<u32>().map_err(|_| Unreadable(what));
-        let lock = AdvisoryLock {
-            classid: number(1, "lock class")?,
-            objid: number(2, "lock object")?,
-            objsubid: text(row, 3)?.parse().map_err(|_| Unreadable("lock kind"))?,
-            shared: text(row, 4)? == "ShareLock",
-        };
-        backend.locks.insert(lock, 1);
-        Ok(())
     }
 
     /// Whether a session that was read by `other` would have been asked and told the same by these: everything but

@@ -18,6 +18,8 @@ pub enum Pin {
     HoldCursor { name: String },
     /// A library loaded by LOAD.
     Library,
+    /// Advisory locks, which somebody else could take between the old server and the new.
+    Locks { held: usize },
     /// The server answered what was not asked.
     OutOfStep,
     /// A prepared statement whose text cannot be prepared again by itself.
@@ -54,6 +56,7 @@ impl Pin {
             Pin::Differs { .. } => "differs",
             Pin::HoldCursor { .. } => "hold_cursor",
             Pin::Library => "library",
+            Pin::Locks { .. } => "locks",
             Pin::OutOfStep => "out_of_step",
             Pin::Prepared { .. } => "prepared",
             Pin::Refused { .. } => "refused",
@@ -93,6 +96,10 @@ impl std::fmt::Display for Pin {
             }
             Pin::HoldCursor { name } => write!(f, "cursor `{name}` is open WITH HOLD; close it"),
             Pin::Library => write!(f, "a library was loaded by LOAD"),
+            Pin::Locks { held } => write!(
+                f,
+                "{held} advisory locks are held, which others could take in between; a switchover moves them"
+            ),
             Pin::OutOfStep => write!(f, "the server answered what was not asked"),
             Pin::Prepared { name, why } => write!(f, "prepared statement `{name}` {why}"),
             Pin::Refused { what, error } => {

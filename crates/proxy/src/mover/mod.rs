@@ -16,13 +16,16 @@ use wire::backend;
 use wire::sqlstate::SqlState;
 
 use crate::app::{App, Cell};
-use crate::carry::{self, Model, Prepared};
+use crate::carry;
 use crate::engine::{Command, Want};
 use crate::proxy::Shared;
-use crate::session::{Identity, Leg, Session, SessionView};
+use crate::session::{Leg, Session, SessionView};
 
-/// How long one session is waited for while it is prepared; a busy one is read during the switch.
-const PREPARE_WAIT: Duration = Duration::from_millis(100);
+mod moving;
+mod preparing;
+
+use preparing::{learn_all, prepare_one};
+
 /// How often counts are looked at while sessions come in.
 const POLL: Duration = Duration::from_millis(2);
 /// A cancel request on its way is waited for so long before its session is read.
@@ -123,6 +126,9 @@ impl Mover {
             Order::Release { app, to } => self.release(&app, &to).await,
             Order::GiveUp { app } => self.give_up(&app).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
+            Order::Move { app, session, to, deadline_ms } => {
+                self.move_some(&app, session, &to, Duration::from_millis(deadline_ms)).await
+            }
         };
         result.unwrap_or_else(|error| Report { error: Some(error), ..Report::default() })
     }
@@ -239,17 +245,9 @@ impl Mover {
     }
 
     async fn busy(&self, app: &App) -> Vec<Blocker> {
-        let blocker = |view: SessionView| Blocker {
-            session: model::barrier::NamedSession {
-                id: view.id,
-                user: view.user,
-                database: view.database,
-                application_name: view.application_name,
-            },
-            reasons: vec![Reason::Busy { what: view.state }],
-        };
         let views = self.shared.views().await;
-        views.into_iter().filter(|view| view.app == app.name).map(blocker).collect()
+        let of_app = views.into_iter().filter(|view| view.app == app.name);
+        of_app.map(SessionView::into_busy).collect()
     }
 
     /// Reads the state of every held session. By force, those that cannot be moved are told and ended.
@@ -521,23 +519,6 @@ async fn all<R: 'static>(mut tasks: JoinSet<R>) -> Result<Vec<R>, String> {
     Ok(results)
 }
 
-/// Databases that are asked at once.
-const LEARN_AT_ONCE: usize = 4;
-
-/// Asks each server for what is the same for all sessions of each database. What fails is the sessions' reason.
-fn learn_all(
-    app: &Arc<App>,
-    cells: impl IntoIterator<Item = Arc<Cell>>,
-    databases: &BTreeSet<String>,
-) -> JoinSet<()> {
-    let of_cell =
-        |cell: Arc<Cell>| databases.iter().map(move |database| (cell.clone(), database.clone()));
-    each(cells.into_iter().flat_map(of_cell), LEARN_AT_ONCE, |(cell, database)| {
-        let app = app.clone();
-        async move { app.learn(&cell, &database).await }
-    })
-}
-
 fn count(len: usize) -> u64 {
     u64::try_from(len).unwrap_or(u64::MAX)
 }
@@ -562,81 +543,6 @@ fn lost() -> backend::Report {
         .detail("it ended while the session was held for a switchover")
 }
 
-async fn prepare_one(
-    shared: &Shared,
-    app: &Arc<App>,
-    to: Option<&Cell>,
-    id: u64,
-) -> Result<(), Option<Blocker>> {
-    let (out, mut incoming) = mpsc::unbounded_channel();
-    for engine in &shared.engines {
-        engine.send(Command::Want(Want::One(id), out.clone()));
-    }
-    drop(out);
-    let Ok(Some(mut session)) = timeout(PREPARE_WAIT, incoming.recv()).await else {
-        for engine in &shared.engines {
-            engine.send(Command::Unwant(Want::One(id)));
-        }
-        let views = shared.views().await;
-        // It may have been handed out at the very end of the wait.
-        if let Ok(session) = incoming.try_recv() {
-            shared.give(session);
-            return Ok(());
-        }
-        let Some(view) = views.into_iter().find(|view| view.id == id) else { return Err(None) };
-        let session = model::barrier::NamedSession {
-            id,
-            user: view.user,
-            database: view.database,
-            application_name: view.application_name,
-        };
-        return Err(Some(Blocker { session, reasons: vec![Reason::Busy { what: view.state }] }));
-    };
-    let here = app.facts(&session.cell, &session.identity.database);
-    let captured = match &here {
-        Ok(here) => carry::capture(&mut session, here).await.map(|mut captured| {
-            captured.complete(here, session.backend_pid);
-            captured
-        }),
-        Err(reason) => Err(reason.clone()),
-    };
-    let (named, identity, custom) =
-        (session.named(), session.identity.clone(), session.hints.custom.clone());
-    // The client goes on while its copy is made.
-    shared.give(session);
-    let reasons = match captured {
-        Ok(captured) if captured.pins.is_empty() => match to {
-            None => return Ok(()),
-            Some(cell) => {
-                match copy_of(app, &identity, &custom, here, &captured.snapshot, cell).await {
-                    Ok(prepared) => {
-                        let mut all =
-                            app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                        all.insert(id, prepared);
-                        return Ok(());
-                    }
-                    Err(reason) => vec![reason],
-                }
-            }
-        },
-        Ok(captured) => captured.pins.into_iter().map(Reason::Pinned).collect(),
-        Err(reason) => vec![reason],
-    };
-    Err(Some(Blocker { session: named, reasons }))
-}
-
-async fn copy_of(
-    app: &App,
-    identity: &Identity,
-    custom: &BTreeSet<String>,
-    here: Result<Arc<Facts>, Reason>,
-    snapshot: &Snapshot,
-    cell: &Cell,
-) -> Result<Prepared, Reason> {
-    let (here, there) = (here?, app.facts(cell, &identity.database)?);
-    carry::prepare(&Model { identity, custom, here: &here, there: &there }, snapshot, cell).await
-}
-
 /// Reads a session that has just been held.
 async fn read_held(session: &mut Session, app: &App) -> Read {
     let deadline = Instant::now() + CANCEL_WAIT;
@@ -647,7 +553,7 @@ async fn read_held(session: &mut Session, app: &App) -> Read {
         // Of a database of which nothing is known yet.
         return Read::Not;
     };
-    match carry::capture(session, &facts).await {
+    match carry::capture(session, &facts, false).await {
         Ok(captured) => Read::Captured(captured, facts),
         Err(reason) => Read::Failed(reason),
     }
@@ -663,7 +569,7 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     let mut captured = match std::mem::replace(&mut held.read, Read::Not) {
         Read::Captured(captured, facts) if facts.asks_the_same(&here) => captured,
         Read::Failed(reason) if !matches!(reason, Reason::Busy { .. }) => return Err(vec![reason]),
-        _ => carry::capture(session, &here).await.map_err(one)?,
+        _ => carry::capture(session, &here, false).await.map_err(one)?,
     };
     if !here.backends.contains_key(&session.backend_pid) {
         // Its locks are gone, whatever was read of it before.
@@ -674,22 +580,18 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     if !captured.pins.is_empty() {
         return Err(captured.pins.into_iter().map(Reason::Pinned).collect());
     }
-    let id = session.id;
-    let lock = || app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let prepared = lock().remove(&id);
+    let prepared = app.take_prepared(session.id);
     let copy = carry::ensure(session, &captured.snapshot, prepared, cell, &here, &there).await;
-    lock().insert(id, copy.map_err(one)?);
+    app.keep_prepared(session.id, copy.map_err(one)?);
     held.read = Read::Ready(captured.snapshot);
     Ok(())
 }
 
 async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<Leg, Reason> {
     let failed = |error: &str| Reason::Failed { error: error.into() };
-    let prepared = {
-        let mut all = app.prepared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        all.remove(&held.session.id)
-    };
-    let prepared = prepared.ok_or_else(|| failed("it has no copy on the other server"))?;
+    let prepared = app
+        .take_prepared(held.session.id)
+        .ok_or_else(|| failed("it has no copy on the other server"))?;
     let Read::Ready(snapshot) = &held.read else {
         return Err(failed("its state was not read"));
     };

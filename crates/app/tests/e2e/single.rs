@@ -1,0 +1,100 @@
+//! Sessions that move one by one, to a fresh connection of the server where they stand, while others go on.
+
+use wire::backend::{Backend, TxStatus};
+
+use crate::kinds::{KINDS, ROLES};
+use crate::support::{Installation, run, shown, value};
+
+#[tokio::test]
+async fn every_kind_of_carried_state_is_the_same_on_a_fresh_connection() {
+    let installation = Installation::start("single");
+    run(&mut installation.connect().await, ROLES).await;
+    let mut sessions = Vec::new();
+    for (name, set_up, look) in KINDS.iter().filter(|(name, ..)| *name != "locks of every form") {
+        let mut session = installation.connect().await;
+        for sql in *set_up {
+            run(&mut session, sql).await;
+        }
+        let before = value(&mut session, look).await;
+        let pid = value(&mut session, "SELECT pg_backend_pid()").await;
+        sessions.push((name, look, before, pid, session));
+    }
+    for _ in 0..2 {
+        let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+        let text = shown(&output);
+        assert!(output.status.success(), "{text}");
+        for (name, look, before, pid, session) in &mut sessions {
+            let now = value(session, "SELECT pg_backend_pid()").await;
+            assert_ne!(now, *pid, "{name}");
+            *pid = now;
+            assert_eq!(value(session, look).await, *before, "{name}");
+            assert_eq!(session.status, TxStatus::Idle);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_stays_where_it_cannot_move_alone() {
+    let installation = Installation::start("stays");
+    let mut session = installation.connect().await;
+    run(&mut session, "SELECT pg_advisory_lock(7)").await;
+    let pid = value(&mut session, "SELECT pg_backend_pid()").await;
+    let refused = |args: &[&str]| {
+        let output = installation.holdfast(args);
+        assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+        shown(&output)
+    };
+    let text = refused(&["move", "shop", "--all", "--to", "a"]);
+    assert!(text.contains("1 advisory locks are held"), "{text}");
+    run(&mut session, "SELECT pg_advisory_unlock(7)").await;
+    let text = refused(&["move", "shop", "--all", "--to", "b"]);
+    assert!(text.contains("in_hot_standby is `off` where it stands"), "{text}");
+    run(&mut session, "BEGIN; SELECT 1").await;
+    let text = refused(&["move", "shop", "--all", "--to", "a", "--deadline", "200ms"]);
+    assert!(text.contains("a transaction is open"), "{text}");
+    run(&mut session, "COMMIT").await;
+    let text = refused(&["move", "shop", "--session", "99", "--to", "a"]);
+    assert!(text.contains("has no session 99"), "{text}");
+    assert_eq!(value(&mut session, "SELECT pg_backend_pid()").await, pid);
+}
+
+/// A notifier goes on while its listener moves again and again: each notification comes once, in order.
+#[tokio::test]
+async fn no_notification_is_lost_or_comes_twice() {
+    let installation = Installation::start("listener");
+    let mut listener = installation.connect().await;
+    run(&mut listener, "LISTEN jobs").await;
+    let mut notifier = installation.direct("a").await;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let go_on = stop.clone();
+    let notifying = tokio::spawn(async move {
+        let mut sent = 0;
+        while !go_on.load(std::sync::atomic::Ordering::SeqCst) {
+            run(&mut notifier, &format!("NOTIFY jobs, '{sent}'")).await;
+            sent += 1;
+        }
+        run(&mut notifier, "NOTIFY jobs, 'end'").await;
+        sent
+    });
+    for _ in 0..10 {
+        let args = ["move", "shop", "--all", "--to", "a"];
+        let output = installation.holdfast_in_background(&args).await.unwrap();
+        assert!(output.status.success(), "{}", shown(&output));
+    }
+    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    let sent: usize = notifying.await.unwrap();
+    let mut heard = Vec::new();
+    loop {
+        let message = listener.receive().await.unwrap();
+        let Backend::Notification { payload, .. } = message.view().unwrap() else { continue };
+        let payload = String::from_utf8_lossy(payload).into_owned();
+        if payload == "end" {
+            break;
+        }
+        heard.push(payload);
+    }
+    let wanted: Vec<String> = (0..sent).map(|number| number.to_string()).collect();
+    let at = heard.iter().zip(&wanted).position(|(a, b)| a != b);
+    let around = at.map(|at| &heard[at.saturating_sub(3)..(at + 3).min(heard.len())]);
+    assert_eq!((heard.len(), around), (wanted.len(), None));
+}

@@ -1,0 +1,172 @@
+//! Putting a session on the server where its copy stands.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use model::barrier::Reason;
+use model::session::capture::{self, STATEMENT_NAME};
+use model::session::replay::{self, Phase, Step};
+use model::session::{Facts, Snapshot};
+use pg::connection::Connection;
+use wire::frame::Side;
+use wire::frontend;
+
+use super::listening;
+use super::reading::Kind;
+use super::restoring::{Prepared, run_steps};
+use super::{exchange, failed};
+use crate::app::Cell;
+use crate::session::{Leg, Session};
+
+/// What the new server is asked for once the session stands there.
+pub(crate) struct Attached {
+    connection: Connection,
+}
+
+/// Attaches the session to a primary, where its copy stands that was made beforehand.
+pub(crate) async fn attach(
+    session: &Session,
+    snapshot: &Snapshot,
+    prepared: Prepared,
+    there: &Facts,
+    here: &Facts,
+) -> Result<Attached, Reason> {
+    let Prepared { mut connection, snapshot: from, .. } = prepared;
+    let steps = replay::steps(&from, snapshot, Phase::Primary, here);
+    run_steps(&mut connection, &steps, "COMMIT").await?;
+    if !snapshot.sequences.is_empty() {
+        restore_sequences(&mut connection, session, snapshot, there, here).await?;
+    }
+    last_look(&mut connection, snapshot, "off").await?;
+    Ok(Attached { connection })
+}
+
+/// The same where the session's old server goes on working for others, and may be the new one.
+pub(crate) async fn attach_live(
+    session: &mut Session,
+    snapshot: &Snapshot,
+    prepared: Prepared,
+    there: &Facts,
+    here: &Facts,
+) -> Result<Attached, Reason> {
+    let mut connection = prepared.connection;
+    let role = "in_hot_standby";
+    let wanted = session.params.get(role).cloned().unwrap_or_default();
+    let found = connection.params.get(role).cloned().unwrap_or_default();
+    if wanted != found {
+        let error = format!(
+            "{role} is `{wanted}` where it stands and `{found}` on the other server; a switchover moves it"
+        );
+        return Err(Reason::Failed { error });
+    }
+    if !snapshot.sequences.is_empty() {
+        restore_sequences(&mut connection, session, snapshot, there, here).await?;
+    }
+    if !snapshot.channels.is_empty() {
+        listening::hand_over(session, &mut connection, snapshot).await?;
+    }
+    last_look(&mut connection, snapshot, &wanted).await?;
+    Ok(Attached { connection })
+}
+
+/// Gives `currval` and `lastval` their values, and asks for them again.
+async fn restore_sequences(
+    connection: &mut Connection,
+    session: &Session,
+    snapshot: &Snapshot,
+    there: &Facts,
+    here: &Facts,
+) -> Result<(), Reason> {
+    // The owner's rights may be the login's and not those of the role that the session has taken.
+    let as_login = "SELECT pg_catalog.set_config('session_authorization', $1, true), \
+        pg_catalog.set_config('role', 'none', true)";
+    let as_login = Step::Run {
+        what: "the session's login role".into(),
+        sql: as_login.into(),
+        params: vec![session.identity.user.clone()],
+    };
+    for group in replay::sequence_steps(snapshot) {
+        let mut steps = vec![as_login.clone()];
+        steps.extend(group);
+        run_steps(connection, &steps, "ROLLBACK").await?;
+    }
+    let kind = Kind {
+        identity: &session.identity,
+        custom: session.hints.custom.clone(),
+        setval: true,
+        alone: false,
+        reference: here,
+    };
+    let mut again = kind.capture(connection, there).await.map_err(failed)?;
+    again.name_sequences(here);
+    let again = again.snapshot;
+    let only = |from: &Snapshot| Snapshot {
+        sequences: from.sequences.clone(),
+        last_value: from.last_value,
+        ..Snapshot::default()
+    };
+    match only(snapshot).differences(&only(&again)).into_iter().next() {
+        None => Ok(()),
+        Some(pin) => Err(Reason::Pinned(pin)),
+    }
+}
+
+/// The server must be in recovery or not, as told, and listen to what the session listens to. This is also the round
+/// trip in which parameters that changed at a promotion arrive.
+async fn last_look(
+    connection: &mut Connection,
+    snapshot: &Snapshot,
+    in_recovery: &str,
+) -> Result<(), Reason> {
+    if snapshot.channels.is_empty() {
+        // The server reports the end of its recovery by itself, with the answer to any message.
+        let mut out = Vec::new();
+        frontend::sync(&mut out);
+        exchange(connection, &out).await.map_err(failed)?;
+        if connection.params.get("in_hot_standby").map(String::as_str) != Some(in_recovery) {
+            return Err(Reason::Failed { error: format!("in_hot_standby is not `{in_recovery}`") });
+        }
+        return Ok(());
+    }
+    let mut out = Vec::new();
+    let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
+        SELECT c FROM pg_catalog.pg_listening_channels() c";
+    for sql in [capture::BEGIN, capture::PROTECT, question, "COMMIT"] {
+        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
+    }
+    frontend::sync(&mut out);
+    let answers = exchange(connection, &out).await.map_err(failed)?;
+    let rows = answers.into_iter().nth(2).unwrap_or_default().rows;
+    let mut cells = rows.into_iter().filter_map(|row| row.into_iter().next().flatten());
+    if cells.next().as_deref() != Some("false") {
+        return Err(Reason::Failed { error: "the server is still in recovery".into() });
+    }
+    let channels: BTreeSet<String> = cells.collect();
+    if channels != snapshot.channels {
+        let error = "the server does not listen to the session's channels".into();
+        return Err(Reason::Failed { error });
+    }
+    Ok(())
+}
+
+impl Session {
+    /// Swaps the server: from here on the session stands on the new one. Gives the old connection.
+    pub(crate) fn swap(&mut self, attached: Attached, cell: Arc<Cell>) -> std::io::Result<Leg> {
+        let mut connection = attached.connection;
+        let params: BTreeMap<String, String> = std::mem::take(&mut connection.params);
+        let aside = std::mem::take(&mut connection.aside);
+        let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
+        let (stream, unread) = connection.into_stream();
+        let server = Leg::new(stream.into_parts()?, unread, Side::Backend);
+        let old = std::mem::replace(&mut self.server, server);
+        self.backend_pid = pid;
+        self.backend_secret = secret.into();
+        self.cell = cell;
+        self.moves += 1;
+        // Every statement was prepared anew, under the settings of now.
+        self.restyled = false;
+        self.client.push(&aside);
+        self.tell_params(&params);
+        Ok(old)
+    }
+}

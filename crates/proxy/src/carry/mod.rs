@@ -1,0 +1,114 @@
+//! Reading a session's state, and attaching it to another server.
+//!
+//! The order never changes: capture, attach, replay, capture again, compare, swap. Until the swap the session
+//! stays on its old server, untouched, and whatever goes wrong there ends nothing but the attempt.
+
+mod attaching;
+mod listening;
+mod reading;
+mod restoring;
+
+use std::time::Duration;
+
+use model::barrier::Reason;
+use pg::connection::{Answer, Connection, QueryError};
+use pg::stream::{Parts, Stream};
+use tokio::time::timeout;
+use wire::frame::Side;
+
+pub(crate) use attaching::{attach, attach_live};
+pub(crate) use reading::{capture, hear_out};
+pub(crate) use restoring::{Model, Prepared, ensure, prepare};
+
+use crate::session::Session;
+
+/// The longest wait for one answer of a server during a move.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+fn failed(error: impl std::error::Error) -> Reason {
+    Reason::Failed { error: model::chain(&error) }
+}
+
+/// Borrows the session's server socket as a connection. It must be given back by [`give_back`].
+fn borrow(session: &mut Session) -> std::io::Result<Connection> {
+    let server = &mut session.server;
+    let parts = Parts {
+        fd: server.fd.try_clone()?,
+        is_unix: server.is_unix,
+        tls: server.tls.take(),
+        cipher: std::mem::take(&mut server.cipher),
+    };
+    let stream = match Stream::from_parts(parts) {
+        Ok(stream) => stream,
+        Err(error) => {
+            // Its TLS state is gone with it; in the clear it must not go on.
+            cut(session);
+            return Err(error);
+        }
+    };
+    // What came behind the last answer, such as a notification.
+    let received = std::mem::take(&mut session.server.carry);
+    let mut connection = Connection::new(stream, received, None);
+    connection.pid = session.backend_pid;
+    connection.params = (*session.params).clone();
+    Ok(connection)
+}
+
+/// Ends the server connection, because what it would send next is an answer to us. The engine then tells the
+/// client that its server is gone, which is true: better than somebody else's answers.
+fn cut(session: &mut Session) {
+    let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Both);
+    session.server.carry.clear();
+}
+
+/// Gives the socket back. `in_step` says that every question of ours was answered.
+fn give_back(session: &mut Session, connection: Connection, in_step: bool) -> std::io::Result<()> {
+    if !in_step {
+        cut(session);
+        return Ok(());
+    }
+    let mut params = connection.params.clone();
+    // The fence of a switchover sets this on the old server. It is no state of the session, and by the time the
+    // client may ask, it stands on a server that is not fenced.
+    let fence = "default_transaction_read_only";
+    if let Some(told) = session.params.get(fence) {
+        params.insert(fence.into(), told.clone());
+    }
+    let mut aside = connection.aside.clone();
+    let (stream, unread) = connection.into_stream();
+    let parts = stream.into_parts()?;
+    session.server.tls = parts.tls;
+    session.server.cipher = parts.cipher;
+    session.server.carry.extend_from_slice(&unread);
+    session.know_pids(&mut aside);
+    session.client.push(&aside);
+    // Parameters that changed under our questions, such as by a reload, are the client's to know.
+    session.tell_params(&params);
+    Ok(())
+}
+
+/// Sends what is in `out` and reads the answers up to the last ReadyForQuery of `syncs`.
+async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>, QueryError> {
+    let ask = async {
+        connection.send(out).await?;
+        connection.answers().await
+    };
+    timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))
+}
+
+impl Session {
+    /// Puts the pid that the client knows into notifications of its own backend.
+    fn know_pids(&self, messages: &mut [u8]) {
+        let mut at = 0;
+        while let Some(rest) = messages.get_mut(at..)
+            && let Ok(Some((tag, _, len))) = wire::frame::whole(Side::Backend, rest)
+        {
+            if tag == b'A' {
+                self.on_notification(
+                    rest.get_mut(wire::frame::HEADER_LEN..len).unwrap_or_default(),
+                );
+            }
+            at += len;
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! What is done while clients go on: learning of databases, and making copies of sessions.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::barrier::{Blocker, Reason};
+use model::session::{Facts, Snapshot};
+use tokio::task::JoinSet;
+
+use super::each;
+use super::moving::take;
+use crate::app::{App, Cell};
+use crate::carry::{self, Model, Prepared};
+use crate::proxy::Shared;
+use crate::session::Identity;
+
+/// How long one session is waited for while it is prepared; a busy one is read during the switch.
+const PREPARE_WAIT: Duration = Duration::from_millis(100);
+/// Databases that are asked at once.
+const LEARN_AT_ONCE: usize = 4;
+
+/// Asks each server for what is the same for all sessions of each database. What fails is the sessions' reason.
+pub(super) fn learn_all(
+    app: &Arc<App>,
+    cells: impl IntoIterator<Item = Arc<Cell>>,
+    databases: &BTreeSet<String>,
+) -> JoinSet<()> {
+    let of_cell =
+        |cell: Arc<Cell>| databases.iter().map(move |database| (cell.clone(), database.clone()));
+    each(cells.into_iter().flat_map(of_cell), LEARN_AT_ONCE, |(cell, database)| {
+        let app = app.clone();
+        async move { app.learn(&cell, &database).await }
+    })
+}
+
+pub(super) async fn prepare_one(
+    shared: &Shared,
+    app: &Arc<App>,
+    to: Option<&Cell>,
+    id: u64,
+) -> Result<(), Option<Blocker>> {
+    let mut session = take(shared, id, Instant::now() + PREPARE_WAIT).await?;
+    let here = app.facts(&session.cell, &session.identity.database);
+    let captured = match &here {
+        Ok(here) => carry::capture(&mut session, here, false).await.map(|mut captured| {
+            captured.complete(here, session.backend_pid);
+            captured
+        }),
+        Err(reason) => Err(reason.clone()),
+    };
+    let (named, identity, custom) =
+        (session.named(), session.identity.clone(), session.hints.custom.clone());
+    // The client goes on while its copy is made.
+    shared.give(session);
+    let reasons = match captured {
+        Ok(captured) if captured.pins.is_empty() => match to {
+            None => return Ok(()),
+            Some(cell) => {
+                match copy_of(app, &identity, &custom, here, &captured.snapshot, cell).await {
+                    Ok(prepared) => {
+                        app.keep_prepared(id, prepared);
+                        return Ok(());
+                    }
+                    Err(reason) => vec![reason],
+                }
+            }
+        },
+        Ok(captured) => captured.pins.into_iter().map(Reason::Pinned).collect(),
+        Err(reason) => vec![reason],
+    };
+    Err(Some(Blocker { session: named, reasons }))
+}
+
+async fn copy_of(
+    app: &App,
+    identity: &Identity,
+    custom: &BTreeSet<String>,
+    here: Result<Arc<Facts>, Reason>,
+    snapshot: &Snapshot,
+    cell: &Cell,
+) -> Result<Prepared, Reason> {
+    let (here, there) = (here?, app.facts(cell, &identity.database)?);
+    carry::prepare(&Model { identity, custom, here: &here, there: &there }, snapshot, cell).await
+}
