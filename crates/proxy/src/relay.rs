@@ -234,7 +234,10 @@ impl Session {
         if let Ok(Backend::ParameterStatus { name, value }) = backend::read(b'S', body) {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
             let mut params = (*self.params).clone();
-            let style = matches!(name, b"DateStyle" | b"TimeZone" | b"IntervalStyle");
+            let style = matches!(
+                name,
+                b"DateStyle" | b"TimeZone" | b"IntervalStyle" | b"standard_conforming_strings"
+            );
             let before = params.insert(text(name), text(value));
             self.restyled |=
                 style && self.has_prepared && before.is_none_or(|b| b.as_bytes() != value);

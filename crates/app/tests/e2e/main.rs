@@ -12,3 +12,4 @@ mod login;
 mod moves;
 mod pins;
 mod single;
+mod twins;

@@ -109,8 +109,9 @@ pub const QUESTIONS: [&str; 4] = [
      ELSE pg_get_function_sqlbody(oid) END AS body, proconfig FROM pg_proc WHERE oid >= 16384) \
      SELECT 'custom', m[1], NULL, NULL FROM f, \
      regexp_matches(body, $$\\mset_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m UNION \
-     SELECT 'custom', m[1], NULL, NULL FROM f, regexp_matches(body, \
-     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*(?:\\.\\w+)+)\\s*(?:=|to\\M)$$, 'gi') m UNION \
+     SELECT 'custom', coalesce(m[1], m[2]), NULL, NULL FROM f, regexp_matches(body, \
+     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*(?:\\.\\w+)+)\\s*(?:=|to\\M)|\\mreset\\s+([a-z_]\\w*(?:\\.\\w+)+)$$, \
+     'gi') m UNION \
      SELECT 'custom', split_part(c, '=', 1), NULL, NULL FROM pg_db_role_setting, unnest(setconfig) c \
      WHERE c ~ '^[^=]*[.]' UNION \
      SELECT 'custom', split_part(c, '=', 1), NULL, NULL FROM f, unnest(proconfig) c WHERE c ~ '^[^=]*[.]' UNION ALL \

@@ -169,7 +169,7 @@ impl Hints {
             tokens.get(at + 1).map_or(place.extent == Extent::Part, |next| next.is_other(b'('))
         };
         for (at, token) in tokens.iter().enumerate() {
-            if token.is_word("set") {
+            if token.is_word("set") || token.is_word("reset") {
                 self.on_set(&tokens[at + 1..], place);
             }
             if token.kind == Kind::Text || token.kind == Kind::Unclear {
@@ -198,7 +198,7 @@ impl Hints {
         }
     }
 
-    /// `SET [SESSION | LOCAL] a.b { = | TO } ...`: a name with a dot is a custom setting.
+    /// `SET [SESSION | LOCAL] a.b { = | TO } ...`: a name with a dot is a custom setting. RESET makes one, too.
     fn on_set(&mut self, after: &[Token<'_>], place: Place<'_>) {
         let keyword = |at: usize| {
             let is_name = after.get(at + 1).is_some_and(|next| next.is_other(b'.'));
@@ -291,7 +291,7 @@ impl Hints {
     }
 }
 
-/// The first word is SET, after white space, comments or semicolons.
+/// The first word is SET or RESET, after white space, comments or semicolons.
 #[inline]
 fn begins_with_set(sql: &[u8]) -> bool {
     // As the server's lexer, which counts the vertical tab among blanks.
@@ -299,6 +299,7 @@ fn begins_with_set(sql: &[u8]) -> bool {
     let start = sql.iter().position(|b| !blank(b)).unwrap_or(sql.len());
     match sql.get(start..) {
         Some([b's' | b'S', b'e' | b'E', b't' | b'T', next, ..]) => !next.is_ascii_alphanumeric(),
+        Some([b'r' | b'R', b'e' | b'E', set @ ..]) => begins_with_set(set),
         Some([b'-', b'-', ..] | [b'/', b'*', ..] | [b';', ..]) => contains_set(&sql[start..]),
         _ => false,
     }
@@ -366,6 +367,8 @@ mod tests {
         );
         learns("do 'begin set app.x = 1; end'", &["app.x"]);
         learns("select run_sql('set dyn.x = 1')", &["dyn.x"]);
+        learns("Reset app.x", &["app.x"]);
+        learns("do $$ begin reset app.x; end $$", &["app.x"]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use wire::frontend;
 use super::listening;
 use super::reading::Kind;
 use super::restoring::{Prepared, run_steps};
-use super::{exchange, failed};
+use super::{exchange, failed, messages};
 use crate::app::Cell;
 use crate::session::{Leg, Session};
 
@@ -154,7 +154,10 @@ impl Session {
     pub(crate) fn swap(&mut self, attached: Attached, cell: Arc<Cell>) -> std::io::Result<Leg> {
         let mut connection = attached.connection;
         let params: BTreeMap<String, String> = std::mem::take(&mut connection.params);
+        // Notices are about statements of ours: the client was given its own when it sent them.
         let aside = std::mem::take(&mut connection.aside);
+        let notifications = messages(&aside).filter(|message| message.first() == Some(&b'A'));
+        let aside = notifications.flatten().copied().collect::<Vec<u8>>();
         let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
         let (stream, unread) = connection.into_stream();
         let server = Leg::new(stream.into_parts()?, unread, Side::Backend);

@@ -12,11 +12,11 @@ use model::session::replay::{self, Phase, Step};
 use model::session::{Facts, Snapshot};
 use pg::connection::{Connection, QueryError};
 use wire::backend::{self, Backend};
-use wire::frame::{HEADER_LEN, Side};
+use wire::frame::HEADER_LEN;
 use wire::frontend;
 
 use super::restoring::run_steps;
-use super::{ANSWER_MAX, borrow, exchange, failed, give_back};
+use super::{ANSWER_MAX, borrow, exchange, failed, give_back, messages};
 use crate::session::Session;
 
 /// How often a connection is asked whether its mark has come.
@@ -104,15 +104,6 @@ fn parted(aside: &[u8], mark: &str) -> (Vec<u8>, Vec<u8>) {
         }
     }
     (before, after)
-}
-
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
-    std::iter::from_fn(move || {
-        let (_, _, len) = wire::frame::whole(Side::Backend, bytes).ok().flatten()?;
-        let (message, rest) = bytes.split_at_checked(len)?;
-        bytes = rest;
-        Some(message)
-    })
 }
 
 fn is_mark(message: &[u8], mark: &str) -> bool {

@@ -96,6 +96,16 @@ async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>
     timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))
 }
 
+/// Whole messages of a server, one after the other.
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        let (_, _, len) = wire::frame::whole(Side::Backend, bytes).ok().flatten()?;
+        let (message, rest) = bytes.split_at_checked(len)?;
+        bytes = rest;
+        Some(message)
+    })
+}
+
 impl Session {
     /// Puts the pid that the client knows into notifications of its own backend.
     fn know_pids(&self, messages: &mut [u8]) {

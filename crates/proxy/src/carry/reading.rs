@@ -101,7 +101,7 @@ pub(crate) async fn capture(
     })?;
     captured.pins.extend(session.known_pins());
     if session.restyled {
-        let why = "was prepared under another DateStyle, TimeZone or IntervalStyle";
+        let why = "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings";
         let pins = captured.snapshot.prepared.iter().filter(|(_, p)| p.text.contains('\''));
         let pins = pins.map(|(name, _)| Pin::Prepared { name: name.clone(), why: why.into() });
         let pins: Vec<Pin> = pins.collect();

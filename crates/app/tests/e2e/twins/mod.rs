@@ -1,0 +1,207 @@
+//! Random sessions, each with a twin that never moves: whatever either is sent, both must answer the same.
+//!
+//! The session goes through Holdfast and is moved at random points; its twin speaks to the server. They have a
+//! database each, made by the same statements. `HOLDFAST_TWINS` says how many there are, `HOLDFAST_TWINS_SEED` where
+//! to begin: number n of one run is number n of every other. What differs is made smaller before it is shown.
+
+mod vocabulary;
+
+use std::fmt::Write as _;
+
+use pg::Connection;
+use wire::backend::{self, Backend};
+use wire::frame::HEADER_LEN;
+
+use crate::support::{Installation, login, value};
+use vocabulary::{Random, SCHEMA, Step, final_looks};
+
+/// OIDs below are the same in every database (`FirstNormalObjectId`).
+const FIRST_NORMAL_OID: u32 = 16384;
+
+fn env(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+struct Twins {
+    installation: Installation,
+    agent: ureq::Agent,
+}
+
+/// How the moves of one session went.
+#[derive(Default, Clone, Copy)]
+struct Moves {
+    moved: u64,
+    stayed: u64,
+}
+
+impl Twins {
+    async fn start() -> Twins {
+        let installation = Installation::start("twins");
+        let mut admin = installation.direct("a").await;
+        for database in ["moved", "twin"] {
+            admin.query(&format!("CREATE DATABASE {database}")).await.unwrap();
+        }
+        admin.query(vocabulary::ROLES).await.unwrap();
+        for database in ["moved", "twin"] {
+            let mut one = connect(installation.facts.servers["a"], "postgres", database).await;
+            one.query(SCHEMA).await.unwrap();
+        }
+        Twins { installation, agent: ureq::Agent::new_with_defaults() }
+    }
+
+    /// Moves every session of the application, which is one; says what held it.
+    async fn move_it(&self) -> Vec<String> {
+        let url = format!("{}/v1/applications/shop/move", self.installation.facts.api);
+        let agent = self.agent.clone();
+        let text = tokio::task::spawn_blocking(move || {
+            let mut answer = agent
+                .post(&url)
+                .header("content-type", "application/json")
+                .send(r#"{"to":"a","deadline_ms":100}"#)
+                .unwrap();
+            answer.body_mut().read_to_string().unwrap()
+        });
+        let report: model::barrier::Report = serde_json::from_str(&text.await.unwrap()).unwrap();
+        assert_eq!(report.error, None);
+        let blockers = report.blockers.iter().flat_map(|blocker| &blocker.reasons);
+        blockers.map(ToString::to_string).collect()
+    }
+
+    /// Runs the steps on both, and says where they first differ.
+    async fn difference(&self, user: &str, steps: &[Step], moves: &mut Moves) -> Option<String> {
+        let mut moved = connect(self.installation.facts.port, user, "moved").await;
+        let mut twin = connect(self.installation.facts.servers["a"], user, "twin").await;
+        // A look at a session loads this library, whose settings are then there; see docs/known-gaps.md.
+        for one in [&mut moved, &mut twin] {
+            one.query("DO LANGUAGE plpgsql 'BEGIN END'").await.unwrap();
+        }
+        let mut shown = String::new();
+        for step in steps.iter().chain(&final_looks()) {
+            if let Step::Move = step {
+                let held = self.move_it().await;
+                let _ = writeln!(shown, "-- move {held:?}");
+                if held.is_empty() {
+                    moves.moved += 1;
+                } else {
+                    moves.stayed += 1;
+                }
+                continue;
+            }
+            let _ = writeln!(shown, "{step}");
+            let there = transcript(&mut twin, step).await;
+            let here = transcript(&mut moved, step).await;
+            if here != there {
+                return Some(shown + &only_different(&here, &there));
+            }
+        }
+        // Parameters as the client was told them last.
+        (moved.params != twin.params)
+            .then(|| format!("{shown}moved: {:?}\ntwin: {:?}", moved.params, twin.params))
+    }
+}
+
+fn only_different(here: &[String], there: &[String]) -> String {
+    let mut shown = String::new();
+    for (name, one, other) in [("moved", here, there), ("twin", there, here)] {
+        for line in one.iter().filter(|line| !other.contains(line)) {
+            let words = line.split(' ').filter(|word| !other.iter().any(|o| o.contains(word)));
+            let _ = writeln!(shown, "{name}: {}", words.collect::<Vec<_>>().join(" "));
+        }
+    }
+    if shown.is_empty() { format!("moved: {here:?}\ntwin: {there:?}") } else { shown }
+}
+
+async fn connect(port: u16, user: &str, database: &str) -> Connection {
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    login(port, user, None, tls, &[("database", database)]).await.unwrap()
+}
+
+/// Everything that is answered, in words, without what is different in any two databases.
+async fn transcript(connection: &mut Connection, step: &Step) -> Vec<String> {
+    let Step::Send { bytes, readies, .. } = step else { return Vec::new() };
+    connection.send(bytes).await.unwrap();
+    let (mut lines, mut left) = (Vec::new(), *readies);
+    while left > 0 {
+        let Ok(message) = connection.receive().await else {
+            lines.push("the connection ended".into());
+            break;
+        };
+        let own = connection.pid;
+        let body = message.raw().get(HEADER_LEN..).unwrap_or_default().to_vec();
+        match backend::read(message.tag, &body).unwrap() {
+            Backend::Ready(status) => {
+                left -= 1;
+                lines.push(format!("{status:?}"));
+            }
+            // What the client knows in the end is compared.
+            Backend::ParameterStatus { .. } => (),
+            Backend::RowDescription(columns) => lines.extend(columns.iter().map(|c| {
+                let oid = if c.type_oid < FIRST_NORMAL_OID { c.type_oid } else { u32::MAX };
+                let name = String::from_utf8_lossy(c.name).into_owned();
+                format!("{name} {oid} {} {} {}", c.type_len, c.type_modifier, c.format)
+            })),
+            Backend::Notification { pid, channel, payload } => lines.push(format!(
+                "notification {} {} {}",
+                pid == own,
+                String::from_utf8_lossy(channel),
+                String::from_utf8_lossy(payload)
+            )),
+            Backend::Error(fields) | Backend::Notice(fields) => {
+                for (code, text) in &fields.0 {
+                    lines.push(format!(
+                        "{} {}: {}",
+                        char::from(message.tag),
+                        char::from(*code),
+                        String::from_utf8_lossy(text)
+                    ));
+                }
+            }
+            Backend::DataRow(values) => {
+                let text = |value: &Option<&[u8]>| {
+                    value.map_or("NULL".into(), |v| String::from_utf8_lossy(v).into_owned())
+                };
+                lines.push(values.iter().map(text).collect::<Vec<_>>().join("|"));
+            }
+            _ => lines.push(format!("{} {body:?}", char::from(message.tag))),
+        }
+    }
+    lines
+}
+
+/// Takes steps away for as long as there is still a difference.
+async fn smaller(twins: &Twins, user: &str, mut steps: Vec<Step>) -> String {
+    let mut at = 0;
+    while at < steps.len() {
+        let mut fewer = steps.clone();
+        fewer.remove(at);
+        if twins.difference(user, &fewer, &mut Moves::default()).await.is_some() {
+            steps = fewer;
+        } else {
+            at += 1;
+        }
+    }
+    let last = twins.difference(user, &steps, &mut Moves::default()).await;
+    last.unwrap_or_else(|| "it does not differ every time".into())
+}
+
+#[tokio::test]
+async fn random_sessions_answer_as_their_twins_that_never_move() {
+    let twins = Twins::start().await;
+    let (from, count) = (env("HOLDFAST_TWINS_SEED").unwrap_or(0), env("HOLDFAST_TWINS"));
+    let (mut moves, mut found) = (Moves::default(), Vec::new());
+    for number in from..from + count.unwrap_or(100) {
+        let mut random = Random::new(number);
+        let user = if random.below(2) == 0 { "postgres" } else { "guest" };
+        let steps = vocabulary::session(&mut random);
+        if let Some(first) = twins.difference(user, &steps, &mut moves).await {
+            let shown = smaller(&twins, user, steps).await;
+            eprintln!("session {number} of {user}:\n{shown}\nbefore it was made smaller:\n{first}");
+            found.push(number);
+        }
+    }
+    eprintln!("{} moves, {} times it stayed", moves.moved, moves.stayed);
+    assert!(found.is_empty(), "sessions {found:?} differ from their twins");
+    assert!(moves.moved > moves.stayed, "{} moved, {} stayed", moves.moved, moves.stayed);
+    let mut one = connect(twins.installation.facts.port, "postgres", "moved").await;
+    value(&mut one, "SELECT 1").await;
+}
