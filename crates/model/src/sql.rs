@@ -256,6 +256,11 @@ pub fn quote_literal(value: &str) -> String {
     }
 }
 
+/// An element of an array in text form.
+pub fn array_element(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
 /// A statement as it may be shown: literals replaced, at most `len_max` characters. Statements hold secrets.
 pub fn shown(sql: &[u8], len_max: usize) -> String {
     let mut out = String::new();

@@ -19,6 +19,10 @@ pub const MESSAGE_LEN_MAX: usize = 64 * 1024 * 1024;
 const NOTIFICATIONS_LEN_MAX: usize = 16 * 1024 * 1024;
 /// Notices that are kept for the client; more are dropped.
 const NOTICES_LEN_MAX: usize = 64 * 1024;
+/// Rows are sent in messages of this length.
+const COPY_PART_LEN: usize = 64 * 1024;
+/// What one COPY TO STDOUT may give.
+const COPIED_LEN_MAX: usize = 256 * 1024 * 1024;
 
 #[derive(Debug, Error)]
 pub enum QueryError {
@@ -30,8 +34,10 @@ pub enum QueryError {
     Malformed(#[source] Malformed),
     #[error("server sent an unexpected message `{}`", char::from(*.0))]
     Unexpected(u8),
-    #[error("server sent a message of more than {MESSAGE_LEN_MAX} bytes")]
+    #[error("server sent a message of more than {MESSAGE_LEN_MAX} bytes, or too many of them")]
     TooLong,
+    #[error("server sent text that is not UTF-8")]
+    NotText,
     #[error("{message} ({sqlstate})")]
     Server { sqlstate: SqlState, message: String },
     #[error("no answer within {0:?}")]
@@ -81,6 +87,10 @@ pub struct Answer {
     pub tag: String,
     /// Texts of INFO messages.
     pub infos: Vec<String>,
+    /// What was described: each column's name, type and its modifier.
+    pub columns: Vec<(String, u32, i32)>,
+    /// What COPY TO STDOUT gave.
+    pub copied: Vec<u8>,
 }
 
 /// A logged-in connection.
@@ -235,7 +245,15 @@ impl Connection {
     /// # Errors
     /// As [`Connection::query`].
     pub async fn answers(&mut self) -> Result<Vec<Answer>, QueryError> {
-        self.answers_of(|_, _| true).await
+        self.read_answers(|_, _| true, false).await
+    }
+
+    /// As [`Connection::answers`], to statements that the rows of a COPY FROM STDIN were sent for already.
+    ///
+    /// # Errors
+    /// As [`Connection::query`].
+    pub async fn answers_to_copies(&mut self) -> Result<Vec<Answer>, QueryError> {
+        self.read_answers(|_, _| true, true).await
     }
 
     /// As [`Connection::answers`], with those rows only for which `wanted` says so, by the number of their answer
@@ -247,6 +265,14 @@ impl Connection {
         &mut self,
         wanted: impl Fn(usize, &[Option<&[u8]>]) -> bool,
     ) -> Result<Vec<Answer>, QueryError> {
+        self.read_answers(wanted, false).await
+    }
+
+    async fn read_answers(
+        &mut self,
+        wanted: impl Fn(usize, &[Option<&[u8]>]) -> bool,
+        is_fed: bool,
+    ) -> Result<Vec<Answer>, QueryError> {
         let (mut answers, mut current, mut error) = (Vec::new(), Answer::default(), None);
         loop {
             let (tag, len) = self.arrived().await?;
@@ -256,8 +282,14 @@ impl Connection {
                 if let Backend::DataRow(values) = view(tag, body)?
                     && wanted(answers.len(), &values)
                 {
-                    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                    current.rows.push(values.into_iter().map(|value| value.map(text)).collect());
+                    // Never anything else than what was sent: it may be sent back.
+                    let text = |value: Option<&[u8]>| {
+                        value.map(|bytes| std::str::from_utf8(bytes).map(str::to_owned)).transpose()
+                    };
+                    match values.into_iter().map(text).collect() {
+                        Ok(row) => current.rows.push(row),
+                        Err(_) => error = error.or(Some(QueryError::NotText)),
+                    }
                 }
                 self.pass(len);
                 continue;
@@ -283,12 +315,69 @@ impl Connection {
                     error.get_or_insert(QueryError::Server { sqlstate, message: fields.message() });
                 }
                 Backend::Ready(_) => return error.map_or(Ok(answers), Err),
+                Backend::RowDescription(columns) => {
+                    let text = |name: &[u8]| String::from_utf8_lossy(name).into_owned();
+                    let column =
+                        |c: &wire::backend::Column<'_>| (text(c.name), c.type_oid, c.type_modifier);
+                    current.columns = columns.iter().map(column).collect();
+                }
+                Backend::CopyData(data) => {
+                    if current.copied.len() + data.len() > COPIED_LEN_MAX {
+                        return Err(QueryError::TooLong);
+                    }
+                    current.copied.extend_from_slice(data);
+                }
+                Backend::CopyIn(_) if is_fed => (),
                 Backend::CopyIn(_) | Backend::CopyBoth(_) => {
                     return Err(QueryError::Unexpected(message.tag));
                 }
                 _ => (),
             }
         }
+    }
+
+    /// The columns that a statement would give: each one's name, type and its modifier. It is not run.
+    ///
+    /// # Errors
+    /// As [`Connection::query`].
+    pub async fn columns_of(
+        &mut self,
+        name: &str,
+        sql: &str,
+    ) -> Result<Vec<(String, u32, i32)>, QueryError> {
+        let (mut out, statement) = (Vec::new(), Target::Statement(name.as_bytes()));
+        frontend::parse(&mut out, name.as_bytes(), sql.as_bytes(), &[]);
+        frontend::describe(&mut out, statement);
+        frontend::close(&mut out, statement);
+        // An empty statement has an answer, which is the one that the columns are part of.
+        Connection::add_statement(&mut out, name, "", &[]);
+        frontend::sync(&mut out);
+        self.send(&out).await?;
+        let answers = self.answers().await?;
+        Ok(answers.into_iter().next().unwrap_or_default().columns)
+    }
+
+    /// Appends a COPY FROM STDIN and its rows, as [`Connection::add_statement`].
+    pub fn add_copy(out: &mut Vec<u8>, name: &str, sql: &str, rows: &[u8]) {
+        let name = name.as_bytes();
+        frontend::parse(out, name, sql.as_bytes(), &[]);
+        frontend::bind_text(out, b"", name, &[]);
+        frontend::execute(out, b"", 0);
+        for part in rows.chunks(COPY_PART_LEN) {
+            frontend::copy_data(out, part);
+        }
+        frontend::copy_done(out);
+        frontend::close(out, Target::Statement(name));
+    }
+
+    /// As [`Connection::add_statement`], with a description of the columns.
+    pub fn add_described(out: &mut Vec<u8>, name: &str, sql: &str) {
+        let name = name.as_bytes();
+        frontend::parse(out, name, sql.as_bytes(), &[]);
+        frontend::describe(out, Target::Statement(name));
+        frontend::bind_text(out, b"", name, &[]);
+        frontend::execute(out, b"", 0);
+        frontend::close(out, Target::Statement(name));
     }
 
     /// Appends one statement to a pipeline, under a name so that the unnamed statement is left alone.

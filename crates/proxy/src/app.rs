@@ -46,6 +46,8 @@ type Learned = Result<Arc<Facts>, Reason>;
 pub struct App {
     pub name: String,
     pub databases: Vec<String>,
+    /// Bytes of temporary tables, or of cursors, that one session may have to be moved.
+    pub temporary_max: u64,
     pub cells: BTreeMap<String, Arc<Cell>>,
     pub auth: Authenticator,
     /// How Holdfast itself logs in.
@@ -71,6 +73,7 @@ impl App {
         App {
             name: config.name,
             databases: config.databases,
+            temporary_max: config.temporary_max,
             cells,
             auth: Authenticator::new(config.auth, config.admin.clone()),
             admin: config.admin,

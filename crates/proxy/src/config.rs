@@ -58,6 +58,8 @@ pub struct AppConfig {
     pub name: String,
     /// Databases that belong to it; empty for all.
     pub databases: Vec<String>,
+    /// Bytes of temporary tables, or of cursors, that one session may have to be moved.
+    pub temporary_max: u64,
     pub cells: BTreeMap<String, Target>,
     pub auth: AuthConfig,
     /// How Holdfast itself logs in, for the verifiers of clients.

@@ -268,6 +268,9 @@ fn secret_file(
     }
 }
 
+/// What one session may have in temporary tables, or in cursors, to be moved.
+const TEMPORARY_MAX: u64 = 64 << 20;
+
 fn read_app(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
@@ -334,7 +337,8 @@ fn read_app(
         cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
     let databases =
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
-    let app = AppConfig { name, databases, cells: targets, auth, admin };
+    let temporary_max = table.size(mistakes, "temporary_max").unwrap_or(TEMPORARY_MAX);
+    let app = AppConfig { name, databases, temporary_max, cells: targets, auth, admin };
     Some((app, AppServers { first_active, cells }))
 }
 

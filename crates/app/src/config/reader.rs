@@ -193,6 +193,23 @@ impl<'a> Table<'a> {
         duration
     }
 
+    /// A size such as `"64MB"`, by PostgreSQL's units: kB, MB and GB are powers of 1024.
+    pub(crate) fn size(&mut self, mistakes: &mut Mistakes<'_>, key: &'static str) -> Option<u64> {
+        let span = self.span_of(key);
+        let text = self.text(mistakes, key)?;
+        let size = read_size(&text);
+        if size.is_none() {
+            let name = format!("{}{key}", self.prefix());
+            mistakes.add(
+                span,
+                format!(
+                    "`{name}` must be a size such as \"512kB\", \"64MB\" or \"1GB\", it is `{text}`"
+                ),
+            );
+        }
+        size
+    }
+
     pub(crate) fn texts(
         &mut self,
         mistakes: &mut Mistakes<'_>,
@@ -287,6 +304,19 @@ impl<'a> Table<'a> {
             }
         }
     }
+}
+
+/// `"512kB"`, `"64MB"`, `"1GB"`.
+fn read_size(text: &str) -> Option<u64> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let number: u64 = text.get(..digits)?.parse().ok()?;
+    let unit: u64 = match text.get(digits..)? {
+        "kB" => 1 << 10,
+        "MB" => 1 << 20,
+        "GB" => 1 << 30,
+        _ => return None,
+    };
+    number.checked_mul(unit)
 }
 
 /// `"500ms"`, `"5s"`, `"2m"`, `"1h"`.

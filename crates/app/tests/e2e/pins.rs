@@ -9,28 +9,41 @@ use crate::support::{Installation, connect, extended, last_words, run, shown, va
 /// How a session is pinned, a word of the reason, and a look that must work as before after a switchover that
 /// was given up.
 const PINNED: &[(&str, &str, &str)] = &[
-    ("CREATE TEMP TABLE mine AS SELECT 7 AS n", "temporary objects", "SELECT n FROM mine"),
-    ("CREATE TEMP VIEW v AS SELECT 7 AS n", "temporary objects", "SELECT n FROM v"),
     (
-        "CREATE FUNCTION pg_temp.f() RETURNS int LANGUAGE sql AS 'SELECT 7'",
-        "temporary objects",
-        "SELECT pg_temp.f()",
+        "CREATE TEMP TABLE mine AS SELECT 7 AS n; CREATE TEMP TABLE heir () INHERITS (mine)",
+        "pg_temp.heir inherits",
+        "SELECT n FROM mine",
     ),
-    ("CREATE TYPE pg_temp.kind AS ENUM ('x')", "temporary objects", "SELECT 'x'::pg_temp.kind"),
-    ("DECLARE c CURSOR WITH HOLD FOR SELECT 7", "WITH HOLD", "FETCH c"),
+    (
+        "CREATE TEMP TABLE mine AS SELECT 7 AS n; ALTER TABLE mine ENABLE ROW LEVEL SECURITY",
+        "pg_temp.mine has row security",
+        "SELECT n FROM mine",
+    ),
+    (
+        "CREATE TYPE pg_temp.kind AS ENUM ('x'); CREATE FUNCTION of_temp(pg_temp.kind) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "function public.of_temp(kind) depends on a temporary object",
+        "SELECT of_temp('x')",
+    ),
+    ("DECLARE c BINARY CURSOR WITH HOLD FOR SELECT 7", "its rows come in binary", "FETCH c"),
+    ("DECLARE c CURSOR WITH HOLD FOR SELECT ROW(7, 'x')", "a column of type `record`", "FETCH c"),
+    (
+        "DECLARE c NO SCROLL CURSOR WITH HOLD FOR SELECT ROW(7, 'x') UNION ALL SELECT ROW(8, 'y')",
+        "a column of type `record`",
+        "FETCH c",
+    ),
     (
         "CREATE COLLATION pg_temp.mine FROM \"C\"",
-        "temporary objects",
+        "is in the temporary schema",
         "SELECT 'a' COLLATE pg_temp.mine",
     ),
     (
         "CREATE OPERATOR pg_temp.||| (LEFTARG = int, RIGHTARG = int, FUNCTION = int4pl)",
-        "temporary objects",
+        "is in the temporary schema",
         "SELECT 1 OPERATOR(pg_temp.|||) 2",
     ),
     (
         "CREATE TEXT SEARCH CONFIGURATION pg_temp.mine (COPY = english)",
-        "temporary objects",
+        "is in the temporary schema",
         "SELECT to_tsvector('pg_temp.mine', 'cats')",
     ),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
@@ -84,14 +97,14 @@ async fn a_pinned_session_is_told_by_force_and_the_others_move() {
     let mut free = installation.connect().await;
     let mut pinned = installation.connect().await;
     run(&mut free, "SET work_mem = '5MB'").await;
-    run(&mut pinned, "CREATE TEMP TABLE mine (n int)").await;
+    run(&mut pinned, "CREATE COLLATION pg_temp.mine FROM \"C\"").await;
     let output =
         installation.holdfast(&["switchover", "shop", "--to", "b", "--on-timeout", "force"]);
     assert!(output.status.success(), "{}", shown(&output));
     assert_eq!(value(&mut free, "SHOW work_mem").await, "5MB");
     let told = last_words(&mut pinned).await;
     assert_eq!(told.0, Some(SqlState::ADMIN_SHUTDOWN));
-    assert!(told.1.contains("temporary objects, such as `table pg_temp.mine"), "{}", told.1);
+    assert!(told.1.contains("collation pg_temp.mine is in the temporary schema"), "{}", told.1);
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::cursor::Cursor;
 use super::facts::{Facts, OfBackend};
 use super::pin::Pin;
 use super::snapshot::{AdvisoryLock, ENTRIES_MAX, Prepared, Snapshot};
@@ -91,6 +92,8 @@ pub struct Subject<'a> {
     pub facts: &'a Facts,
     /// What settings are compared by: the configuration of the server where the session stands.
     pub reference: &'a Facts,
+    /// Bytes of temporary tables that are carried at most.
+    pub temporary_max: u64,
     /// The server is in recovery, so no sequence was used.
     pub in_recovery: bool,
     /// What its backend holds is asked as well; else [`Facts`] are to tell.
@@ -126,10 +129,10 @@ pub fn questions(subject: &Subject<'_>) -> Questions {
     set("role", "none");
     set("search_path", "pg_catalog, pg_temp");
     let custom = subject.facts.custom.union(subject.custom);
-    let custom: Vec<String> = custom.map(|name| element(name)).collect();
+    let custom: Vec<String> = custom.map(|name| sql::array_element(name)).collect();
     let plain = |sql: String| (sql, Vec::new());
     Questions(vec![
-        plain("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE".into()),
+        plain(BEGIN_READ.into()),
         plain(format!("SELECT {}", parts.join(", "))),
         plain(aside_question(subject)),
         plain("SHOW ALL".into()),
@@ -138,18 +141,13 @@ pub fn questions(subject: &Subject<'_>) -> Questions {
     ])
 }
 
-/// An element of an array in text form.
-fn element(text: &str) -> String {
-    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
-}
-
 fn state_question(subject: &Subject<'_>) -> String {
     format!("{STATE_QUESTION}{}", if subject.alone { BACKEND_QUESTION } else { "" })
 }
 
 const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text, parameter_types::oid[]::text \
     FROM pg_prepared_statements WHERE name <> '_holdfast capture 7f3a9c41' UNION ALL \
-    SELECT 'cursor', name, NULL, NULL, NULL FROM pg_cursors WHERE is_holdable UNION ALL \
+    SELECT 'cursor', name, is_scrollable::text, is_binary::text, NULL FROM pg_cursors WHERE is_holdable UNION ALL \
     SELECT 'channel', c, NULL, NULL, NULL FROM pg_listening_channels() c UNION ALL \
     SELECT 'custom', n, current_setting(n, true), NULL, NULL FROM unnest($1::text[]) n \
     WHERE current_setting(n, true) IS NOT NULL";
@@ -160,10 +158,7 @@ const BACKEND_QUESTION: &str = " UNION ALL \
     WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid() \
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL \
     SELECT 'slot', slot_name::text, NULL, NULL, NULL FROM pg_replication_slots \
-    WHERE temporary AND active_pid = pg_backend_pid() UNION ALL \
-    SELECT 'temporary', count(*)::text, min(regexp_replace(pg_describe_object(classid, objid, objsubid), \
-    $$\\mpg_temp_\\d+\\.$$, 'pg_temp.')), NULL, NULL FROM pg_depend \
-    WHERE refclassid = 'pg_namespace'::regclass AND refobjid = pg_my_temp_schema() HAVING count(*) > 0";
+    WHERE temporary AND active_pid = pg_backend_pid()";
 
 /// What only a block can ask without logging an error comes as messages of level INFO, which reach the client
 /// whatever its settings and stay out of the server's log. `lastval()` is an error where it has no value.
@@ -197,11 +192,11 @@ fn aside_question(subject: &Subject<'_>) -> String {
 /// session that has a last value, or may have used `setval`: most have not, and are spared it. That a sequence is
 /// locked must come out, though its code is of the class that says that there is no value.
 pub const SEQUENCES: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE v bigint; s record; BEGIN \
-    FOR s IN SELECT c.oid, \
+    FOR s IN SELECT c.oid, CASE relpersistence WHEN 't' THEN format('pg_temp.%I', relname) ELSE '' END AS temp, \
     pg_has_role(relowner, 'USAGE') AND has_schema_privilege(n.oid, 'USAGE') AS own \
     FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace \
-    WHERE relkind = 'S' AND relpersistence <> 't' LOOP \
-    BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % %', s.own, v, s.oid; \
+    WHERE relkind = 'S' AND (relpersistence <> 't' OR relnamespace = pg_my_temp_schema()) LOOP \
+    BEGIN v := currval(s.oid); RAISE INFO 'holdfast: currval % % % %', s.own, v, s.oid, s.temp; \
     EXCEPTION WHEN lock_not_available THEN RAISE; \
     WHEN object_not_in_prerequisite_state OR insufficient_privilege THEN NULL; END; \
     END LOOP; END $holdfast$";
@@ -233,6 +228,8 @@ pub struct Captured {
     pub pins: Vec<Pin>,
     /// The schema of its temporary objects, 0 if it never had one.
     pub temporary_schema: u32,
+    /// Temporary tables of which the planner has statistics.
+    pub analyzed: BTreeSet<String>,
     /// There are values of sequences that were not asked for, because there are too many sequences.
     pub unasked_sequences: bool,
     /// The values of sequences by their OIDs: others may give them new names while the session is held.
@@ -242,10 +239,12 @@ pub struct Captured {
 }
 
 /// What `currval` gives, and whether the login owns the sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SequenceValue {
     pub value: i64,
     pub own: bool,
+    /// The name of a temporary sequence, which no facts tell.
+    pub temporary: Option<String>,
 }
 
 impl Captured {
@@ -254,16 +253,10 @@ impl Captured {
     pub fn complete(&mut self, facts: &Facts, backend_pid: i32) {
         self.name_sequences(facts);
         self.pin_sequences(facts);
-        let backend = self.backend.take().or_else(|| {
-            let temporary = facts.temporary.get(&self.temporary_schema).cloned();
-            let backend = facts.backends.get(&backend_pid).cloned();
-            backend.map(|backend| OfBackend { temporary, ..backend })
-        });
-        if let Some(OfBackend { locks, slots, temporary }) = backend {
+        let backend = self.backend.take().or_else(|| facts.backends.get(&backend_pid).cloned());
+        if let Some(OfBackend { locks, slots }) = backend {
             self.snapshot.locks = locks;
             self.pins.extend(slots.into_iter().map(|slot| Pin::TemporarySlot { slot }));
-            let pin = temporary.map(|(objects, example)| Pin::Temporary { objects, example });
-            self.pins.extend(pin);
         }
         let size = self.snapshot.len();
         if size > ENTRIES_MAX {
@@ -278,7 +271,8 @@ impl Captured {
     /// has no value any more.
     pub fn name_sequences(&mut self, facts: &Facts) {
         let named = self.sequences.iter().filter_map(|(oid, held)| {
-            facts.sequences.get(oid).map(|sequence| (sequence.name.clone(), held.value))
+            let known = || facts.sequences.get(oid).map(|sequence| sequence.name.clone());
+            held.temporary.clone().or_else(known).map(|name| (name, held.value))
         });
         self.snapshot.sequences = named.collect();
     }
@@ -413,14 +407,15 @@ fn read_info(info: &str, captured: &mut Captured) {
     } else if let Some(value) = told.strip_prefix("lastval ") {
         captured.snapshot.last_value = value.parse().ok();
     } else if let Some(rest) = told.strip_prefix("currval ") {
-        let mut parts = rest.splitn(3, ' ');
+        let mut parts = rest.splitn(4, ' ');
         let (own, value, oid) = (parts.next(), parts.next(), parts.next());
         let (Some(own), Some(Ok(value)), Some(Ok(oid))) =
             (own, value.map(str::parse), oid.map(str::parse))
         else {
             return;
         };
-        captured.sequences.insert(oid, SequenceValue { value, own: own == "t" });
+        let temporary = parts.next().filter(|name| !name.is_empty()).map(str::to_owned);
+        captured.sequences.insert(oid, SequenceValue { value, own: own == "t", temporary });
     }
 }
 
@@ -446,7 +441,15 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
             }
             snapshot.prepared.insert(name, prepared);
         }
-        "cursor" => captured.pins.push(Pin::HoldCursor { name: text(row, 1)?.to_owned() }),
+        "cursor" => {
+            let name = text(row, 1)?.to_owned();
+            let yes = |at| Ok::<_, Unreadable>(matches!(text(row, at)?, "true" | "t"));
+            if yes(3)? {
+                let why = "its rows come in binary".into();
+                captured.pins.push(Pin::HoldCursor { name: name.clone(), why });
+            }
+            snapshot.cursors.insert(name, Cursor { is_scrollable: yes(2)? });
+        }
         "channel" => drop(snapshot.channels.insert(text(row, 1)?.to_owned())),
         kind => {
             let backend = captured.backend.as_mut().ok_or(Unreadable("known kind of row"))?;
@@ -523,8 +526,14 @@ pub const PROTECT: &str = "SELECT pg_catalog.set_config('statement_timeout', '0'
      pg_catalog.set_config('lock_timeout', '0', true), \
      pg_catalog.set_config('client_encoding', 'UTF8', true)";
 
+/// Begins the transaction of a capture.
+pub const BEGIN_READ: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY NOT DEFERRABLE";
+
 /// Begins a transaction that no default of the session can delay or refuse, also on a standby.
 pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE";
+
+/// The same where something is created, whatever the session's default.
+pub const BEGIN_WRITE: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE";
 
 /// Reads one lock and its count from the text of an INFO message of [`COUNT_LOCKS`].
 pub fn read_lock_count(message: &str) -> Option<(AdvisoryLock, u32)> {

@@ -32,8 +32,6 @@ pub struct Configured {
 pub struct OfBackend {
     pub locks: BTreeMap<AdvisoryLock, u32>,
     pub slots: Vec<String>,
-    /// Temporary objects, how many and one of them.
-    pub temporary: Option<(u64, String)>,
 }
 
 impl OfBackend {
@@ -43,11 +41,6 @@ impl OfBackend {
             "lock" => self.read_lock(row),
             "slot" => {
                 self.slots.push(text(row, 1)?.to_owned());
-                Ok(())
-            }
-            "temporary" => {
-                let count = text(row, 1)?.parse().map_err(|_| Unreadable("count"))?;
-                self.temporary = Some((count, text(row, 2)?.to_owned()));
                 Ok(())
             }
             _ => Err(Unreadable("known kind of row")),
@@ -86,22 +79,21 @@ pub struct Facts {
     pub setval: bool,
     /// Why values of sequences cannot be restored in this database.
     pub sequences_refused: Option<String>,
+    /// Why nothing can be created in it without being noticed.
+    pub creating_refused: Option<String>,
     /// By OID.
     pub sequences: BTreeMap<u32, Sequence>,
     /// By process id. One that is not there had ended when it was looked for, and its locks with it.
     pub backends: BTreeMap<i32, OfBackend>,
-    /// Temporary objects, how many and one of them, by the OID of their schema.
-    pub temporary: BTreeMap<u32, (u64, String)>,
 }
 
 /// What Holdfast's connection is asked, under `search_path = pg_catalog`.
 ///
 /// - Settings are read as SHOW gives them, which is what a session is compared by. What the connection itself has
 ///   otherwise than the configuration is left out.
-/// - Temporary objects are those that PostgreSQL itself drops with their schema: whatever depends on it.
 /// - A function's text is searched for names it sets; one that computes a name leaves no way to find it, and one
 ///   that sets the random seed leaves nothing that can be read.
-pub const QUESTIONS: [&str; 4] = [
+pub const QUESTIONS: [&str; 3] = [
     "SELECT name, context, current_setting(name, true), \
      CASE WHEN source IN ('default','configuration file','command line','environment variable','override') \
      THEN 'configured' ELSE source END FROM pg_settings",
@@ -135,6 +127,8 @@ pub const QUESTIONS: [&str; 4] = [
      SELECT 'refuses', format('event trigger `%s` would run', evtname), NULL, NULL FROM pg_event_trigger \
      WHERE evtenabled <> 'D' AND evtevent IN ('ddl_command_start','ddl_command_end') \
      AND (evttags IS NULL OR 'ALTER SEQUENCE' = ANY (evttags)) UNION ALL \
+     SELECT 'notices', format('event trigger `%s` would run', evtname), NULL, NULL FROM pg_event_trigger \
+     WHERE evtenabled <> 'D' AND evtevent IN ('ddl_command_start','ddl_command_end','sql_drop') UNION ALL \
      SELECT 'refuses', format('prepared transaction `%s` may hold a sequence', gid), NULL, NULL \
      FROM pg_prepared_xacts WHERE database = current_database() UNION ALL \
      SELECT format('%I.%I', nspname, relname), c.oid::text, seqmin::text, seqmax::text FROM pg_sequence s \
@@ -146,10 +140,6 @@ pub const QUESTIONS: [&str; 4] = [
      WHERE temporary AND active_pid IS NOT NULL UNION ALL \
      SELECT pid::text, NULL, NULL, NULL, 'alive' FROM pg_stat_activity \
      WHERE backend_type = 'client backend' AND datname = current_database()",
-    "SELECT n.oid::text, count(*)::text, \
-     min(regexp_replace(pg_describe_object(d.classid, d.objid, d.objsubid), $$\\mpg_temp_\\d+\\.$$, 'pg_temp.')) \
-     FROM pg_namespace n JOIN pg_depend d ON d.refclassid = 'pg_namespace'::regclass AND d.refobjid = n.oid \
-     WHERE n.nspname LIKE 'pg\\_temp\\_%' GROUP BY 1",
 ];
 
 impl Facts {
@@ -158,7 +148,7 @@ impl Facts {
     /// # Errors
     /// As [`Facts::read`].
     pub fn of_settings(rows: &[Row]) -> Result<Facts, Unreadable> {
-        Facts::read(&[rows.to_vec(), Vec::new(), Vec::new(), Vec::new()])
+        Facts::read(&[rows.to_vec(), Vec::new(), Vec::new()])
     }
 
     /// Reads the answers to [`QUESTIONS`].
@@ -183,11 +173,6 @@ impl Facts {
         }
         for row in rows(2)? {
             facts.read_backend(row)?;
-        }
-        for row in rows(3)? {
-            let number = |at| text(row, at)?.parse::<u64>().map_err(|_| Unreadable("count"));
-            let schema = u32::try_from(number(0)?).map_err(|_| Unreadable("schema"))?;
-            facts.temporary.insert(schema, (number(1)?, text(row, 2)?.to_owned()));
         }
         Ok(facts)
     }
@@ -226,6 +211,10 @@ impl Facts {
             }
             "origins" => self.origins = true,
             // Restoring a value takes an ALTER SEQUENCE that is rolled back.
+            "notices" => {
+                let why = text(row, 1)?.to_owned();
+                self.creating_refused.get_or_insert(why);
+            }
             "refuses" => {
                 let why = text(row, 1)?.to_owned();
                 self.sequences_refused.get_or_insert(why);
@@ -266,9 +255,9 @@ impl Facts {
             origins,
             setval,
             sequences_refused,
+            creating_refused,
             sequences: _,
             backends: _,
-            temporary: _,
         } = self;
         *configured == other.configured
             && *fixed == other.fixed
@@ -277,6 +266,7 @@ impl Facts {
             && *origins == other.origins
             && *setval == other.setval
             && *sequences_refused == other.sequences_refused
+            && *creating_refused == other.creating_refused
     }
 
     /// Settings that sessions may change and that the two servers' configurations give otherwise, as
@@ -299,7 +289,7 @@ mod tests {
     }
 
     fn facts(settings: &[Row], rows: &[Row]) -> Facts {
-        Facts::read(&[settings.to_vec(), rows.to_vec(), Vec::new(), Vec::new()]).unwrap()
+        Facts::read(&[settings.to_vec(), rows.to_vec(), Vec::new()]).unwrap()
     }
 
     #[test]
@@ -344,18 +334,18 @@ mod tests {
             row(&["7", "0", "42", "1", "ShareLock"]),
             row(&["9", "", "", "", "alive"]),
         ];
-        let facts = Facts::read(&[vec![], vec![], rows.to_vec(), vec![]]).unwrap();
+        let facts = Facts::read(&[vec![], vec![], rows.to_vec()]).unwrap();
         assert_eq!(facts.backends[&7].locks.len(), 2);
         assert_eq!(facts.backends[&8].slots, ["s"]);
         assert_eq!(facts.backends[&9], OfBackend::default());
-        assert!(Facts::read(&[vec![], vec![row(&["surprise"])], vec![], vec![]]).is_err());
+        assert!(Facts::read(&[vec![], vec![row(&["surprise"])], vec![]]).is_err());
     }
 
     #[test]
     fn what_backends_hold_does_not_change_what_is_asked() {
         let here = facts(&[row(&["work_mem", "user", "4MB", "configured"])], &[]);
         let mut later = here.clone();
-        later.temporary.insert(7, (1, "table t".into()));
+        later.backends.insert(7, OfBackend::default());
         assert!(here.asks_the_same(&later));
         later.custom.insert("app.x".into());
         assert!(!here.asks_the_same(&later));

@@ -2,6 +2,7 @@
 //!
 //! - [`protocol`]: counts what was asked and what was answered, and so knows when nothing is under way.
 //! - [`inspect`]: what statement text and command tags hint at; hints raise questions, catalogs give answers.
+//! - [`cursor`], [`temporary`]: what a session has besides, and the statements that make it again.
 //! - [`facts`]: what is the same for all sessions of a database, asked once.
 //! - [`capture`]: the questions put to the server, and the snapshot read from the answers.
 //! - [`snapshot`]: the captured state, and what differs between two of them.
@@ -9,12 +10,14 @@
 //! - [`pin`]: why a session cannot be moved, in words.
 
 pub mod capture;
+pub mod cursor;
 pub mod facts;
 pub mod inspect;
 pub mod pin;
 pub mod protocol;
 pub mod replay;
 pub mod snapshot;
+pub mod temporary;
 
 pub use facts::Facts;
 pub use pin::Pin;

@@ -14,8 +14,8 @@ pub enum Pin {
     Dblink { statement: String },
     /// A setting could not be given its value on the other server, or does not agree there.
     Differs { what: String, here: String, there: String },
-    /// A cursor WITH HOLD that is still open.
-    HoldCursor { name: String },
+    /// A cursor WITH HOLD that cannot be opened again.
+    HoldCursor { name: String, why: String },
     /// A library loaded by LOAD.
     Library,
     /// Advisory locks, which somebody else could take between the old server and the new.
@@ -36,8 +36,8 @@ pub enum Pin {
     Sequences { why: String },
     /// A language that keeps state between calls in its interpreter is in use in the database.
     StatefulLanguage { language: String },
-    /// Temporary objects.
-    Temporary { objects: u64, example: String },
+    /// Something temporary that cannot be made again.
+    Temporary { what: String },
     /// A temporary replication slot.
     TemporarySlot { slot: String },
     /// The state is larger than its limit.
@@ -94,7 +94,9 @@ impl std::fmt::Display for Pin {
             Pin::Differs { what, here, there } => {
                 write!(f, "{what} is `{here}` here and `{there}` on the other server")
             }
-            Pin::HoldCursor { name } => write!(f, "cursor `{name}` is open WITH HOLD; close it"),
+            Pin::HoldCursor { name, why } => {
+                write!(f, "cursor `{name}` is open WITH HOLD, and {why}; CLOSE it")
+            }
             Pin::Library => write!(f, "a library was loaded by LOAD"),
             Pin::Locks { held } => write!(
                 f,
@@ -117,11 +119,8 @@ impl std::fmt::Display for Pin {
             Pin::StatefulLanguage { language } => {
                 write!(f, "functions in `{language}` may keep state inside the server")
             }
-            Pin::Temporary { objects, example } => {
-                write!(
-                    f,
-                    "{objects} temporary objects, such as `{example}`; DISCARD TEMP drops them"
-                )
+            Pin::Temporary { what } => {
+                write!(f, "temporary objects cannot be made again: {what}; DISCARD TEMP drops them")
             }
             Pin::TemporarySlot { slot } => write!(f, "temporary replication slot `{slot}`"),
             Pin::TooLarge { what, size, max } => {

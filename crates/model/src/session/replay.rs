@@ -3,10 +3,12 @@
 //! Order matters: settings first, then the session's user, then its role, because each may take away the right
 //! to do the one before; then what is named under them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::facts::Facts;
 use super::snapshot::{Prepared, Snapshot};
+use super::temporary::{Statement, Temporary};
 use crate::sql;
 
 /// One thing to do on the new server, in the order given.
@@ -18,6 +20,8 @@ pub enum Step {
     Prepare { name: String, sql: String },
     /// A protocol-level Parse.
     Parse { name: String, sql: String, types: Vec<u32> },
+    /// A COPY FROM STDIN of ours, with its rows.
+    Copy { what: String, sql: String, rows: Arc<Vec<u8>> },
 }
 
 /// When a step can run.
@@ -101,11 +105,7 @@ fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
     if from.role != to.role {
         steps.push(set("role".into(), "role", &to.role));
     }
-    for (name, prepared) in &to.prepared {
-        if from.prepared.get(name) != Some(prepared) {
-            steps.push(prepare(name, prepared));
-        }
-    }
+    steps.extend(prepared_steps(from, to));
     for name in LATE {
         if let Some(name) = names.get(&name.to_owned())
             && let Some(value) = wanted(name)
@@ -113,6 +113,57 @@ fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
             steps.push(set(format!("setting {name}"), name, value));
         }
     }
+    steps
+}
+
+/// The steps that prepare statements.
+pub fn prepared_steps(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
+    let missing = to.prepared.iter().filter(|(name, one)| from.prepared.get(*name) != Some(*one));
+    missing.map(|(name, prepared)| prepare(name, prepared)).collect()
+}
+
+/// The steps that make temporary objects again, with the rows of each table by its quoted name. All of them in one
+/// transaction, under [`temporary::FORMATS`]; statistics of the planner are made for those in `analyzed`.
+pub fn temporary_steps(
+    temporary: &Temporary,
+    rows: &BTreeMap<String, Arc<Vec<u8>>>,
+    analyzed: &BTreeSet<String>,
+) -> Vec<Step> {
+    let run = |what: &str, sql: String| Step::Run { what: what.into(), sql, params: Vec::new() };
+    let mut owned: Vec<(&String, Step)> = Vec::new();
+    let made = |one: &Statement| run("a temporary object", one.sql.clone());
+    owned.extend(temporary.first.iter().map(|one| (&one.owner, made(one))));
+    for table in &temporary.tables {
+        if let Some(rows) = rows.get(&table.name).filter(|rows| !rows.is_empty()) {
+            let what = format!("the rows of {}", table.name);
+            let sql = format!("COPY {} FROM STDIN", table.name);
+            owned.push((&table.owner, Step::Copy { what, sql, rows: rows.clone() }));
+        }
+    }
+    for (name, position) in &temporary.sequences {
+        let literal = sql::quote_literal(name);
+        let (last, is_called) = (position.last_value, position.is_called);
+        let sql = format!("SELECT pg_catalog.setval({literal}, {last}, {is_called})");
+        owned.push((&position.owner, run(name, sql)));
+    }
+    owned.extend(temporary.then.iter().map(|one| (&one.owner, made(one))));
+    for table in temporary.tables.iter().filter(|table| analyzed.contains(&table.name)) {
+        owned.push((&table.owner, run("statistics", format!("ANALYZE {}", table.name))));
+    }
+    let (mut steps, mut role) = (Vec::new(), None);
+    for (owner, step) in owned {
+        if role != Some(owner) {
+            steps.push(Step::Run {
+                what: format!("the role `{owner}`"),
+                sql: "SELECT pg_catalog.set_config('role', $1, true)".into(),
+                params: vec![owner.clone()],
+            });
+            role = Some(owner);
+        }
+        steps.push(step);
+    }
+    // What the positions of sequences have left behind is no value of the session's own.
+    steps.push(run("values of sequences", "DISCARD SEQUENCES".into()));
     steps
 }
 
@@ -212,6 +263,7 @@ mod tests {
                     Step::Run { what, .. } => what,
                     Step::Prepare { name, .. } => format!("prepare {name}"),
                     Step::Parse { name, .. } => format!("parse {name}"),
+                    Step::Copy { what, .. } => what,
                 })
                 .collect()
         };

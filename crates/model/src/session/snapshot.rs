@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::cursor::Cursor;
 use super::facts::Facts;
 use super::pin::Pin;
+use super::temporary::Temporary;
 
 /// Statements, locks and settings that one session may hold to be moved.
 pub const ENTRIES_MAX: usize = 10_000;
@@ -23,6 +25,9 @@ pub struct Snapshot {
     /// `role`, `none` unless SET ROLE.
     pub role: String,
     pub prepared: BTreeMap<String, Prepared>,
+    /// Cursors WITH HOLD.
+    pub cursors: BTreeMap<String, Cursor>,
+    pub temporary: Temporary,
     pub channels: BTreeSet<String>,
     /// Session-level advisory locks, and how many times each is held.
     pub locks: BTreeMap<AdvisoryLock, u32>,
@@ -77,6 +82,9 @@ impl Snapshot {
             + self.prepared.len()
             + self.channels.len()
             + self.sequences.len()
+            + self.cursors.len()
+            + self.temporary.first.len()
+            + self.temporary.then.len()
             + self
                 .locks
                 .values()
@@ -90,7 +98,13 @@ impl Snapshot {
 
     /// The part that can be restored beforehand, see [`super::replay::Phase`].
     pub fn beforehand(&self) -> Snapshot {
+        let prepared = &self.prepared;
+        // What is prepared may be about temporary objects.
+        let wait = !self.temporary.is_empty();
         Snapshot {
+            prepared: if wait { BTreeMap::new() } else { prepared.clone() },
+            cursors: BTreeMap::new(),
+            temporary: Temporary::default(),
             channels: BTreeSet::new(),
             locks: BTreeMap::new(),
             sequences: BTreeMap::new(),
@@ -159,6 +173,13 @@ impl Snapshot {
                 differs(format!("prepared statement {name}"), a, b);
             }
         });
+        both(&self.cursors, &there.cursors, |name, a, b| {
+            let shown = |c: Option<&Cursor>| {
+                c.map(|c| if c.is_scrollable { "SCROLL" } else { "NO SCROLL" }.to_owned())
+            };
+            differs(format!("cursor {name}"), shown(a), shown(b));
+        });
+        self.temporary.differences(&there.temporary, &mut differs);
         let channels =
             |set: &BTreeSet<String>| Some(set.iter().cloned().collect::<Vec<_>>().join(","));
         differs("listened channels".into(), channels(&self.channels), channels(&there.channels));

@@ -4,16 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use model::barrier::Reason;
-use model::session::capture::{self, STATEMENT_NAME};
-use model::session::replay::{self, Phase, Step};
-use model::session::{Facts, Snapshot};
+use model::session::Snapshot;
+use model::session::capture::{BEGIN, BEGIN_WRITE, PROTECT, STATEMENT_NAME};
+use model::session::replay::{self, Phase};
 use pg::connection::Connection;
 use wire::frame::Side;
 use wire::frontend;
 
+use super::belongings::Carried;
 use super::listening;
 use super::reading::Kind;
-use super::restoring::{Prepared, run_steps};
+use super::restoring::{Model, Prepared, as_login, make, parse_unnamed, run_steps};
 use super::{exchange, failed, messages};
 use crate::app::Cell;
 use crate::session::{Leg, Session};
@@ -26,30 +27,26 @@ pub(crate) struct Attached {
 /// Attaches the session to a primary, where its copy stands that was made beforehand.
 pub(crate) async fn attach(
     session: &Session,
-    snapshot: &Snapshot,
+    carried: &Carried,
     prepared: Prepared,
-    there: &Facts,
-    here: &Facts,
+    model: &Model<'_>,
 ) -> Result<Attached, Reason> {
-    let Prepared { mut connection, snapshot: from, .. } = prepared;
-    let steps = replay::steps(&from, snapshot, Phase::Primary, here);
-    run_steps(&mut connection, &steps, "COMMIT").await?;
-    if !snapshot.sequences.is_empty() {
-        restore_sequences(&mut connection, session, snapshot, there, here).await?;
-    }
-    last_look(&mut connection, snapshot, "off").await?;
+    let steps = replay::steps(&prepared.snapshot, &carried.snapshot, Phase::Primary, model.here);
+    let Prepared { mut connection, mut unnamed, .. } = prepared;
+    run_steps(&mut connection, BEGIN, &steps, "COMMIT").await?;
+    finish(&mut connection, &mut unnamed, session, carried, model).await?;
+    last_look(&mut connection, &carried.snapshot, "off").await?;
     Ok(Attached { connection })
 }
 
 /// The same where the session's old server goes on working for others, and may be the new one.
 pub(crate) async fn attach_live(
     session: &mut Session,
-    snapshot: &Snapshot,
+    carried: &Carried,
     prepared: Prepared,
-    there: &Facts,
-    here: &Facts,
+    model: &Model<'_>,
 ) -> Result<Attached, Reason> {
-    let mut connection = prepared.connection;
+    let Prepared { mut connection, mut unnamed, .. } = prepared;
     let role = "in_hot_standby";
     let wanted = session.params.get(role).cloned().unwrap_or_default();
     let found = connection.params.get(role).cloned().unwrap_or_default();
@@ -59,46 +56,47 @@ pub(crate) async fn attach_live(
         );
         return Err(Reason::Failed { error });
     }
-    if !snapshot.sequences.is_empty() {
-        restore_sequences(&mut connection, session, snapshot, there, here).await?;
+    finish(&mut connection, &mut unnamed, session, carried, model).await?;
+    if !carried.snapshot.channels.is_empty() {
+        listening::hand_over(session, &mut connection, &carried.snapshot).await?;
     }
-    if !snapshot.channels.is_empty() {
-        listening::hand_over(session, &mut connection, snapshot).await?;
-    }
-    last_look(&mut connection, snapshot, &wanted).await?;
+    last_look(&mut connection, &carried.snapshot, &wanted).await?;
     Ok(Attached { connection })
+}
+
+/// Makes what only a primary can make.
+async fn finish(
+    connection: &mut Connection,
+    unnamed: &mut Vec<u8>,
+    session: &Session,
+    carried: &Carried,
+    model: &Model<'_>,
+) -> Result<(), Reason> {
+    let snapshot = &carried.snapshot;
+    if !snapshot.temporary.is_empty() {
+        make(connection, model, carried).await?;
+        parse_unnamed(connection, unnamed, session).await?;
+    }
+    if !snapshot.sequences.is_empty() {
+        restore_sequences(connection, snapshot, model).await?;
+    }
+    Ok(())
 }
 
 /// Gives `currval` and `lastval` their values, and asks for them again.
 async fn restore_sequences(
     connection: &mut Connection,
-    session: &Session,
     snapshot: &Snapshot,
-    there: &Facts,
-    here: &Facts,
+    model: &Model<'_>,
 ) -> Result<(), Reason> {
-    // The owner's rights may be the login's and not those of the role that the session has taken.
-    let as_login = "SELECT pg_catalog.set_config('session_authorization', $1, true), \
-        pg_catalog.set_config('role', 'none', true)";
-    let as_login = Step::Run {
-        what: "the session's login role".into(),
-        sql: as_login.into(),
-        params: vec![session.identity.user.clone()],
-    };
     for group in replay::sequence_steps(snapshot) {
-        let mut steps = vec![as_login.clone()];
+        let mut steps = vec![as_login(model.identity)];
         steps.extend(group);
-        run_steps(connection, &steps, "ROLLBACK").await?;
+        run_steps(connection, BEGIN_WRITE, &steps, "ROLLBACK").await?;
     }
-    let kind = Kind {
-        identity: &session.identity,
-        custom: session.hints.custom.clone(),
-        setval: true,
-        alone: false,
-        reference: here,
-    };
-    let mut again = kind.capture(connection, there).await.map_err(failed)?;
-    again.name_sequences(here);
+    let kind = Kind { setval: true, ..Kind::of_model(model) };
+    let mut again = kind.capture(connection, model.there).await.map_err(failed)?;
+    again.name_sequences(model.here);
     let again = again.snapshot;
     let only = |from: &Snapshot| Snapshot {
         sequences: from.sequences.clone(),
@@ -131,7 +129,7 @@ async fn last_look(
     let mut out = Vec::new();
     let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
         SELECT c FROM pg_catalog.pg_listening_channels() c";
-    for sql in [capture::BEGIN, capture::PROTECT, question, "COMMIT"] {
+    for sql in [BEGIN, PROTECT, question, "COMMIT"] {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     frontend::sync(&mut out);

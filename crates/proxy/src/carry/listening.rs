@@ -58,7 +58,7 @@ async fn both_listen(
         sql: format!("LISTEN {name}"),
         params: Vec::new(),
     });
-    run_steps(new, &steps, "COMMIT").await?;
+    run_steps(new, BEGIN, &steps, "COMMIT").await?;
     run(new, &format!("NOTIFY {name}")).await.map_err(failed)?;
     wait_for(new, mark).await?;
     wait_for(old, mark).await?;

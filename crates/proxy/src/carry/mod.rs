@@ -4,6 +4,7 @@
 //! stays on its old server, untouched, and whatever goes wrong there ends nothing but the attempt.
 
 mod attaching;
+mod belongings;
 mod listening;
 mod reading;
 mod restoring;
@@ -17,8 +18,9 @@ use tokio::time::timeout;
 use wire::frame::Side;
 
 pub(crate) use attaching::{attach, attach_live};
+pub(crate) use belongings::{Carried, put_back, take};
 pub(crate) use reading::{capture, hear_out};
-pub(crate) use restoring::{Model, Prepared, ensure, prepare};
+pub(crate) use restoring::{Model, Prepared, ensure, prepare, rehearse};
 
 use crate::session::Session;
 

@@ -3,15 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::barrier::Reason;
-use model::session::capture::{self, Captured, STATEMENT_NAME, ServerVersion, Subject};
+use model::session::capture::{
+    self, BEGIN_READ, BEGIN_WRITE, Captured, STATEMENT_NAME, ServerVersion, Subject,
+};
 use model::session::protocol::Unnamed;
 use model::session::snapshot::AdvisoryLock;
+use model::session::temporary::{self, Temporary};
 use model::session::{Facts, Pin, Snapshot};
 use pg::connection::{Answer, Connection, QueryError};
 use tokio::time::timeout;
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
+use super::restoring::Model;
 use super::{ANSWER_MAX, borrow, exchange, failed, give_back};
 use crate::session::{Identity, Session};
 
@@ -25,21 +29,42 @@ pub(super) struct Kind<'a> {
     pub(super) setval: bool,
     /// Nobody else tells what its backend holds.
     pub(super) alone: bool,
+    pub(super) temporary_max: u64,
     /// The configuration of the server that the session comes from.
     pub(super) reference: &'a Facts,
 }
 
-impl Kind<'_> {
+impl<'a> Kind<'a> {
+    pub(super) fn of(
+        session: &Session,
+        identity: &'a Identity,
+        facts: &'a Facts,
+        alone: bool,
+    ) -> Kind<'a> {
+        Kind {
+            identity,
+            custom: session.hints.custom.clone(),
+            setval: session.hints.setval,
+            alone,
+            temporary_max: session.app.temporary_max,
+            reference: facts,
+        }
+    }
+
     pub(super) async fn capture(
         &self,
         connection: &mut Connection,
         facts: &Facts,
     ) -> Result<Captured, QueryError> {
+        capture_on(connection, &self.subject(connection, facts)).await
+    }
+
+    pub(super) fn subject<'b>(&'b self, connection: &Connection, facts: &'b Facts) -> Subject<'b> {
         let version =
             connection.params.get("server_version").and_then(|text| ServerVersion::read(text));
         let authorization = connection.params.get("session_authorization");
         let other = authorization.is_some_and(|role| *role != self.identity.user);
-        let subject = Subject {
+        Subject {
             version: version.unwrap_or(ServerVersion(150_000)),
             custom: &self.custom,
             login_role: other.then_some(self.identity.user.as_str()),
@@ -47,9 +72,20 @@ impl Kind<'_> {
             facts,
             reference: self.reference,
             alone: self.alone,
+            temporary_max: self.temporary_max,
             in_recovery: connection.params.get("in_hot_standby").is_some_and(|value| value == "on"),
-        };
-        capture_on(connection, &subject).await
+        }
+    }
+
+    pub(super) fn of_model(model: &Model<'a>) -> Kind<'a> {
+        Kind {
+            identity: model.identity,
+            custom: model.custom.clone(),
+            setval: false,
+            alone: false,
+            temporary_max: model.temporary_max,
+            reference: model.here,
+        }
     }
 
     /// The same for a copy of `snapshot`, whose custom settings are all asked for.
@@ -68,13 +104,7 @@ pub(crate) async fn capture(
 ) -> Result<Captured, Reason> {
     let mut connection = borrow(session).map_err(failed)?;
     let identity = session.identity.clone();
-    let kind = Kind {
-        identity: &identity,
-        custom: session.hints.custom.clone(),
-        setval: session.hints.setval,
-        alone,
-        reference: facts,
-    };
+    let kind = Kind::of(session, &identity, facts, alone);
     if session.protocol.is_doubtful() {
         if let Err(error) = end_doubt(&mut connection).await {
             give_back(session, connection, false).map_err(failed)?;
@@ -91,7 +121,7 @@ pub(crate) async fn capture(
             _ => break,
         }
     }
-    let in_step = matches!(&result, Ok(_) | Err(QueryError::Server { .. }));
+    let in_step = is_in_step(&result);
     give_back(session, connection, in_step).map_err(failed)?;
     let mut captured = result.map_err(|error| match error.sqlstate() {
         // Such as a sequence that somebody is altering; it may be free the next time.
@@ -117,6 +147,11 @@ pub(crate) async fn capture(
         Unnamed::Last | Unnamed::Absent => (),
     }
     Ok(captured)
+}
+
+/// Whether everything that was asked was answered, if only by an error.
+pub(super) fn is_in_step<T>(result: &Result<T, QueryError>) -> bool {
+    matches!(result, Ok(_) | Err(QueryError::Server { .. } | QueryError::NotText))
 }
 
 /// Finds out whether the server has still to answer a Sync: what comes before the answer to our own question is
@@ -182,26 +217,88 @@ async fn capture_on(
     };
     let mut infos = infos_of(&answers);
     if capture::asks_sequences(subject, &infos) {
-        let mut out = Vec::new();
-        for (question, _) in &capture::first_questions(subject).0 {
-            Connection::add_statement(&mut out, STATEMENT_NAME, question, &[]);
-        }
-        Connection::add_statement(&mut out, STATEMENT_NAME, capture::SEQUENCES, &[]);
-        Connection::add_statement(&mut out, STATEMENT_NAME, "COMMIT", &[]);
-        frontend::sync(&mut out);
-        match exchange(connection, &out).await {
-            Ok(answers) => infos.extend(infos_of(&answers)),
-            Err(error) => {
-                roll_back(connection).await?;
-                return Err(error);
-            }
-        }
+        let asked =
+            ask_aside(connection, subject, BEGIN_READ, &[capture::SEQUENCES.into()]).await?;
+        infos.extend(infos_of(&asked));
     }
     let rows = |at: usize| answers.get(at).map(|answer| answer.rows.as_slice()).unwrap_or_default();
-    capture::read(subject, rows, &infos).map_err(|error| QueryError::Server {
-        sqlstate: SqlState::INTERNAL_ERROR,
-        message: error.to_string(),
-    })
+    let mut captured = capture::read(subject, rows, &infos).map_err(unreadable)?;
+    if captured.temporary_schema != 0 && !subject.in_recovery {
+        read_temporary(connection, subject, &mut captured).await?;
+    }
+    Ok(captured)
+}
+
+fn unreadable(error: capture::Unreadable) -> QueryError {
+    QueryError::Server { sqlstate: SqlState::INTERNAL_ERROR, message: error.to_string() }
+}
+
+/// Runs statements of ours in a transaction of their own, in a session whose settings, role and authorization are put
+/// aside for it, and gives their answers.
+pub(super) async fn ask_aside(
+    connection: &mut Connection,
+    subject: &Subject<'_>,
+    begin: &str,
+    statements: &[String],
+) -> Result<Vec<Answer>, QueryError> {
+    let mut out = Vec::new();
+    let aside = capture::first_questions(subject).0;
+    let before = [begin, aside.last().map_or("", |(question, _)| question), temporary::FORMATS];
+    for sql in before.into_iter().chain(statements.iter().map(String::as_str)).chain(["COMMIT"]) {
+        Connection::add_described(&mut out, STATEMENT_NAME, sql);
+    }
+    frontend::sync(&mut out);
+    match exchange(connection, &out).await {
+        Ok(answers) => Ok(answers.into_iter().skip(before.len()).take(statements.len()).collect()),
+        Err(error) => {
+            roll_back(connection).await?;
+            Err(error)
+        }
+    }
+}
+
+/// Reads what the session has in its temporary schema.
+async fn read_temporary(
+    connection: &mut Connection,
+    subject: &Subject<'_>,
+    captured: &mut Captured,
+) -> Result<(), QueryError> {
+    let rows_of = |answer: Option<Answer>| answer.unwrap_or_default().rows;
+    let answers = ask_aside(connection, subject, BEGIN_READ, &[temporary::QUESTION.into()]).await?;
+    let rows = rows_of(answers.into_iter().next());
+    let (mut found, aside) = Temporary::read(&rows).map_err(unreadable)?;
+    if found.is_empty() && aside.pins.is_empty() {
+        return Ok(());
+    }
+    let mut pins = aside.pins;
+    if let Some(why) = &subject.facts.creating_refused {
+        pins.push(Pin::Temporary { what: why.clone() });
+    }
+    if aside.size > subject.temporary_max {
+        let (what, size, max) = ("temporary data".into(), aside.size, subject.temporary_max);
+        pins.push(Pin::TooLarge { what, size, max });
+    }
+    let mut unclear = BTreeSet::new();
+    let can_be_carried = pins.is_empty();
+    if can_be_carried && !found.tables.is_empty() {
+        let answers =
+            ask_aside(connection, subject, BEGIN_WRITE, &[temporary::PROBE.into()]).await?;
+        let infos = answers.iter().flat_map(|answer| &answer.infos);
+        unclear.extend(infos.filter_map(|info| temporary::read_unclear(info)));
+        pins.extend(unclear.iter().map(|name| temporary::unclear(name)));
+    }
+    if can_be_carried {
+        let mut questions = vec![temporary::EMPTY_FILES.to_owned()];
+        questions.extend(found.sequences_question());
+        let mut answers = ask_aside(connection, subject, BEGIN_READ, &questions).await?.into_iter();
+        let files = rows_of(answers.next());
+        found.read_empty_files(&files, &unclear).map_err(unreadable)?;
+        found.read_sequences(&rows_of(answers.next())).map_err(unreadable)?;
+    }
+    captured.snapshot.temporary = found;
+    captured.analyzed = aside.analyzed;
+    captured.pins.extend(pins);
+    Ok(())
 }
 
 /// Locks are let go of and taken again here, which no rollback takes back. So the session's timeouts are put

@@ -1,17 +1,19 @@
 //! Making a fresh server session equal to a snapshot, and proving it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::barrier::Reason;
-use model::session::capture::{self, STATEMENT_NAME};
+use model::session::capture::{BEGIN, BEGIN_WRITE, PROTECT, STATEMENT_NAME};
 use model::session::protocol::Unnamed;
 use model::session::replay::{self, Phase, Step};
+use model::session::temporary;
 use model::session::{Facts, Pin, Snapshot};
 use pg::connect::Login;
 use pg::connection::{Connection, QueryError};
 use tokio::time::timeout;
 use wire::frontend;
 
+use super::belongings::{Belongings, Carried, open_cursors, read_rows, same_cursors};
 use super::reading::Kind;
 use super::{ANSWER_MAX, failed};
 use crate::app::Cell;
@@ -25,13 +27,17 @@ pub(crate) struct Prepared {
     /// What was restored: everything but what must wait for the switch.
     pub(super) snapshot: Snapshot,
     /// The unnamed statement that stands there, as it was sent.
-    unnamed: Vec<u8>,
+    pub(super) unnamed: Vec<u8>,
+    /// What was made elsewhere, and proven, of what only a primary can make.
+    rehearsed: Option<Snapshot>,
 }
 
 /// What making a copy of a session takes.
+#[derive(Clone, Copy)]
 pub(crate) struct Model<'a> {
     pub(crate) identity: &'a Identity,
     pub(crate) custom: &'a BTreeSet<String>,
+    pub(crate) temporary_max: u64,
     /// Of the server that the session stands on, and of the one where the copy shall stand.
     pub(crate) here: &'a Facts,
     pub(crate) there: &'a Facts,
@@ -44,14 +50,109 @@ pub(crate) async fn prepare(
     snapshot: &Snapshot,
     cell: &Cell,
 ) -> Result<Prepared, Reason> {
+    let connection = copy(model, snapshot, cell).await?;
+    let (cell, snapshot, unnamed) = (cell.name.clone(), snapshot.beforehand(), Vec::new());
+    Ok(Prepared { cell, connection, snapshot, unnamed, rehearsed: None })
+}
+
+async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Connection, Reason> {
     let login = Login {
         params: model.identity.params.clone(),
         credential: model.identity.credential.clone(),
     };
     let mut connection = cell.target.login(&login).await.map_err(failed)?;
-    let snapshot = snapshot.beforehand();
-    restore(&mut connection, model, &snapshot).await?;
-    Ok(Prepared { cell: cell.name.clone(), connection, snapshot, unnamed: Vec::new() })
+    restore(&mut connection, model, &snapshot.beforehand()).await?;
+    Ok(connection)
+}
+
+/// Proves that temporary objects, and what is prepared on them, can be made again, on the session's own server: its
+/// standby can make none of them. Only the rows are left out.
+pub(crate) async fn rehearse(
+    model: &Model<'_>,
+    carried: &Carried,
+    cell: &Cell,
+    prepared: &mut Prepared,
+) -> Result<(), Reason> {
+    if carried.snapshot.temporary.is_empty()
+        || prepared.rehearsed.as_ref() == Some(&carried.snapshot)
+    {
+        return Ok(());
+    }
+    let here = Model { there: model.here, ..*model };
+    let mut connection = copy(&here, &carried.snapshot, cell).await?;
+    let belongings = Belongings { rows: BTreeMap::new(), ..carried.belongings.clone() };
+    let without_rows = Carried { snapshot: carried.snapshot.clone(), belongings };
+    make(&mut connection, &here, &without_rows).await?;
+    prepared.rehearsed = Some(carried.snapshot.clone());
+    Ok(())
+}
+
+/// Makes what could not be made beforehand, and proves it: temporary objects with their rows, statements that may be
+/// about them, and cursors.
+pub(super) async fn make(
+    connection: &mut Connection,
+    model: &Model<'_>,
+    carried: &Carried,
+) -> Result<(), Reason> {
+    let Carried { snapshot, belongings } = carried;
+    let Belongings { rows, analyzed, cursors } = belongings;
+    if !snapshot.temporary.is_empty() {
+        let formats = Step::Run {
+            what: "formats".into(),
+            sql: temporary::FORMATS.into(),
+            params: Vec::new(),
+        };
+        let mut steps = vec![as_login(model.identity), formats];
+        steps.extend(replay::temporary_steps(&snapshot.temporary, rows, analyzed));
+        run_steps(connection, BEGIN_WRITE, &steps, "COMMIT").await?;
+        let steps = replay::prepared_steps(&Snapshot::default(), snapshot);
+        run_steps(connection, BEGIN, &steps, "COMMIT").await?;
+    }
+    let opened = cursors.iter().filter_map(|(name, contents)| {
+        snapshot.cursors.get(name).map(|cursor| contents.declare(name, *cursor))
+    });
+    let opened: Vec<_> = opened.flatten().collect();
+    if let Err(error) = open_cursors(connection, &opened).await {
+        let names = cursors.keys().cloned().collect::<Vec<_>>().join(", ");
+        let why = format!("cannot be opened again: {error}");
+        return Err(Reason::Pinned(Pin::HoldCursor { name: names, why }));
+    }
+    if snapshot.temporary.is_empty() && cursors.is_empty() {
+        return Ok(());
+    }
+    let kind = Kind::of_model(model);
+    let again = kind.capture(connection, model.there).await.map_err(failed)?.snapshot;
+    let only = |from: &Snapshot| Snapshot {
+        prepared: from.prepared.clone(),
+        temporary: from.temporary.clone(),
+        cursors: from.cursors.clone(),
+        ..Snapshot::default()
+    };
+    let mut wanted = only(snapshot);
+    wanted.cursors.retain(|name, _| cursors.contains_key(name));
+    if let Some(pin) = wanted.differences(&only(&again)).into_iter().next() {
+        return Err(Reason::Pinned(pin));
+    }
+    let subject = kind.subject(connection, model.there);
+    if !rows.is_empty() {
+        let found = read_rows(connection, &subject, &snapshot.temporary).await.map_err(failed)?;
+        if let Some((name, _)) = rows.iter().find(|(name, rows)| found.get(*name) != Some(*rows)) {
+            let what = format!("the rows of {name} are not the same on the other server");
+            return Err(Reason::Pinned(Pin::Temporary { what }));
+        }
+    }
+    same_cursors(connection, &subject, snapshot, belongings).await
+}
+
+/// The owner's rights may be the login's and not those of the role that the session has taken.
+pub(super) fn as_login(identity: &Identity) -> Step {
+    let sql = "SELECT pg_catalog.set_config('session_authorization', $1, true), \
+        pg_catalog.set_config('role', 'none', true)";
+    Step::Run {
+        what: "the session's login role".into(),
+        sql: sql.into(),
+        params: vec![identity.user.clone()],
+    }
 }
 
 /// Makes a fresh server session equal to `snapshot`, and proves it by a second capture.
@@ -60,13 +161,7 @@ async fn restore(
     model: &Model<'_>,
     snapshot: &Snapshot,
 ) -> Result<(), Reason> {
-    let kind = Kind {
-        identity: model.identity,
-        custom: model.custom.clone(),
-        setval: false,
-        alone: false,
-        reference: model.here,
-    };
+    let kind = Kind::of_model(model);
     let kind = kind.of_copy(snapshot);
     let look = async |connection: &mut Connection| {
         let captured = kind.capture(connection, model.there).await.map_err(failed)?;
@@ -74,7 +169,7 @@ async fn restore(
     };
     let fresh = look(connection).await?;
     let steps = replay::steps(&fresh, snapshot, Phase::Standby, model.here);
-    run_steps(connection, &steps, "COMMIT").await?;
+    run_steps(connection, BEGIN, &steps, "COMMIT").await?;
     let again = look(connection).await?.beforehand();
     match snapshot.differences(&again).into_iter().next() {
         None => Ok(()),
@@ -86,6 +181,7 @@ async fn restore(
 /// settings that are in nobody's way. What the steps set stays when it is committed.
 pub(super) async fn run_steps(
     connection: &mut Connection,
+    begin: &str,
     steps: &[Step],
     end: &str,
 ) -> Result<(), Reason> {
@@ -97,8 +193,8 @@ pub(super) async fn run_steps(
         Connection::add_statement(out, STATEMENT_NAME, sql, params);
         frontend::sync(out);
     };
-    ours(capture::BEGIN, &[], &mut out);
-    ours(capture::PROTECT, &[], &mut out);
+    ours(begin, &[], &mut out);
+    ours(PROTECT, &[], &mut out);
     for step in steps {
         match step {
             Step::Run { sql, params, .. } => {
@@ -110,6 +206,10 @@ pub(super) async fn run_steps(
                 frontend::parse(&mut out, name.as_bytes(), sql.as_bytes(), types);
                 frontend::sync(&mut out);
             }
+            Step::Copy { sql, rows, .. } => {
+                Connection::add_copy(&mut out, STATEMENT_NAME, sql, rows);
+                frontend::sync(&mut out);
+            }
         }
     }
     ours(end, &[], &mut out);
@@ -117,7 +217,7 @@ pub(super) async fn run_steps(
         connection.send(&out).await?;
         let mut results = Vec::new();
         for _ in 0..steps.len() + 3 {
-            results.push(connection.answers().await);
+            results.push(connection.answers_to_copies().await);
         }
         Ok::<_, QueryError>(results)
     };
@@ -139,7 +239,9 @@ pub(super) async fn run_steps(
 fn refused(step: &Step, error: &QueryError) -> Reason {
     let error = error.to_string();
     Reason::Pinned(match step {
-        Step::Run { what, .. } => Pin::Refused { what: what.clone(), error },
+        Step::Run { what, .. } | Step::Copy { what, .. } => {
+            Pin::Refused { what: what.clone(), error }
+        }
         Step::Prepare { name, .. } | Step::Parse { name, .. } => {
             Pin::Prepared { name: name.clone(), why: format!("cannot be prepared again: {error}") }
         }
@@ -148,19 +250,22 @@ fn refused(step: &Step, error: &QueryError) -> Reason {
 
 /// Parses the unnamed statement, as the client sent it. From then on everything of ours has a name and leaves it
 /// alone.
-async fn parse_unnamed(prepared: &mut Prepared, session: &Session) -> Result<(), Reason> {
-    if session.protocol.unnamed() != Unnamed::Last || session.unnamed == prepared.unnamed {
+pub(super) async fn parse_unnamed(
+    connection: &mut Connection,
+    stands: &mut Vec<u8>,
+    session: &Session,
+) -> Result<(), Reason> {
+    if session.protocol.unnamed() != Unnamed::Last || session.unnamed == *stands {
         return Ok(());
     }
     // In a transaction of ours, as a standby refuses one of an isolation level that the session may have by default.
     let mut out = Vec::new();
-    Connection::add_statement(&mut out, STATEMENT_NAME, capture::BEGIN, &[]);
+    Connection::add_statement(&mut out, STATEMENT_NAME, BEGIN, &[]);
     frontend::sync(&mut out);
     out.extend_from_slice(&session.unnamed);
     frontend::sync(&mut out);
     Connection::add_statement(&mut out, STATEMENT_NAME, "COMMIT", &[]);
     frontend::sync(&mut out);
-    let connection = &mut prepared.connection;
     let ask = async {
         connection.send(&out).await?;
         connection.answers().await?;
@@ -170,7 +275,7 @@ async fn parse_unnamed(prepared: &mut Prepared, session: &Session) -> Result<(),
     };
     match timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX))) {
         Ok(_) => {
-            prepared.unnamed.clone_from(&session.unnamed);
+            stands.clone_from(&session.unnamed);
             Ok(())
         }
         Err(error @ QueryError::Server { .. }) => {
@@ -182,26 +287,29 @@ async fn parse_unnamed(prepared: &mut Prepared, session: &Session) -> Result<(),
 }
 
 /// Before the point of no return: a copy of the session as it is now stands on the standby, or is made there, and
-/// its unnamed statement can be prepared there.
+/// what the standby cannot make is rehearsed, but for a session that can go back (`may_fail`).
 pub(crate) async fn ensure(
     session: &Session,
-    snapshot: &Snapshot,
+    carried: &Carried,
     prepared: Option<Prepared>,
     cell: &Cell,
-    here: &Facts,
-    there: &Facts,
+    model: &Model<'_>,
+    may_fail: bool,
 ) -> Result<Prepared, Reason> {
+    let snapshot = &carried.snapshot;
     let fits = prepared.filter(|prepared| {
         prepared.cell == cell.name && prepared.snapshot == snapshot.beforehand()
     });
     let mut prepared = match fits {
         Some(prepared) => prepared,
-        None => {
-            let custom = &session.hints.custom;
-            let model = Model { identity: &session.identity, custom, here, there };
-            prepare(&model, snapshot, cell).await?
-        }
+        None => prepare(model, snapshot, cell).await?,
     };
-    parse_unnamed(&mut prepared, session).await?;
+    if snapshot.temporary.is_empty() {
+        let Prepared { connection, unnamed, .. } = &mut prepared;
+        parse_unnamed(connection, unnamed, session).await?;
+        make(connection, model, carried).await?;
+    } else if !may_fail {
+        rehearse(model, carried, &session.cell, &mut prepared).await?;
+    }
     Ok(prepared)
 }

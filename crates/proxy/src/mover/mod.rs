@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Order, Pauses, Reason, Report};
+use model::session::Facts;
 use model::session::capture::Captured;
-use model::session::{Facts, Snapshot};
 use model::switchover::OnTimeout;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -16,7 +16,7 @@ use wire::backend;
 use wire::sqlstate::SqlState;
 
 use crate::app::{App, Cell};
-use crate::carry;
+use crate::carry::{self, Carried, Model};
 use crate::engine::{Command, Want};
 use crate::proxy::Shared;
 use crate::session::{Leg, Session, SessionView};
@@ -45,25 +45,27 @@ struct Held {
 enum Read {
     Not,
     /// Since it is held, by these facts.
-    Captured(Captured, Arc<Facts>),
+    Captured(Box<Captured>, Arc<Facts>),
     Failed(Reason),
     /// Nothing is in its way, and its copy stands ready.
-    Ready(Snapshot),
+    Ready(Box<Carried>),
 }
 
 impl Read {
     /// Other sessions can see whether it stands, or be in its way: they would get its locks, wake nobody, or hold
     /// the sequence whose value it is given.
     fn is_seen_by_others(&self) -> bool {
-        matches!(self, Read::Ready(snapshot) if !(snapshot.locks.is_empty()
+        let Read::Ready(carried) = self else { return false };
+        let snapshot = &carried.snapshot;
+        !(snapshot.locks.is_empty()
             && snapshot.channels.is_empty()
-            && snapshot.sequences.is_empty()))
+            && snapshot.sequences.is_empty())
     }
 
     /// Its old server may have something for it, or must be asked once more when nobody else is left there.
     fn has_last_words(&self) -> bool {
-        matches!(self, Read::Ready(snapshot)
-            if !(snapshot.locks.is_empty() && snapshot.channels.is_empty()))
+        matches!(self, Read::Ready(carried)
+            if !(carried.snapshot.locks.is_empty() && carried.snapshot.channels.is_empty()))
     }
 }
 
@@ -324,7 +326,9 @@ impl Mover {
         let limits = &self.shared.config.limits;
         holding.at_work = each(with, limits.moves_at_once, async |mut held| {
             let result = match &mut held.read {
-                Read::Ready(snapshot) => carry::hear_out(&mut held.session, snapshot).await,
+                Read::Ready(carried) => {
+                    carry::hear_out(&mut held.session, &mut carried.snapshot).await
+                }
                 _ => Ok(()),
             };
             (held, result)
@@ -479,7 +483,12 @@ impl Mover {
                 held.session.tell_and_end(&forced("it came to a safe point only after the switch"));
                 continue;
             }
-            self.shared.go_on(held.session, &mut holding.pauses);
+            let mut session = held.session;
+            if let Read::Ready(carried) = &held.read {
+                // The switch was taken back.
+                carry::put_back(&mut session, carried).await;
+            }
+            self.shared.go_on(session, &mut holding.pauses);
         }
         report.done = count(holding.pauses.len());
         report.sessions = report.sessions.max(report.done);
@@ -554,7 +563,7 @@ async fn read_held(session: &mut Session, app: &App) -> Read {
         return Read::Not;
     };
     match carry::capture(session, &facts, false).await {
-        Ok(captured) => Read::Captured(captured, facts),
+        Ok(captured) => Read::Captured(Box::new(captured), facts),
         Err(reason) => Read::Failed(reason),
     }
 }
@@ -567,7 +576,7 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     let here = app.facts(&session.cell, database).map_err(one)?;
     let there = app.facts(cell, database).map_err(one)?;
     let mut captured = match std::mem::replace(&mut held.read, Read::Not) {
-        Read::Captured(captured, facts) if facts.asks_the_same(&here) => captured,
+        Read::Captured(captured, facts) if facts.asks_the_same(&here) => *captured,
         Read::Failed(reason) if !matches!(reason, Reason::Busy { .. }) => return Err(vec![reason]),
         _ => carry::capture(session, &here, false).await.map_err(one)?,
     };
@@ -580,10 +589,25 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     if !captured.pins.is_empty() {
         return Err(captured.pins.into_iter().map(Reason::Pinned).collect());
     }
+    let carried = carry::take(session, captured, &here).await.map_err(one)?;
     let prepared = app.take_prepared(session.id);
-    let copy = carry::ensure(session, &captured.snapshot, prepared, cell, &here, &there).await;
-    app.keep_prepared(session.id, copy.map_err(one)?);
-    held.read = Read::Ready(captured.snapshot);
+    let custom = session.hints.custom.clone();
+    let identity = session.identity.clone();
+    let model = Model {
+        identity: &identity,
+        custom: &custom,
+        temporary_max: app.temporary_max,
+        here: &here,
+        there: &there,
+    };
+    match carry::ensure(session, &carried, prepared, cell, &model, false).await {
+        Ok(copy) => app.keep_prepared(session.id, copy),
+        Err(reason) => {
+            carry::put_back(session, &carried).await;
+            return Err(vec![reason]);
+        }
+    }
+    held.read = Read::Ready(Box::new(carried));
     Ok(())
 }
 
@@ -592,11 +616,18 @@ async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<Leg, 
     let prepared = app
         .take_prepared(held.session.id)
         .ok_or_else(|| failed("it has no copy on the other server"))?;
-    let Read::Ready(snapshot) = &held.read else {
+    let Read::Ready(carried) = &held.read else {
         return Err(failed("its state was not read"));
     };
     let database = &held.session.identity.database;
     let (here, there) = (app.facts(&held.session.cell, database)?, app.facts(&cell, database)?);
-    let attached = carry::attach(&held.session, snapshot, prepared, &there, &here).await?;
+    let model = Model {
+        identity: &held.session.identity,
+        custom: &held.session.hints.custom,
+        temporary_max: app.temporary_max,
+        here: &here,
+        there: &there,
+    };
+    let attached = carry::attach(&held.session, carried, prepared, &model).await?;
     held.session.swap(attached, cell).map_err(|error| failed(&error.to_string()))
 }

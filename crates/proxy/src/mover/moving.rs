@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::preparing::{learn_all, prepare_one};
 use super::{Mover, all, count, each};
 use crate::app::{App, Cell};
-use crate::carry;
+use crate::carry::{self, Model};
 use crate::engine::{Command, Want};
 use crate::proxy::Shared;
 use crate::session::{Session, terminate};
@@ -140,12 +140,27 @@ async fn swap_one(session: &mut Session, app: &App, cell: Arc<Cell>) -> Result<(
     if !captured.pins.is_empty() {
         return Err(captured.pins.into_iter().map(Reason::Pinned).collect());
     }
-    let snapshot = captured.snapshot;
+    let carried = carry::take(session, captured, &here).await.map_err(one)?;
+    let (identity, custom) = (session.identity.clone(), session.hints.custom.clone());
+    let model = Model {
+        identity: &identity,
+        custom: &custom,
+        temporary_max: app.temporary_max,
+        here: &here,
+        there: &there,
+    };
     let prepared = app.take_prepared(session.id);
-    let prepared =
-        carry::ensure(session, &snapshot, prepared, &cell, &here, &there).await.map_err(one)?;
-    let attached =
-        carry::attach_live(session, &snapshot, prepared, &there, &here).await.map_err(one)?;
+    let attached = match carry::ensure(session, &carried, prepared, &cell, &model, true).await {
+        Ok(prepared) => carry::attach_live(session, &carried, prepared, &model).await,
+        Err(reason) => Err(reason),
+    };
+    let attached = match attached {
+        Ok(attached) => attached,
+        Err(reason) => {
+            carry::put_back(session, &carried).await;
+            return Err(one(reason));
+        }
+    };
     let failed = |error: std::io::Error| one(Reason::Failed { error: error.to_string() });
     let mut old = session.swap(attached, cell).map_err(failed)?;
     terminate(&mut old);

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Reason};
-use model::session::{Facts, Snapshot};
+use model::session::Snapshot;
 use tokio::task::JoinSet;
 
 use super::each;
 use super::moving::take;
 use crate::app::{App, Cell};
-use crate::carry::{self, Model, Prepared};
+use crate::carry::{self, Carried, Model, Prepared};
 use crate::proxy::Shared;
 use crate::session::Identity;
 
@@ -51,13 +51,15 @@ pub(super) async fn prepare_one(
     };
     let (named, identity, custom) =
         (session.named(), session.identity.clone(), session.hints.custom.clone());
+    let from = session.cell.clone();
     // The client goes on while its copy is made.
     shared.give(session);
     let reasons = match captured {
         Ok(captured) if captured.pins.is_empty() => match to {
             None => return Ok(()),
             Some(cell) => {
-                match copy_of(app, &identity, &custom, here, &captured.snapshot, cell).await {
+                let snapshot = captured.snapshot;
+                match copy_of(app, &identity, &custom, &from, snapshot, cell).await {
                     Ok(prepared) => {
                         app.keep_prepared(id, prepared);
                         return Ok(());
@@ -76,10 +78,18 @@ async fn copy_of(
     app: &App,
     identity: &Identity,
     custom: &BTreeSet<String>,
-    here: Result<Arc<Facts>, Reason>,
-    snapshot: &Snapshot,
+    from: &Cell,
+    snapshot: Snapshot,
     cell: &Cell,
 ) -> Result<Prepared, Reason> {
-    let (here, there) = (here?, app.facts(cell, &identity.database)?);
-    carry::prepare(&Model { identity, custom, here: &here, there: &there }, snapshot, cell).await
+    let (here, there) =
+        (app.facts(from, &identity.database)?, app.facts(cell, &identity.database)?);
+    let temporary_max = app.temporary_max;
+    let model = Model { identity, custom, temporary_max, here: &here, there: &there };
+    let mut prepared = carry::prepare(&model, &snapshot, cell).await?;
+    if from.name != cell.name {
+        let carried = Carried { snapshot, ..Carried::default() };
+        carry::rehearse(&model, &carried, from, &mut prepared).await?;
+    }
+    Ok(prepared)
 }

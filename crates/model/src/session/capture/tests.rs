@@ -15,6 +15,7 @@ fn subject<'a>(facts: &'a Facts, custom: &'a BTreeSet<String>) -> Subject<'a> {
         setval: false,
         facts,
         reference: facts,
+        temporary_max: 0,
         in_recovery: false,
         alone: false,
     }
@@ -105,26 +106,19 @@ fn rows_that_say_what_is_configured_do_not_matter() {
 #[test]
 fn what_cannot_be_carried_pins() {
     let mut facts = Facts::default();
-    facts.temporary.insert(99, (2, "table t".into()));
     facts.backends.entry(7).or_default().slots.push("s".into());
     facts.backends.entry(8).or_default().slots.push("of another".into());
     facts.pins.push(Pin::StatefulLanguage { language: "plperl".into() });
     let state = [
-        row(&["cursor", "c"]),
+        row(&["cursor", "c", "true", "true"]),
+        row(&["cursor", "d", "false", "false"]),
         row(&["prepared", "a", "select 1; prepare a as select 2", "true", "{}"]),
         row(&["prepared", "b", "PREPARE b AS select 2", "true", "{}"]),
     ];
     let captured = read_with(&facts, &[], &state, &["holdfast: replication origin"]);
     assert_eq!(
         codes(&captured),
-        [
-            "hold_cursor",
-            "prepared",
-            "replication_origin",
-            "stateful_language",
-            "temporary",
-            "temporary_slot"
-        ]
+        ["hold_cursor", "prepared", "replication_origin", "stateful_language", "temporary_slot"]
     );
 }
 
