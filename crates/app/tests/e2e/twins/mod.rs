@@ -165,7 +165,20 @@ async fn transcript(connection: &mut Connection, step: &Step) -> Vec<String> {
             _ => lines.push(format!("{} {body:?}", char::from(message.tag))),
         }
     }
-    lines
+    lines.iter().map(|line| without_numbers(line)).collect()
+}
+
+/// Names that the server makes of OIDs, and of the number of a backend, are without their numbers.
+fn without_numbers(line: &str) -> String {
+    let mut shown = line.to_owned();
+    for prefix in ["pg_temp_", "pg_toast_temp_", "pg_toast_"] {
+        let parts: Vec<&str> = shown.split(prefix).collect();
+        let rest =
+            parts.iter().skip(1).map(|part| part.trim_start_matches(|c: char| c.is_ascii_digit()));
+        let first = parts.first().copied().unwrap_or_default();
+        shown = std::iter::once(first).chain(rest).collect::<Vec<_>>().join(prefix);
+    }
+    shown
 }
 
 /// Takes steps away for as long as there is still a difference.
@@ -201,7 +214,12 @@ async fn random_sessions_answer_as_their_twins_that_never_move() {
     }
     eprintln!("{} moves, {} times it stayed", moves.moved, moves.stayed);
     assert!(found.is_empty(), "sessions {found:?} differ from their twins");
-    assert!(moves.moved > moves.stayed, "{} moved, {} stayed", moves.moved, moves.stayed);
+    assert!(
+        count.unwrap_or(100) < 50 || moves.moved > moves.stayed,
+        "{} moved, {} stayed",
+        moves.moved,
+        moves.stayed
+    );
     let mut one = connect(twins.installation.facts.port, "postgres", "moved").await;
     value(&mut one, "SELECT 1").await;
 }
