@@ -207,21 +207,45 @@ fn dollar_len(text: &[u8]) -> Option<usize> {
     Some(tag.len() + end + tag.len())
 }
 
-/// How many statements a text holds. None if the text does not tell without knowing the session's settings.
-pub fn statement_count(sql: &[u8]) -> Option<usize> {
-    let (mut count, mut open) = (0, false);
+/// The statements of a text, without the semicolons between them; empty ones are left out. None if the text does not
+/// tell without knowing the session's settings, or may hold a body in SQL, whose semicolons end no statement.
+pub fn statements(sql: &[u8]) -> Option<Vec<&[u8]>> {
+    let (mut statements, mut begin, mut end, mut depth) = (Vec::new(), None, 0, 0_i64);
     for token in Tokens::new(sql) {
+        // A token is a part of the text, so this is where it stands in it.
+        let at = (token.text.as_ptr() as usize).checked_sub(sql.as_ptr() as usize)?;
         match token.kind {
             Kind::Unclear => return None,
-            Kind::Semicolon => open = false,
-            _ if !open => {
-                open = true;
-                count += 1;
+            Kind::Semicolon if depth == 0 => {
+                statements.extend(begin.take().and_then(|begin: usize| sql.get(begin..end)));
+                continue;
             }
+            _ if token.is_word("atomic") => return None,
+            // A rule's actions stand in parentheses.
+            _ if token.is_other(b'(') => depth += 1,
+            _ if token.is_other(b')') => depth -= 1,
             _ => (),
         }
+        begin.get_or_insert(at);
+        end = at + token.text.len();
     }
-    Some(count)
+    statements.extend(begin.and_then(|begin| sql.get(begin..end)));
+    Some(statements)
+}
+
+/// The one statement of a text that prepares `name`.
+pub fn prepare_of<'a>(sql: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    let prepares = |statement: &&&[u8]| {
+        let mut tokens = Tokens::new(statement);
+        tokens.next().is_some_and(|token| token.is_word("prepare"))
+            && tokens.next().and_then(|token| name_of(&token)).is_some_and(|found| found == name)
+    };
+    let statements = statements(sql)?;
+    let mut found = statements.iter().filter(prepares);
+    match (found.next(), found.next()) {
+        (Some(one), None) => Some(one),
+        _ => None,
+    }
 }
 
 /// The text that a name stands for: folded to lower case, or unquoted.
@@ -292,7 +316,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn count(sql: &str) -> Option<usize> {
-        statement_count(sql.as_bytes())
+        statements(sql.as_bytes()).map(|all| all.len())
     }
 
     #[test]
@@ -312,6 +336,29 @@ mod tests {
         assert_eq!(count("select 'open"), None);
         assert_eq!(count("select 1 /* open"), None);
         assert_eq!(count("select $a$ open"), None);
+    }
+
+    #[test]
+    fn semicolons_that_end_no_statement_are_seen() {
+        assert_eq!(
+            count("create rule r as on delete to t do (select 1; select 2); select 3"),
+            Some(2)
+        );
+        let body = "create function f() returns int begin atomic select 1; end";
+        assert_eq!(count(body), None);
+    }
+
+    #[test]
+    fn a_prepare_is_cut_out_of_its_string() {
+        let cut = |sql: &'static str, name| {
+            prepare_of(sql.as_bytes(), name).map(|own| std::str::from_utf8(own).unwrap())
+        };
+        let sql = "select 1; /* x */ PREPARE \"A b\" (int) AS select $1 || ';' -- y\n; prepare c as select 2 ;";
+        assert_eq!(cut(sql, "A b"), Some("PREPARE \"A b\" (int) AS select $1 || ';'"));
+        assert_eq!(cut(sql, "c"), Some("prepare c as select 2"));
+        assert_eq!(cut(sql, "d"), None);
+        assert_eq!(cut("prepare a as select 1; deallocate a; prepare a as select 2", "a"), None);
+        assert_eq!(cut("select 'a\\'; prepare a as select 2", "a"), None);
     }
 
     #[test]
@@ -342,7 +389,7 @@ mod tests {
     proptest! {
         #[test]
         fn arbitrary_text_never_panics(sql in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = (statement_count(&sql), shown(&sql, 20));
+            let _ = (statements(&sql), prepare_of(&sql, "a"), shown(&sql, 20));
         }
 
         #[test]

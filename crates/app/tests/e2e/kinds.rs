@@ -84,6 +84,11 @@ pub(crate) const KINDS: &[(&str, &[&str], &str)] = &[
         "EXECUTE \"odd \"\"name\" (1, 'x')",
     ),
     (
+        "prepared among other statements",
+        &["SELECT 1; PREPARE among (int) AS SELECT $1 || ';'; SELECT nextval('s')"],
+        "EXECUTE among (7)",
+    ),
+    (
         "prepared inside a block",
         &["DO $$ BEGIN EXECUTE 'PREPARE inner_one AS SELECT 42'; END $$"],
         "EXECUTE inner_one",

@@ -48,7 +48,11 @@ const PINNED: &[(&str, &str, &str)] = &[
     ),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
     ("LOAD 'plpgsql'", "LOAD", "SELECT 1"),
-    ("SELECT 1; PREPARE p AS SELECT 7; SELECT 2", "together with other statements", "EXECUTE p"),
+    (
+        "PREPARE p AS SELECT 6; DEALLOCATE p; PREPARE p AS SELECT 7",
+        "together with others of its name",
+        "EXECUTE p",
+    ),
     (
         "SELECT set_config('app.' || 'x', '7', false)",
         "computes the name",
@@ -56,7 +60,7 @@ const PINNED: &[(&str, &str, &str)] = &[
     ),
     (
         "PREPARE gone AS SELECT * FROM dropped; DROP TABLE dropped",
-        "together with other",
+        "`gone` cannot be prepared again",
         "SELECT 1",
     ),
     ("SET seq_page_cost = 1.23456789", "six digits at most", "SELECT 1"),

@@ -430,15 +430,14 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
             snapshot.custom.insert(text(row, 1)?.to_owned(), text(row, 2)?.to_owned());
         }
         "prepared" => {
-            let prepared = Prepared {
+            let mut prepared = Prepared {
                 text: text(row, 2)?.to_owned(),
                 from_sql: matches!(text(row, 3)?, "true" | "t"),
                 types: oids(text(row, 4)?).ok_or(Unreadable("parameter types"))?,
             };
             let name = text(row, 1)?.to_owned();
-            if let Some(why) = not_repeatable(&prepared) {
-                captured.pins.push(Pin::Prepared { name: name.clone(), why: why.into() });
-            }
+            let why = repeatable(&name, &mut prepared).err().map(str::to_owned);
+            captured.pins.extend(why.map(|why| Pin::Prepared { name: name.clone(), why }));
             snapshot.prepared.insert(name, prepared);
         }
         "cursor" => {
@@ -459,31 +458,36 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
     Ok(())
 }
 
-/// Why a statement cannot be prepared again by its text.
-fn not_repeatable(prepared: &Prepared) -> Option<&'static str> {
-    // Read once, when the statement is prepared (manual, "Special Values" of dates).
+/// Leaves of a statement's text what prepares it again, or says why nothing does. For a query string of several
+/// statements the catalog holds the whole string: running it again would run the others again. Inside a DO block or a
+/// function the text is clean.
+fn repeatable(name: &str, prepared: &mut Prepared) -> Result<(), &'static str> {
+    if prepared.from_sql {
+        let sql = prepared.text.as_bytes();
+        let own = match sql::statements(sql) {
+            None => return Err("has a text that cannot be told apart without its settings"),
+            Some(statements) if statements.len() > 1 => sql::prepare_of(sql, name)
+                .ok_or("was prepared together with others of its name in one string")?,
+            Some(_) if sql::Tokens::new(sql).next().is_some_and(|t| t.is_word("prepare")) => sql,
+            Some(_) => return Err("was prepared inside another statement"),
+        };
+        prepared.text = String::from_utf8_lossy(own).into_owned();
+    }
+    // Read once, when the statement is prepared (manual, "Special Values" of dates), also next to a time.
     let of_now = |token: sql::Token<'_>| {
         sql::literal_of(&token).is_some_and(|text| {
-            let text = text.trim().to_ascii_lowercase();
-            ["now", "today", "tomorrow", "yesterday"].contains(&text.as_str())
+            let text = text.to_ascii_lowercase();
+            let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
+            let of_time =
+                |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
+            text.split_whitespace().any(of_now)
+                && text.split_whitespace().all(|word| of_now(word) || of_time(word))
         })
     };
     if prepared.text.contains('\'') && sql::Tokens::new(prepared.text.as_bytes()).any(of_now) {
-        return Some("holds the time at which it was prepared");
+        return Err("holds the time at which it was prepared");
     }
-    if !prepared.from_sql {
-        return None;
-    }
-    // For a query string of several statements the catalog holds the whole string: running it again would run
-    // the other statements again. Inside a DO block or a function the text is clean.
-    let text = prepared.text.as_bytes();
-    let begins = sql::Tokens::new(text).next().is_some_and(|token| token.is_word("prepare"));
-    match sql::statement_count(text) {
-        Some(1) if begins => None,
-        Some(1) => Some("was prepared inside another statement"),
-        Some(_) => Some("was prepared together with other statements in one string"),
-        None => Some("has a text that cannot be told apart without its settings"),
-    }
+    Ok(())
 }
 
 pub(super) fn optional(row: &Row, at: usize) -> Option<&str> {

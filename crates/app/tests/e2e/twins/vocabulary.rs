@@ -314,7 +314,7 @@ pub(super) fn final_looks() -> Vec<Step> {
     [
         "SELECT current_user, session_user, current_setting('role')",
         custom,
-        "SELECT name, statement, parameter_types, from_sql FROM pg_prepared_statements ORDER BY name",
+        "SELECT name, CASE WHEN from_sql THEN NULL ELSE statement END, parameter_types, from_sql FROM pg_prepared_statements ORDER BY name",
         "SELECT c FROM pg_listening_channels() c ORDER BY c",
         "SELECT lastval()",
         "SELECT currval('s1')",

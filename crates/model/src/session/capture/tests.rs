@@ -112,7 +112,13 @@ fn what_cannot_be_carried_pins() {
     let state = [
         row(&["cursor", "c", "true", "true"]),
         row(&["cursor", "d", "false", "false"]),
-        row(&["prepared", "a", "select 1; prepare a as select 2", "true", "{}"]),
+        row(&[
+            "prepared",
+            "a",
+            "prepare a as select 1; deallocate a; prepare a as select 2",
+            "true",
+            "{}",
+        ]),
         row(&["prepared", "b", "PREPARE b AS select 2", "true", "{}"]),
     ];
     let captured = read_with(&facts, &[], &state, &["holdfast: replication origin"]);
