@@ -1,4 +1,4 @@
-//! The tests of moves and pins on the other majors of PostgreSQL. Debian has one; npm has builds of all for
+//! The tests of moves, pins and twins on the other majors of PostgreSQL. Debian has one; npm has builds of all for
 //! embedding, which bring nothing but the server, so a switchover goes one way and the copy is made by hand.
 
 use std::path::{Path, PathBuf};
@@ -94,7 +94,9 @@ pub(crate) fn run(args: &[String]) -> Done {
         let bin_dir = build.bin_dir()?;
         println!("PostgreSQL {}", build.major);
         let mut tests = cargo(&["test", "--package", "app", "--test", "e2e", "--"]);
-        tests.args(["moves::", "pins::", "--test-threads=2"]).env("HOLDFAST_TEST_BINDIR", bin_dir);
+        tests
+            .args(["moves::", "pins::", "single::", "twins::", "--test-threads=2"])
+            .env("HOLDFAST_TEST_BINDIR", bin_dir);
         if run_program(&mut tests).is_err() {
             failed.push(build.major);
         }

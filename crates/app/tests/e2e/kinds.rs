@@ -148,8 +148,8 @@ pub(crate) const KINDS: &[(&str, &[&str], &str)] = &[
             "SET IntervalStyle = sql_standard",
         ],
         "SELECT (SELECT string_agg(mine::text, ' ' ORDER BY id) FROM mine) || (SELECT string_agg(child::text, '') FROM child) \
-         || (SELECT string_agg(pg_get_indexdef(indexrelid), ' ' ORDER BY 1) FROM pg_index WHERE indrelid = 'mine'::regclass) \
-         || (SELECT string_agg(pg_get_constraintdef(oid), ' ' ORDER BY 1) FROM pg_constraint WHERE conrelid = 'mine'::regclass) \
+         || (SELECT string_agg(pg_get_indexdef(indexrelid), ' ' ORDER BY indexrelid::regclass::text) FROM pg_index WHERE indrelid = 'mine'::regclass) \
+         || (SELECT string_agg(pg_get_constraintdef(oid), ' ' ORDER BY conname) FROM pg_constraint WHERE conrelid = 'mine'::regclass) \
          || (SELECT string_agg(concat_ws(' ', attname, attstattarget, attacl::text, pg_get_expr(adbin, adrelid)), ' ' ORDER BY attnum) \
             FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum WHERE attrelid = 'mine'::regclass) \
          || (SELECT concat_ws(' ', obj_description(oid), reloptions, relacl::text) FROM pg_class WHERE oid = 'mine'::regclass)",
@@ -202,7 +202,7 @@ pub(crate) const KINDS: &[(&str, &[&str], &str)] = &[
             "SET default_transaction_read_only = on",
         ],
         "SELECT string_agg(concat_ws(' ', relname, relowner::regrole), ' ' ORDER BY relname) FROM pg_class \
-         WHERE relname IN ('theirs', 'ours')",
+         WHERE relnamespace = pg_my_temp_schema() AND relkind = 'r'",
     ),
     (
         "statement prepared on a temporary table",

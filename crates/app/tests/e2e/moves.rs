@@ -477,13 +477,13 @@ async fn notifications_of_the_session_itself_carry_the_pid_that_it_knows() {
 async fn a_dry_run_changes_nothing_and_says_who_is_in_the_way() {
     let installation = Installation::start("dry");
     let mut pinned = installation.connect().await;
-    run(&mut pinned, "CREATE TEMP TABLE mine (n int)").await;
+    run(&mut pinned, "CREATE COLLATION pg_temp.mine FROM \"C\"").await;
     let _free = installation.connect().await;
     let output = installation.holdfast(&["switchover", "shop", "--to", "b", "--dry-run"]);
     let text = shown(&output);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("1 of 2 sessions could be moved now"), "{text}");
-    assert!(text.contains("temporary objects, such as `table pg_temp.mine`"), "{text}");
+    assert!(text.contains("collation pg_temp.mine is in the temporary schema"), "{text}");
     let status = shown(&installation.holdfast(&["status", "shop"]));
     assert!(status.contains("active cell a, epoch 1"), "{status}");
     let output = installation.holdfast(&["switchover", "shop", "--to", "nowhere"]);

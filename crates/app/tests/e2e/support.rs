@@ -29,7 +29,7 @@ pub(crate) struct Installation {
 }
 
 /// Another PostgreSQL than the system's, as `cargo xtask majors` gives it.
-fn other_bin_dir() -> Option<PathBuf> {
+pub(crate) fn other_bin_dir() -> Option<PathBuf> {
     std::env::var_os("HOLDFAST_TEST_BINDIR").map(PathBuf::from)
 }
 

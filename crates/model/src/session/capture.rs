@@ -166,9 +166,18 @@ const BACKEND_QUESTION: &str = " UNION ALL \
 /// Whether the session acts for a replication origin is asked only of those who may ask: rights are checked even
 /// in a branch that is not taken, so it must be text until then.
 fn aside_question(subject: &Subject<'_>) -> String {
+    // The memory that settings take shows those whose names are not known. Not everybody may see it.
+    let memory = if subject.version.major() >= 16 {
+        "BEGIN SELECT used_bytes INTO v FROM pg_backend_memory_contexts WHERE name = 'GUCMemoryContext'; \
+         RAISE INFO 'holdfast: settings take %', v; EXCEPTION WHEN insufficient_privilege THEN NULL; END; "
+    } else {
+        ""
+    };
     if subject.in_recovery {
         // It is asked all the same, because it loads the language, whose settings then appear.
-        return "DO LANGUAGE plpgsql 'BEGIN END'".into();
+        return format!(
+            "DO LANGUAGE plpgsql $holdfast$ DECLARE v bigint; BEGIN {memory} END $holdfast$"
+        );
     }
     let (declare, origin) = if subject.facts.origins {
         (
@@ -181,7 +190,7 @@ fn aside_question(subject: &Subject<'_>) -> String {
         ("", "")
     };
     format!(
-        "DO LANGUAGE plpgsql $holdfast$ DECLARE {declare}v bigint; BEGIN {origin}\
+        "DO LANGUAGE plpgsql $holdfast$ DECLARE {declare}v bigint; BEGIN {memory}{origin}\
          v := lastval(); RAISE INFO 'holdfast: lastval %', v; \
          EXCEPTION WHEN object_not_in_prerequisite_state THEN NULL; \
          WHEN insufficient_privilege THEN RAISE INFO 'holdfast: lastval hidden'; END $holdfast$"
@@ -234,6 +243,8 @@ pub struct Captured {
     pub unasked_sequences: bool,
     /// The values of sequences by their OIDs: others may give them new names while the session is held.
     pub sequences: BTreeMap<u32, SequenceValue>,
+    /// Bytes of memory that its settings take, if it may know.
+    pub setting_bytes: Option<i64>,
     /// What its backend holds, if it was asked alone.
     pub backend: Option<OfBackend>,
 }
@@ -262,6 +273,12 @@ impl Captured {
         if size > ENTRIES_MAX {
             let (size, max) = (as_u64(size), as_u64(ENTRIES_MAX));
             self.pins.push(Pin::TooLarge { what: "session state".into(), size, max });
+        }
+        if self.snapshot.setting_bytes.is_some() {
+            let mut unnamed =
+                self.pins.extract_if(.., |pin| matches!(pin, Pin::CustomSettings { .. }));
+            self.snapshot.may_have_unnamed = unnamed.next();
+            unnamed.for_each(drop);
         }
         self.pins.sort();
         self.pins.dedup();
@@ -383,6 +400,9 @@ pub fn read<'a>(
     for info in infos {
         read_info(info, &mut captured);
     }
+    // The two servers' own settings take different memory; what a session adds is the same.
+    let own = captured.setting_bytes.zip(subject.facts.setting_bytes);
+    captured.snapshot.setting_bytes = own.map(|(bytes, of_server)| bytes - of_server);
     Ok(captured)
 }
 
@@ -401,6 +421,8 @@ fn read_info(info: &str, captured: &mut Captured) {
     let Some(told) = info.strip_prefix("holdfast: ") else { return };
     if told == "replication origin" {
         captured.pins.push(Pin::ReplicationOrigin);
+    } else if let Some(bytes) = told.strip_prefix("settings take ") {
+        captured.setting_bytes = bytes.parse().ok();
     } else if told == "lastval hidden" {
         let why = "the session's role may not ask for lastval".into();
         captured.pins.push(Pin::Sequences { why });

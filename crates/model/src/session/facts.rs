@@ -83,6 +83,8 @@ pub struct Facts {
     pub creating_refused: Option<String>,
     /// By OID.
     pub sequences: BTreeMap<u32, Sequence>,
+    /// Bytes of memory that the settings of Holdfast's own connection take there, from PostgreSQL 16.
+    pub setting_bytes: Option<i64>,
     /// By process id. One that is not there had ended when it was looked for, and its locks with it.
     pub backends: BTreeMap<i32, OfBackend>,
 }
@@ -133,7 +135,9 @@ pub const QUESTIONS: [&str; 3] = [
      FROM pg_prepared_xacts WHERE database = current_database() UNION ALL \
      SELECT format('%I.%I', nspname, relname), c.oid::text, seqmin::text, seqmax::text FROM pg_sequence s \
      JOIN pg_class c ON c.oid = seqrelid JOIN pg_namespace n ON n.oid = relnamespace WHERE relpersistence <> 't'",
-    "SELECT pid::text, classid::text, objid::text, objsubid::text, mode FROM pg_locks \
+    "SELECT used_bytes::text, NULL, NULL, NULL, 'settings' FROM pg_backend_memory_contexts \
+     WHERE name = 'GUCMemoryContext' UNION ALL \
+     SELECT pid::text, classid::text, objid::text, objsubid::text, mode FROM pg_locks \
      WHERE locktype = 'advisory' AND granted AND pid IS NOT NULL \
      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) UNION ALL \
      SELECT active_pid::text, slot_name::text, NULL, NULL, 'slot' FROM pg_replication_slots \
@@ -232,6 +236,10 @@ impl Facts {
     }
 
     fn read_backend(&mut self, row: &Row) -> Result<(), Unreadable> {
+        if text(row, 4)? == "settings" {
+            self.setting_bytes = text(row, 0)?.parse().ok();
+            return Ok(());
+        }
         let pid: i32 = text(row, 0)?.parse().map_err(|_| Unreadable("process id"))?;
         let backend = self.backends.entry(pid).or_default();
         match text(row, 4)? {
@@ -257,6 +265,7 @@ impl Facts {
             sequences_refused,
             creating_refused,
             sequences: _,
+            setting_bytes: _,
             backends: _,
         } = self;
         *configured == other.configured

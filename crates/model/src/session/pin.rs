@@ -42,6 +42,8 @@ pub enum Pin {
     TemporarySlot { slot: String },
     /// The state is larger than its limit.
     TooLarge { what: String, size: u64, max: u64 },
+    /// The session has settings that nobody named.
+    UnnamedSettings { bytes: i64 },
     /// An earlier unnamed statement lives on whose text is no longer known.
     Unnamed,
 }
@@ -68,6 +70,7 @@ impl Pin {
             Pin::Temporary { .. } => "temporary",
             Pin::TemporarySlot { .. } => "temporary_slot",
             Pin::TooLarge { .. } => "too_large",
+            Pin::UnnamedSettings { .. } => "unnamed_settings",
             Pin::Unnamed => "unnamed",
         }
     }
@@ -126,6 +129,10 @@ impl std::fmt::Display for Pin {
             Pin::TooLarge { what, size, max } => {
                 write!(f, "{what} is {size} large, at most {max} are moved")
             }
+            Pin::UnnamedSettings { bytes } => write!(
+                f,
+                "{bytes} bytes of custom settings have names that are in no statement and no catalog"
+            ),
             Pin::Unnamed => {
                 write!(f, "the text of the unnamed statement is not known after an error")
             }

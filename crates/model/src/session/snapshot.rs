@@ -20,6 +20,10 @@ pub struct Snapshot {
     pub settings: BTreeMap<String, String>,
     /// Custom settings, of the names that were asked for; those never set are absent.
     pub custom: BTreeMap<String, String>,
+    /// Bytes of memory that its settings take beyond those of the server's own, if that can be known.
+    pub setting_bytes: Option<i64>,
+    /// Something that may have set a custom setting whose name is not known. That it has not is proven by memory.
+    pub may_have_unnamed: Option<Pin>,
     /// `session_user`.
     pub session_user: String,
     /// `role`, `none` unless SET ROLE.
@@ -192,9 +196,20 @@ impl Snapshot {
         });
         let shown = |value: Option<i64>| value.map(|value| value.to_string());
         differs("lastval".into(), shown(self.last_value), shown(there.last_value));
+        match (self.setting_bytes, there.setting_bytes) {
+            (Some(here), Some(there)) if here - there >= CUSTOM_SETTING_BYTES_MIN => {
+                pins.push(Pin::UnnamedSettings { bytes: here - there });
+            }
+            (Some(_), Some(_)) => (),
+            _ => pins.extend(self.may_have_unnamed.clone()),
+        }
         pins
     }
 }
+
+/// A custom setting takes more memory than this for its description alone (`struct config_string`). Less is the
+/// difference between a value that was set and one that is the same by default.
+const CUSTOM_SETTING_BYTES_MIN: i64 = 200;
 
 /// Calls `each` for every key of either map.
 fn both<K: Ord + Clone, V>(
@@ -258,6 +273,18 @@ mod tests {
         wanted.settings.insert("log_duration".into(), "off".into());
         let found = copy.without_settings_of_server(&wanted, &there);
         assert_eq!(wanted.differences(&found).len(), 1);
+    }
+
+    #[test]
+    fn settings_without_a_name_show_by_their_memory() {
+        let may = Pin::CustomSettings { statement: "SELECT set_config($1, $2, false)".into() };
+        let mut here = Snapshot { setting_bytes: Some(500), ..Snapshot::default() };
+        here.may_have_unnamed = Some(may.clone());
+        let there = |bytes| Snapshot { setting_bytes: bytes, ..Snapshot::default() };
+        assert_eq!(here.differences(&there(Some(460))), []);
+        let unnamed = Pin::UnnamedSettings { bytes: 300 };
+        assert_eq!(here.differences(&there(Some(200))), [unnamed]);
+        assert_eq!(here.differences(&there(None)), [may]);
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Temporary {
                     let position = Position { owner, last_value: 0, is_called: false };
                     temporary.sequences.insert(sql, position);
                 }
-                "4" => temporary.then.push(Statement { owner, sql }),
+                "4" | "5" => temporary.then.push(Statement { owner, sql }),
                 _ => return Err(Unreadable("known phase")),
             }
         }

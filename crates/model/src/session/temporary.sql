@@ -1,7 +1,8 @@
 -- The temporary objects of the session that asks, as statements that make them again, under
 -- search_path = pg_catalog, pg_temp. Columns: phase, owner, text. Phases: 0 a reason that it cannot be done, 1 what is
--- made before the rows are there, 2 a table whose rows are to be carried, 3 a sequence, 4 what is made afterwards.
--- Within a phase the order is that of OIDs: what an object needs was made before it, but for later changes.
+-- made before the rows are there, 2 a table whose rows are to be carried, 3 a sequence, 4 what is
+-- made afterwards, 5 what is said of all of them. Within a phase the order is that of OIDs: what an object needs was
+-- made before it, but for later changes.
 WITH s AS MATERIALIZED (SELECT pg_my_temp_schema() AS oid),
 c AS MATERIALIZED (
     SELECT c.*, format('pg_temp.%I', relname) AS q, pg_get_userbyid(relowner)::text AS owner
@@ -165,11 +166,11 @@ row AS (
     SELECT 4, g.oid, 0, pg_get_userbyid(stxowner)::text, pg_get_statisticsobjdef(g.oid) FROM pg_statistic_ext g JOIN s ON s.oid = stxnamespace UNION ALL
     SELECT 4, g.oid, 1, pg_get_userbyid(stxowner)::text, format('ALTER STATISTICS pg_temp.%I SET STATISTICS %s', stxname, stxstattarget)
         FROM pg_statistic_ext g JOIN s ON s.oid = stxnamespace WHERE stxstattarget >= 0 UNION ALL
-    SELECT 4, seq.oid, 2, seq.owner, format('ALTER SEQUENCE %s OWNED BY %s.%I', seq.q, a.q, attname)
+    SELECT 5, 0, 2, seq.owner, format('ALTER SEQUENCE %s OWNED BY %s.%I', seq.q, a.q, attname)
         FROM seq JOIN a ON attrelid = refobjid AND attnum = refobjsubid WHERE deptype = 'a' UNION ALL
-    SELECT 4, objoid, 3, owner, format('COMMENT ON %s IS %L', object, description) FROM commented WHERE object IS NOT NULL UNION ALL
-    SELECT 4, oid, 4, owner, format('REVOKE ALL ON %s %s FROM PUBLIC, %I', kind, q, owner) FROM acl WHERE acl IS NOT NULL AND sub = 0 UNION ALL
-    SELECT 4, acl.oid, 5, owner, format('GRANT %s%s ON %s %s TO %s%s', privilege_type, part, kind, q,
+    SELECT 5, 0, 3, owner, format('COMMENT ON %s IS %L', object, description) FROM commented WHERE object IS NOT NULL UNION ALL
+    SELECT 5, 0, 4, owner, format('REVOKE ALL ON %s %s FROM PUBLIC, %I', kind, q, owner) FROM acl WHERE acl IS NOT NULL AND sub = 0 UNION ALL
+    SELECT 5, 0, 5, owner, format('GRANT %s%s ON %s %s TO %s%s', privilege_type, part, kind, q,
         CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
         CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
         || CASE WHEN pg_get_userbyid(grantor) = owner THEN '' ELSE format(' GRANTED BY %I', pg_get_userbyid(grantor)) END

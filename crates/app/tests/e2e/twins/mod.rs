@@ -28,10 +28,12 @@ struct Twins {
 }
 
 /// How the moves of one session went.
-#[derive(Default, Clone, Copy)]
+#[derive(Default)]
 struct Moves {
     moved: u64,
     stayed: u64,
+    /// Why, and how often.
+    reasons: std::collections::BTreeMap<String, u64>,
 }
 
 impl Twins {
@@ -84,6 +86,9 @@ impl Twins {
                     moves.moved += 1;
                 } else {
                     moves.stayed += 1;
+                    for reason in held {
+                        *moves.reasons.entry(reason).or_default() += 1;
+                    }
                 }
                 continue;
             }
@@ -213,6 +218,9 @@ async fn random_sessions_answer_as_their_twins_that_never_move() {
         }
     }
     eprintln!("{} moves, {} times it stayed", moves.moved, moves.stayed);
+    for (reason, count) in &moves.reasons {
+        eprintln!("{count:5} {reason}");
+    }
     assert!(found.is_empty(), "sessions {found:?} differ from their twins");
     assert!(
         count.unwrap_or(100) < 50 || moves.moved > moves.stayed,

@@ -60,10 +60,14 @@ pub(super) const SCHEMA: &str = "GRANT CREATE ON SCHEMA public TO guest; \
     CREATE TABLE counted (n int GENERATED ALWAYS AS IDENTITY, x text); \
     ALTER SEQUENCE s1 OWNER TO guest; ALTER SEQUENCE s2 OWNER TO guest; ALTER TABLE counted OWNER TO guest; \
     GRANT ALL ON ALL TABLES IN SCHEMA public, one, two TO PUBLIC; GRANT ALL ON SEQUENCE s3 TO PUBLIC; \
+    GRANT SELECT ON pg_backend_memory_contexts TO PUBLIC; \
+    GRANT EXECUTE ON FUNCTION pg_get_backend_memory_contexts() TO PUBLIC; \
     CREATE FUNCTION set_app(v text) RETURNS text LANGUAGE plpgsql AS \
     $$BEGIN RETURN set_config('app.inner', v, false); END$$; \
     CREATE FUNCTION prepare_it() RETURNS void LANGUAGE plpgsql AS \
-    $$BEGIN EXECUTE 'PREPARE p2 AS SELECT 42, current_setting(''work_mem'')'; END$$";
+    $$BEGIN EXECUTE 'PREPARE p2 AS SELECT 42, current_setting(''work_mem'')'; END$$; \
+    CREATE FUNCTION set_any(n text, v text) RETURNS text LANGUAGE plpgsql AS \
+    $$BEGIN EXECUTE 'SE' || 'T ' || n || ' = ' || quote_literal(v); RETURN n; END$$";
 
 const SETTINGS: &[(&str, &[&str])] = &[
     ("work_mem", &["'1MB'", "'12345kB'", "4096", "DEFAULT"]),
@@ -227,6 +231,10 @@ const STATEMENTS: &[&str] = &[
     "CLOSE ALL",
 ];
 
+/// What only the memory of settings shows, from PostgreSQL 16.
+const COMPUTED: &[&str] =
+    &["SELECT set_any('app.' || 'computed', 'x')", "SELECT set_any('work' || '_mem', '8MB')"];
+
 fn simple(sql: &str) -> Step {
     let mut bytes = Vec::new();
     frontend::query(&mut bytes, sql.as_bytes());
@@ -288,6 +296,9 @@ fn step(random: &mut Random) -> Step {
         }
         6 => simple(random.one(QUERIES)),
         7 | 8 => extended(random),
+        9 if random.below(10) == 0 && crate::support::other_bin_dir().is_some() => {
+            simple(random.one(COMPUTED))
+        }
         _ => simple(random.one(STATEMENTS)),
     }
 }
@@ -306,7 +317,7 @@ pub(super) fn final_looks() -> Vec<Step> {
         WHERE context IN ('user', 'superuser') AND name NOT LIKE 'transaction%'";
     let custom = "SELECT current_setting('app.user', true), current_setting('app.tenant', true), \
         current_setting('app.inner', true), current_setting('app.local', true), current_setting('app.role', true), \
-        current_setting('app.database', true)";
+        current_setting('app.database', true), current_setting('app.computed', true)";
     let temporary = "SELECT relname, relkind, pg_get_userbyid(relowner), relacl::text, \
         (SELECT string_agg(concat_ws(' ', attname, format_type(atttypid, atttypmod), attnotnull), ',' ORDER BY attname) \
         FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped), obj_description(oid, 'pg_class') \
