@@ -205,6 +205,9 @@ impl Session {
                         b'C' => {
                             self.hints.on_command_tag(body);
                             self.has_prepared |= body.starts_with(b"PREPARE\0");
+                            if body.starts_with(b"SAVEPOINT\0") {
+                                self.protocol.on_savepoint();
+                            }
                             if body.starts_with(b"DEALLOCATE ALL\0")
                                 || body.starts_with(b"DISCARD ALL\0")
                             {

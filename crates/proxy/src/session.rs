@@ -160,6 +160,7 @@ impl Session {
     /// Nothing is under way in either direction, so the session can be taken from its server.
     pub fn is_at_safe_point(&self) -> bool {
         self.protocol.is_safe_point()
+            && (self.protocol.is_idle() || !self.hints.modes)
             && self.client.scanner.at_boundary()
             && self.server.scanner.at_boundary()
             && self.server.carry.is_empty()

@@ -1,9 +1,11 @@
 //! Sessions that move one by one, to a fresh connection of the server where they stand, while others go on.
 
+use pg::Connection;
 use wire::backend::{Backend, TxStatus};
+use wire::sqlstate::SqlState;
 
 use crate::kinds::{KINDS, ROLES};
-use crate::support::{Installation, run, shown, value};
+use crate::support::{Installation, run, shown, there_and_back, value};
 
 #[tokio::test]
 async fn every_kind_of_carried_state_is_the_same_on_a_fresh_connection() {
@@ -56,6 +58,41 @@ async fn a_session_stays_where_it_cannot_move_alone() {
     let text = refused(&["move", "shop", "--session", "99", "--to", "a"]);
     assert!(text.contains("has no session 99"), "{text}");
     assert_eq!(value(&mut session, "SELECT pg_backend_pid()").await, pid);
+}
+
+/// Nothing is left of a transaction that has failed but that it has; one with a savepoint can still go on.
+#[tokio::test]
+async fn a_failed_transaction_is_failed_wherever_its_session_stands() {
+    let installation = Installation::start("failed-transaction");
+    let mut session = installation.connect().await;
+    let fail = async |session: &mut Connection, sql: &str| {
+        assert!(session.query(sql).await.is_err());
+        assert_eq!(session.status, TxStatus::Failed);
+    };
+    run(&mut session, "SET work_mem = '5MB'; CREATE TEMP TABLE mine AS SELECT 7 AS n").await;
+    let aborted = Some(SqlState(*b"25P02"));
+    for command in ["move shop --all --to a", "sessions shop --pinned", "switchover shop --to b"] {
+        fail(&mut session, "BEGIN; SET work_mem = '6MB'; SELECT 1/0").await;
+        let args: Vec<&str> = command.split(' ').collect();
+        let output = installation.holdfast(&args);
+        let text = shown(&output);
+        assert!(output.status.success() || there_and_back().len() == 1, "{command}: {text}");
+        let refused = session.query("SELECT 1").await.unwrap_err();
+        assert_eq!(refused.sqlstate(), aborted, "{command}");
+        let answers = session.query("COMMIT").await.unwrap();
+        assert_eq!(answers[0].tag, "ROLLBACK", "{command}");
+        assert_eq!(value(&mut session, "SHOW work_mem").await, "5MB", "{command}");
+        assert_eq!(value(&mut session, "SELECT n FROM mine").await, "7", "{command}");
+    }
+    fail(&mut session, "BEGIN; SAVEPOINT here; SELECT 1/0").await;
+    let cell = "b";
+    let args = ["move", "shop", "--all", "--to", cell, "--deadline", "100ms"];
+    let text = shown(&installation.holdfast(&args));
+    assert!(text.contains("a failed transaction is open"), "{text}");
+    run(&mut session, "ROLLBACK TO here; COMMIT").await;
+    fail(&mut session, "BEGIN READ ONLY; SELECT 1/0").await;
+    let text = shown(&installation.holdfast(&args));
+    assert!(text.contains("a failed transaction is open"), "{text}");
 }
 
 /// A notifier goes on while its listener moves again and again: each notification comes once, in order.

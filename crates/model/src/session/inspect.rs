@@ -21,7 +21,7 @@ pub const CUSTOM_NAMES_MAX: usize = 256;
 const NAME_LEN_MAX: usize = 128;
 
 /// Words that raise a question, in the order of [`Word`].
-const WORDS: [&str; 9] = [
+const WORDS: [&str; 13] = [
     "set_config",
     "setseed",
     "setval",
@@ -30,6 +30,10 @@ const WORDS: [&str; 9] = [
     "pg_start_backup",
     "pg_replication_origin_session_setup",
     "load",
+    "isolation",
+    "deferrable",
+    "read only",
+    "read write",
     // Code in a literal, for a function that runs it.
     "'set",
 ];
@@ -39,7 +43,7 @@ static FINDER: LazyLock<AhoCorasick> = LazyLock::new(|| {
         .ascii_case_insensitive(true)
         .match_kind(MatchKind::LeftmostLongest)
         .build(WORDS)
-        .expect("nine short words make an automaton")
+        .expect("a few short words make an automaton")
 });
 
 /// Bytes of a long text that are looked at again with its next part, so that no word hides at the seam.
@@ -54,6 +58,8 @@ pub struct Hints {
     pub pins: BTreeSet<Pin>,
     /// `setval` was named, so `currval` may have a value where `lastval` has none.
     pub setval: bool,
+    /// Transactions were given modes of their own, which a chained one inherits.
+    pub modes: bool,
 }
 
 /// How much of a statement a text is.
@@ -97,7 +103,7 @@ const SETVAL_OIDS: [u32; 2] = [1576, 1765];
 
 impl Hints {
     pub fn is_empty(&self) -> bool {
-        self.custom.is_empty() && self.pins.is_empty() && !self.setval
+        *self == Hints::default()
     }
 
     /// The number of pins is bounded: one is enough to hold a session.
@@ -180,6 +186,7 @@ impl Hints {
             match name.as_str() {
                 "set_config" => self.on_set_config(&tokens[at + 1..], place),
                 "setval" => self.setval = true,
+                "isolation" | "deferrable" | "read" => self.modes = true,
                 "setseed" if calls(at) => self.pin(Pin::Seed { statement: shown() }),
                 "pg_backup_start" | "pg_start_backup" => {
                     self.pin(Pin::BackupMode { statement: shown() });

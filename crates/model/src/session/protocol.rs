@@ -74,6 +74,8 @@ pub struct Protocol {
     out_of_step: bool,
     /// The running simple query may not have been read by the server, so that nothing of it was done.
     query_unread: bool,
+    /// The open transaction has savepoints, so a failed one can still go on.
+    savepoints: bool,
 }
 
 impl Default for Protocol {
@@ -95,13 +97,35 @@ impl Protocol {
             doubtful: 0,
             out_of_step: false,
             query_unread: false,
+            savepoints: false,
         }
     }
 
-    /// Nothing is under way and no transaction is open: the session may be taken from its server.
+    /// Nothing is under way and no transaction is open that could still do anything: the session may be taken from
+    /// its server.
     #[inline]
     pub fn is_safe_point(&self) -> bool {
+        self.is_quiet() && self.is_at_rest()
+    }
+
+    /// Nothing is under way and no transaction is open.
+    pub fn is_idle(&self) -> bool {
         self.is_quiet() && self.status == TxStatus::Idle
+    }
+
+    /// No transaction is open, or one that has failed and has no savepoint to go back to.
+    #[inline]
+    fn is_at_rest(&self) -> bool {
+        match self.status {
+            TxStatus::Idle => true,
+            TxStatus::Failed => !self.savepoints,
+            TxStatus::InTransaction => false,
+        }
+    }
+
+    /// A SAVEPOINT has completed.
+    pub fn on_savepoint(&mut self) {
+        self.savepoints = true;
     }
 
     /// Nothing is under way; a transaction may be open.
@@ -116,7 +140,7 @@ impl Protocol {
     pub fn must_wait(&self, tag: u8) -> bool {
         let begins = matches!(tag, b'Q' | b'P' | b'B' | b'E' | b'D' | b'C' | b'F' | b'S' | b'H');
         let between = !self.batch_open && !self.skipping && !self.copy_in;
-        begins && between && (!self.requests.is_empty() || self.status == TxStatus::Idle)
+        begins && between && (!self.requests.is_empty() || self.is_at_rest())
     }
 
     /// What is under way, in words, for those who wait for it.
@@ -334,7 +358,10 @@ impl Protocol {
 
     fn take_status(&mut self, status: Option<TxStatus>) {
         match status {
-            Some(status) => self.status = status,
+            Some(status) => {
+                self.status = status;
+                self.savepoints &= status != TxStatus::Idle;
+            }
             None => self.out_of_step = true,
         }
     }

@@ -8,6 +8,7 @@ use model::session::Snapshot;
 use model::session::capture::{BEGIN, BEGIN_WRITE, PROTECT, STATEMENT_NAME};
 use model::session::replay::{self, Phase};
 use pg::connection::Connection;
+use wire::backend::TxStatus;
 use wire::frame::Side;
 use wire::frontend;
 
@@ -15,7 +16,7 @@ use super::belongings::Carried;
 use super::listening;
 use super::reading::Kind;
 use super::restoring::{Model, Prepared, as_login, make, parse_unnamed, run_steps};
-use super::{exchange, failed, messages};
+use super::{exchange, failed, messages, open_failed};
 use crate::app::Cell;
 use crate::session::{Leg, Session};
 
@@ -36,6 +37,7 @@ pub(crate) async fn attach(
     run_steps(&mut connection, BEGIN, &steps, "COMMIT").await?;
     finish(&mut connection, &mut unnamed, session, carried, model).await?;
     last_look(&mut connection, &carried.snapshot, "off").await?;
+    fail_as(session, &mut connection).await?;
     Ok(Attached { connection })
 }
 
@@ -61,7 +63,16 @@ pub(crate) async fn attach_live(
         listening::hand_over(session, &mut connection, &carried.snapshot).await?;
     }
     last_look(&mut connection, &carried.snapshot, &wanted).await?;
+    fail_as(session, &mut connection).await?;
     Ok(Attached { connection })
+}
+
+/// A session whose transaction has failed finds it failed.
+async fn fail_as(session: &Session, connection: &mut Connection) -> Result<(), Reason> {
+    match session.protocol.status() {
+        TxStatus::Failed => open_failed(connection).await.map_err(failed),
+        _ => Ok(()),
+    }
 }
 
 /// Makes what only a primary can make.

@@ -59,7 +59,7 @@ pub(crate) async fn take(
     if snapshot.temporary.tables.is_empty() && snapshot.cursors.is_empty() {
         return Ok(carried);
     }
-    let mut connection = borrow(session).map_err(failed)?;
+    let mut connection = borrow(session).await?;
     let identity = session.identity.clone();
     let kind = Kind::of(session, &identity, facts, false);
     let subject = kind.subject(&connection, facts);
@@ -102,7 +102,7 @@ pub(crate) async fn take(
         }
     }
     let in_step = is_in_step(&result);
-    give_back(session, connection, in_step).map_err(failed)?;
+    give_back(session, connection, in_step).await?;
     let reason = match (result, pin) {
         (Ok(_), None) => return Ok(carried),
         (Ok(_), Some(pin)) => Reason::Pinned(pin),
@@ -120,7 +120,7 @@ pub(crate) async fn put_back(session: &mut Session, carried: &Carried) {
     if !taken.are_taken(snapshot) {
         return;
     }
-    let result = match borrow(session) {
+    let result = match borrow(session).await {
         Err(error) => Err(error.to_string()),
         Ok(mut connection) => {
             let only = |(name, contents): (&String, &Contents)| {
@@ -131,7 +131,7 @@ pub(crate) async fn put_back(session: &mut Session, carried: &Carried) {
             };
             let statements = taken.cursors.iter().filter_map(only).flatten();
             let result = open_cursors(&mut connection, &statements.collect::<Vec<_>>()).await;
-            let given = give_back(session, connection, result.is_ok());
+            let given = give_back(session, connection, result.is_ok()).await;
             result.map_err(|error| error.to_string()).and(given.map_err(|error| error.to_string()))
         }
     };

@@ -31,7 +31,7 @@ pub(super) async fn hand_over(
 ) -> Result<(), Reason> {
     // No channel of a client has this name: it is of this move alone.
     let mark = format!("_holdfast move 7f3a9c41 {}", new.pid);
-    let mut old = borrow(session).map_err(failed)?;
+    let mut old = borrow(session).await?;
     let result = both_listen(&mut old, new, snapshot, &mark).await;
     let mut in_step = true;
     if result.is_err() {
@@ -39,7 +39,7 @@ pub(super) async fn hand_over(
             run(&mut old, &format!("UNLISTEN {}", model::sql::quote_name(&mark))).await.is_ok();
     }
     old.aside = parted(&old.aside, &mark).0;
-    give_back(session, old, in_step).map_err(failed)?;
+    give_back(session, old, in_step).await?;
     result
 }
 

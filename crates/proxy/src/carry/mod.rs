@@ -12,10 +12,13 @@ mod restoring;
 use std::time::Duration;
 
 use model::barrier::Reason;
+use model::session::capture::STATEMENT_NAME;
 use pg::connection::{Answer, Connection, QueryError};
 use pg::stream::{Parts, Stream};
 use tokio::time::timeout;
+use wire::backend::TxStatus;
 use wire::frame::Side;
+use wire::frontend;
 
 pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
@@ -31,8 +34,47 @@ fn failed(error: impl std::error::Error) -> Reason {
     Reason::Failed { error: model::chain(&error) }
 }
 
-/// Borrows the session's server socket as a connection. It must be given back by [`give_back`].
-fn borrow(session: &mut Session) -> std::io::Result<Connection> {
+/// Borrows the session's server socket as a connection on which no transaction is open. It must be given back by
+/// [`give_back`].
+async fn borrow(session: &mut Session) -> Result<Connection, Reason> {
+    let mut connection = socket_of(session).map_err(failed)?;
+    if session.protocol.status() == TxStatus::Failed {
+        // Nothing of it is left but that it has failed.
+        let mut out = Vec::new();
+        Connection::add_statement(&mut out, STATEMENT_NAME, "ROLLBACK", &[]);
+        frontend::sync(&mut out);
+        if let Err(error) = exchange(&mut connection, &out).await {
+            cut(session);
+            return Err(Reason::ServerLost { error: model::chain(&error) });
+        }
+    }
+    Ok(connection)
+}
+
+/// Opens a transaction that has failed. The statement that fails needs no snapshot, which could be waited for.
+async fn open_failed(connection: &mut Connection) -> Result<(), QueryError> {
+    let mut out = Vec::new();
+    let fails = "RESET holdfast_says_the_transaction_had_failed_before";
+    for sql in ["BEGIN", fails] {
+        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
+    }
+    frontend::sync(&mut out);
+    match exchange(connection, &out).await {
+        Err(QueryError::Server { .. }) => (),
+        Err(error) => return Err(error),
+        Ok(_) => return Err(QueryError::Unexpected(b'Z')),
+    }
+    let mut out = Vec::new();
+    frontend::close(&mut out, frontend::Target::Statement(STATEMENT_NAME.as_bytes()));
+    frontend::sync(&mut out);
+    exchange(connection, &out).await?;
+    match connection.status {
+        TxStatus::Failed => Ok(()),
+        _ => Err(QueryError::Unexpected(b'Z')),
+    }
+}
+
+fn socket_of(session: &mut Session) -> std::io::Result<Connection> {
     let server = &mut session.server;
     let parts = Parts {
         fd: server.fd.try_clone()?,
@@ -63,9 +105,14 @@ fn cut(session: &mut Session) {
     session.server.carry.clear();
 }
 
-/// Gives the socket back. `in_step` says that every question of ours was answered.
-fn give_back(session: &mut Session, connection: Connection, in_step: bool) -> std::io::Result<()> {
-    if !in_step {
+/// Gives the socket back, with the transaction that was open. `in_step` says that every question of ours was answered.
+async fn give_back(
+    session: &mut Session,
+    mut connection: Connection,
+    in_step: bool,
+) -> Result<(), Reason> {
+    let has_failed = session.protocol.status() == TxStatus::Failed;
+    if !in_step || (has_failed && open_failed(&mut connection).await.is_err()) {
         cut(session);
         return Ok(());
     }
@@ -78,7 +125,7 @@ fn give_back(session: &mut Session, connection: Connection, in_step: bool) -> st
     }
     let mut aside = connection.aside.clone();
     let (stream, unread) = connection.into_stream();
-    let parts = stream.into_parts()?;
+    let parts = stream.into_parts().map_err(failed)?;
     session.server.tls = parts.tls;
     session.server.cipher = parts.cipher;
     session.server.carry.extend_from_slice(&unread);

@@ -102,12 +102,12 @@ pub(crate) async fn capture(
     facts: &Facts,
     alone: bool,
 ) -> Result<Captured, Reason> {
-    let mut connection = borrow(session).map_err(failed)?;
+    let mut connection = borrow(session).await?;
     let identity = session.identity.clone();
     let kind = Kind::of(session, &identity, facts, alone);
     if session.protocol.is_doubtful() {
         if let Err(error) = end_doubt(&mut connection).await {
-            give_back(session, connection, false).map_err(failed)?;
+            give_back(session, connection, false).await?;
             return Err(Reason::ServerLost { error: model::chain(&error) });
         }
         session.protocol.end_doubt();
@@ -122,7 +122,7 @@ pub(crate) async fn capture(
         }
     }
     let in_step = is_in_step(&result);
-    give_back(session, connection, in_step).map_err(failed)?;
+    give_back(session, connection, in_step).await?;
     let mut captured = result.map_err(|error| match error.sqlstate() {
         // Such as a sequence that somebody is altering; it may be free the next time.
         Some(SqlState::LOCK_NOT_AVAILABLE) => Reason::Busy { what: error.to_string() },
@@ -178,7 +178,7 @@ async fn end_doubt(connection: &mut Connection) -> Result<(), QueryError> {
 /// notifications that were sent since the session was read. Nobody else may be able to take the locks: every client
 /// is held. After an error the session has lost its server.
 pub(crate) async fn hear_out(session: &mut Session, snapshot: &mut Snapshot) -> Result<(), Reason> {
-    let mut connection = borrow(session).map_err(failed)?;
+    let mut connection = borrow(session).await?;
     let heard = if snapshot.locks.is_empty() {
         let mut out = Vec::new();
         frontend::sync(&mut out);
@@ -186,7 +186,7 @@ pub(crate) async fn hear_out(session: &mut Session, snapshot: &mut Snapshot) -> 
     } else {
         ask_counts(&mut connection, snapshot).await
     };
-    give_back(session, connection, heard.is_ok()).map_err(failed)?;
+    give_back(session, connection, heard.is_ok()).await?;
     heard.map_err(failed)
 }
 

@@ -306,7 +306,7 @@ impl Engine {
         for slot in 0..self.slots.len() {
             let Some(Some(entry)) = self.slots.get(slot) else { continue };
             let session = &entry.session;
-            if session.protocol.is_safe_point()
+            if session.protocol.is_idle()
                 && now.saturating_sub(session.active_at) > self.idle_timeout_s
             {
                 let report = Report::fatal(

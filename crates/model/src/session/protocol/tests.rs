@@ -50,7 +50,18 @@ fn a_simple_query_is_under_way_until_it_is_ready() {
     unsafe_(">Q <T <D <C");
     safe(">Q <T <D <C <ZI");
     unsafe_(">Q <C <ZT");
-    unsafe_(">Q <E <ZE");
+    safe(">Q <E <ZE");
+}
+
+#[test]
+fn a_failed_transaction_can_go_on_from_a_savepoint_only() {
+    let mut protocol = play(">Q <C <ZT >Q <C");
+    protocol.on_savepoint();
+    play_on(&mut protocol, "<ZT >Q <E <ZE");
+    assert!(!protocol.is_safe_point());
+    play_on(&mut protocol, ">Q <C <ZI >Q <C <ZT >Q <E <ZE");
+    assert!(protocol.is_safe_point() && !protocol.is_idle());
+    assert!(protocol.must_wait(b'Q'));
 }
 
 #[test]
