@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error;
 use wire::Malformed;
@@ -41,7 +42,7 @@ pub enum QueryError {
     #[error("{message} ({sqlstate})")]
     Server { sqlstate: SqlState, message: String },
     #[error("no answer within {0:?}")]
-    Timeout(std::time::Duration),
+    Timeout(Duration),
 }
 
 impl QueryError {
@@ -109,7 +110,11 @@ pub struct Connection {
     /// Messages for the client that came while we asked for something else: notices and notifications.
     pub aside: Vec<u8>,
     pub status: TxStatus,
+    /// How long its user waits for one answer.
+    pub answer_timeout: Duration,
 }
+
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Connection {
     pub fn new(stream: Stream, received: Vec<u8>, end_point: Option<Vec<u8>>) -> Connection {
@@ -123,6 +128,7 @@ impl Connection {
             end_point,
             aside: Vec::new(),
             status: TxStatus::Idle,
+            answer_timeout: ANSWER_TIMEOUT,
         }
     }
 

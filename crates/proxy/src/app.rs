@@ -1,9 +1,9 @@
 //! An application: its cells, which of them is served, and the gate before it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use model::barrier::Reason;
 use model::session::facts::{self, Facts};
@@ -13,10 +13,8 @@ use tokio::sync::watch;
 
 use crate::auth::Authenticator;
 use crate::carry::Prepared;
-use crate::config::AppConfig;
+use crate::config::{AppConfig, MoveLimits};
 
-/// How long one database may take to be learned of. Clients may be waiting for it.
-const LEARN_MAX: Duration = Duration::from_secs(10);
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
 const PARAM_SETS_MAX: usize = 256;
 
@@ -46,8 +44,9 @@ type Learned = Result<Arc<Facts>, Reason>;
 pub struct App {
     pub name: String,
     pub databases: Vec<String>,
-    /// Bytes of temporary tables, or of cursors, that one session may have to be moved.
-    pub temporary_max: u64,
+    pub moves: MoveLimits,
+    /// Bytes that are held of temporary tables and cursors.
+    pub temporary: Arc<AtomicU64>,
     pub cells: BTreeMap<String, Arc<Cell>>,
     pub auth: Authenticator,
     /// How Holdfast itself logs in.
@@ -73,7 +72,8 @@ impl App {
         App {
             name: config.name,
             databases: config.databases,
-            temporary_max: config.temporary_max,
+            moves: config.moves,
+            temporary: Arc::default(),
             cells,
             auth: Authenticator::new(config.auth, config.admin.clone()),
             admin: config.admin,
@@ -135,13 +135,12 @@ impl App {
             }
             Facts::read(&answers).map(Arc::new).map_err(|error| failed(&error))
         };
-        let began = Instant::now();
+        let (began, wait_max) = (Instant::now(), self.moves.answer_timeout);
         let late = || {
-            let error =
-                format!("database `{database}` did not tell what it holds in {LEARN_MAX:?}");
+            let error = format!("database `{database}` did not tell what it holds in {wait_max:?}");
             Err(Reason::Failed { error })
         };
-        let learned = tokio::time::timeout(LEARN_MAX, ask).await.unwrap_or_else(|_| late());
+        let learned = tokio::time::timeout(wait_max, ask).await.unwrap_or_else(|_| late());
         tracing::debug!(cell = cell.name, database, took = ?began.elapsed(), "learned of a database");
         let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert((cell.name.clone(), database.to_owned()), learned);

@@ -53,13 +53,33 @@ impl Default for Limits {
     }
 }
 
+/// What moves of an application's sessions may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoveLimits {
+    /// Bytes of temporary tables, or of cursors, that one session may have.
+    pub temporary_max: u64,
+    /// The same of all sessions that are held at the same time.
+    pub temporary_total_max: u64,
+    /// The longest wait for one answer of a server.
+    pub answer_timeout: Duration,
+}
+
+impl Default for MoveLimits {
+    fn default() -> MoveLimits {
+        MoveLimits {
+            temporary_max: 64 << 20,
+            temporary_total_max: 1 << 30,
+            answer_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct AppConfig {
     pub name: String,
     /// Databases that belong to it; empty for all.
     pub databases: Vec<String>,
-    /// Bytes of temporary tables, or of cursors, that one session may have to be moved.
-    pub temporary_max: u64,
+    pub moves: MoveLimits,
     pub cells: BTreeMap<String, Target>,
     pub auth: AuthConfig,
     /// How Holdfast itself logs in, for the verifiers of clients.

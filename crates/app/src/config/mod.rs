@@ -14,7 +14,7 @@ use pg::instance::{self, Instance};
 use pg::stream::Keepalive;
 use pg::{Address, Target};
 use proxy::ProxyConfig;
-use proxy::config::{AUTH_QUERY, AppConfig, AuthConfig, Limits};
+use proxy::config::{AUTH_QUERY, AppConfig, AuthConfig, Limits, MoveLimits};
 use thiserror::Error;
 use tls::config::ClientCert;
 use tls::{ClientTls, ServerTls, SslMode, SslNegotiation};
@@ -268,8 +268,16 @@ fn secret_file(
     }
 }
 
-/// What one session may have in temporary tables, or in cursors, to be moved.
-const TEMPORARY_MAX: u64 = 64 << 20;
+fn read_moves(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> MoveLimits {
+    let default = MoveLimits::default();
+    let (one, all) = ("temporary_max", "temporary_total_max");
+    let answer_timeout = table.duration(mistakes, "move_answer_timeout");
+    MoveLimits {
+        temporary_max: table.size(mistakes, one).unwrap_or(default.temporary_max),
+        temporary_total_max: table.size(mistakes, all).unwrap_or(default.temporary_total_max),
+        answer_timeout: answer_timeout.unwrap_or(default.answer_timeout),
+    }
+}
 
 fn read_app(
     table: &mut Table<'_>,
@@ -279,6 +287,7 @@ fn read_app(
 ) -> Option<(AppConfig, AppServers)> {
     let name = table.required_text(mistakes, "name");
     let databases = table.texts(mistakes, "databases").unwrap_or_default();
+    let moves = read_moves(table, mistakes);
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -337,8 +346,7 @@ fn read_app(
         cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
     let databases =
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
-    let temporary_max = table.size(mistakes, "temporary_max").unwrap_or(TEMPORARY_MAX);
-    let app = AppConfig { name, databases, temporary_max, cells: targets, auth, admin };
+    let app = AppConfig { name, databases, moves, cells: targets, auth, admin };
     Some((app, AppServers { first_active, cells }))
 }
 

@@ -6,6 +6,7 @@ mod support;
 
 mod crash;
 mod drivers;
+mod faults;
 mod hostile;
 mod kinds;
 mod login;

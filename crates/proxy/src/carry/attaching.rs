@@ -1,11 +1,11 @@
 //! Putting a session on the server where its copy stands.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::barrier::Reason;
 use model::session::Snapshot;
-use model::session::capture::{BEGIN, BEGIN_WRITE, PROTECT, STATEMENT_NAME};
+use model::session::capture::{BEGIN, BEGIN_WRITE};
 use model::session::replay::{self, Phase};
 use pg::connection::Connection;
 use wire::backend::TxStatus;
@@ -13,7 +13,7 @@ use wire::frame::Side;
 use wire::frontend;
 
 use super::belongings::Carried;
-use super::listening;
+use super::listening::{self, channels_of};
 use super::reading::Kind;
 use super::restoring::{Model, Prepared, as_login, make, parse_unnamed, run_steps};
 use super::{exchange, failed, messages, open_failed};
@@ -36,7 +36,12 @@ pub(crate) async fn attach(
     let Prepared { mut connection, mut unnamed, .. } = prepared;
     run_steps(&mut connection, BEGIN, &steps, "COMMIT").await?;
     finish(&mut connection, &mut unnamed, session, carried, model).await?;
-    last_look(&mut connection, &carried.snapshot, "off").await?;
+    last_look(&mut connection, "off").await?;
+    let channels = &carried.snapshot.channels;
+    if !channels.is_empty() && channels_of(&mut connection).await.map_err(failed)? != *channels {
+        let error = "the server does not listen to the session's channels".into();
+        return Err(Reason::Failed { error });
+    }
     fail_as(session, &mut connection).await?;
     Ok(Attached { connection })
 }
@@ -59,16 +64,17 @@ pub(crate) async fn attach_live(
         return Err(Reason::Failed { error });
     }
     finish(&mut connection, &mut unnamed, session, carried, model).await?;
-    if !carried.snapshot.channels.is_empty() {
+    last_look(&mut connection, &wanted).await?;
+    if carried.snapshot.channels.is_empty() {
+        fail_as(session, &mut connection).await?;
+    } else {
         listening::hand_over(session, &mut connection, &carried.snapshot).await?;
     }
-    last_look(&mut connection, &carried.snapshot, &wanted).await?;
-    fail_as(session, &mut connection).await?;
     Ok(Attached { connection })
 }
 
 /// A session whose transaction has failed finds it failed.
-async fn fail_as(session: &Session, connection: &mut Connection) -> Result<(), Reason> {
+pub(super) async fn fail_as(session: &Session, connection: &mut Connection) -> Result<(), Reason> {
     match session.protocol.status() {
         TxStatus::Failed => open_failed(connection).await.map_err(failed),
         _ => Ok(()),
@@ -120,42 +126,16 @@ async fn restore_sequences(
     }
 }
 
-/// The server must be in recovery or not, as told, and listen to what the session listens to. This is also the round
-/// trip in which parameters that changed at a promotion arrive.
-async fn last_look(
-    connection: &mut Connection,
-    snapshot: &Snapshot,
-    in_recovery: &str,
-) -> Result<(), Reason> {
-    if snapshot.channels.is_empty() {
-        // The server reports the end of its recovery by itself, with the answer to any message.
-        let mut out = Vec::new();
-        frontend::sync(&mut out);
-        exchange(connection, &out).await.map_err(failed)?;
-        if connection.params.get("in_hot_standby").map(String::as_str) != Some(in_recovery) {
-            return Err(Reason::Failed { error: format!("in_hot_standby is not `{in_recovery}`") });
-        }
+/// The server must be in recovery or not, as told. It reports the end of its recovery by itself, with the answer to any
+/// message; this is also the round trip in which other parameters that changed at a promotion arrive.
+async fn last_look(connection: &mut Connection, in_recovery: &str) -> Result<(), Reason> {
+    let mut out = Vec::new();
+    frontend::sync(&mut out);
+    exchange(connection, &out).await.map_err(failed)?;
+    if connection.params.get("in_hot_standby").map(String::as_str) == Some(in_recovery) {
         return Ok(());
     }
-    let mut out = Vec::new();
-    let question = "SELECT pg_catalog.pg_is_in_recovery()::pg_catalog.text UNION ALL \
-        SELECT c FROM pg_catalog.pg_listening_channels() c";
-    for sql in [BEGIN, PROTECT, question, "COMMIT"] {
-        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
-    }
-    frontend::sync(&mut out);
-    let answers = exchange(connection, &out).await.map_err(failed)?;
-    let rows = answers.into_iter().nth(2).unwrap_or_default().rows;
-    let mut cells = rows.into_iter().filter_map(|row| row.into_iter().next().flatten());
-    if cells.next().as_deref() != Some("false") {
-        return Err(Reason::Failed { error: "the server is still in recovery".into() });
-    }
-    let channels: BTreeSet<String> = cells.collect();
-    if channels != snapshot.channels {
-        let error = "the server does not listen to the session's channels".into();
-        return Err(Reason::Failed { error });
-    }
-    Ok(())
+    Err(Reason::Failed { error: format!("in_hot_standby is not `{in_recovery}`") })
 }
 
 impl Session {

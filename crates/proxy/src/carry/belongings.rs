@@ -5,30 +5,61 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::barrier::Reason;
-use model::session::capture::{BEGIN, BEGIN_READ, Captured, STATEMENT_NAME, Subject};
+use model::session::capture::{self, BEGIN, BEGIN_READ, Captured, STATEMENT_NAME, Subject};
 use model::session::cursor::{Column, Contents};
 use model::session::temporary::{self, Temporary};
 use model::session::{Facts, Pin, Snapshot};
 use model::sql;
-use pg::connection::{Connection, QueryError};
+use pg::connection::{Answer, Connection, QueryError};
+use tokio::time::timeout;
 use wire::frontend;
 
 use super::reading::{Kind, ask_aside, is_in_step};
-use super::{ANSWER_MAX, borrow, cut, exchange, failed, give_back};
+use super::{borrow, cut, exchange, failed, give_back, roll_back};
+use crate::app::App;
 use crate::session::Session;
 
 /// Rows of a cursor that are fetched at once.
 const FETCHED_AT_ONCE: usize = 1_000;
 
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// A part of what may be held in all. It is given back when it is dropped.
+#[derive(Debug)]
+struct Reserved {
+    of: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Reserved {
+    fn take(app: &App, bytes: u64) -> Result<Reserved, Pin> {
+        let before = app.temporary.fetch_add(bytes, Ordering::SeqCst);
+        let reserved = Reserved { of: app.temporary.clone(), bytes };
+        let (size, max) = (before.saturating_add(bytes), app.moves.temporary_total_max);
+        if size > max {
+            let what = "temporary data of all sessions that are held".into();
+            return Err(Pin::TooLarge { what, size, max });
+        }
+        Ok(reserved)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.of.fetch_sub(self.bytes, Ordering::SeqCst);
+    }
+}
+
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Belongings {
     /// By the table's quoted name, as COPY writes them.
     pub(super) rows: BTreeMap<String, Arc<Vec<u8>>>,
     pub(super) cursors: BTreeMap<String, Contents>,
     /// Tables of which the planner has statistics.
     pub(super) analyzed: BTreeSet<String>,
+    /// Their size counts among all that are held.
+    reserved: Vec<Arc<Reserved>>,
 }
 
 /// Everything that is carried of a session.
@@ -67,6 +98,11 @@ pub(crate) async fn take(
     let mut pin = None;
     if let Ok(rows) = &mut result {
         taken.rows = std::mem::take(rows);
+        let size = taken.rows.values().map(|rows| rows.len()).sum::<usize>();
+        match Reserved::take(&session.app, u64::try_from(size).unwrap_or(u64::MAX)) {
+            Ok(reserved) => taken.reserved.push(Arc::new(reserved)),
+            Err(too_large) => pin = Some(too_large),
+        }
         for name in snapshot.cursors.keys() {
             match describe_cursor(&mut connection, &subject, name).await {
                 Ok(columns) => {
@@ -91,6 +127,11 @@ pub(crate) async fn take(
                     let (size, max) = (contents.size(), subject.temporary_max);
                     if size > max {
                         pin = Some(Pin::TooLarge { what: format!("cursor `{name}`"), size, max });
+                    } else {
+                        match Reserved::take(&session.app, size) {
+                            Ok(reserved) => taken.reserved.push(Arc::new(reserved)),
+                            Err(too_large) => pin = Some(too_large),
+                        }
                     }
                     taken.cursors.insert(name.clone(), contents);
                 }
@@ -168,17 +209,21 @@ async fn describe_cursor(
     name: &str,
 ) -> Result<Vec<Column>, QueryError> {
     let fetch = format!("FETCH FROM {}", sql::quote_name(name));
-    let described = async {
-        let described = connection.columns_of(STATEMENT_NAME, &fetch).await?;
-        let of_type =
-            |(_, oid, modifier): &(String, u32, i32)| format!("format_type({oid}, {modifier})");
-        let formats: Vec<String> = described.iter().map(of_type).collect();
-        let formats = format!("SELECT {}", formats.join(", "));
-        let answers = ask_aside(connection, subject, BEGIN_READ, &[formats]).await?;
-        Ok((described, answers))
+    let wait_max = connection.answer_timeout;
+    let described = timeout(wait_max, connection.columns_of(STATEMENT_NAME, &fetch)).await;
+    let described = match described.unwrap_or(Err(QueryError::Timeout(wait_max))) {
+        Ok(described) => described,
+        Err(error @ QueryError::Server { .. }) => {
+            roll_back(connection).await?;
+            return Err(error);
+        }
+        Err(error) => return Err(error),
     };
-    let described = tokio::time::timeout(ANSWER_MAX, described).await;
-    let (described, answers) = described.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))?;
+    let of_type =
+        |(_, oid, modifier): &(String, u32, i32)| format!("format_type({oid}, {modifier})");
+    let formats: Vec<String> = described.iter().map(of_type).collect();
+    let formats = format!("SELECT {}", formats.join(", "));
+    let answers = ask_aside(connection, subject, BEGIN_READ, &[formats]).await?;
     let names = answers.into_iter().next().unwrap_or_default().rows.into_iter().next();
     let column = |((name, ..), sql_type): ((String, u32, i32), Option<String>)| Column {
         name,
@@ -187,7 +232,8 @@ async fn describe_cursor(
     Ok(described.into_iter().zip(names.unwrap_or_default()).map(column).collect())
 }
 
-/// Reads a cursor. One that scrolls stands afterwards where it stood; another has nothing left.
+/// Reads a cursor. One that scrolls stands afterwards where it stood, also after an error that leaves the connection
+/// in step; another has nothing left.
 async fn read_cursor(
     connection: &mut Connection,
     subject: &Subject<'_>,
@@ -197,32 +243,101 @@ async fn read_cursor(
     let quoted = sql::quote_name(name);
     let columns = describe_cursor(connection, subject, name).await?;
     let mut contents = Contents { columns, ..Contents::default() };
-    if scrolls {
-        let statements =
-            [format!("FETCH RELATIVE 0 FROM {quoted}"), format!("MOVE BACKWARD ALL FROM {quoted}")];
-        let answers = ask_aside(connection, subject, BEGIN_READ, &statements).await?;
-        let on_a_row = answers.first().is_some_and(|answer| !answer.rows.is_empty());
-        let moved =
-            answers.get(1).and_then(|answer| answer.tag.strip_prefix("MOVE ")?.parse().ok());
-        let moved: u64 = moved.ok_or(QueryError::Unexpected(b'C'))?;
-        // From behind the last row all of them are passed, from a row those before it.
-        contents.position = if on_a_row || moved > 0 { moved + 1 } else { 0 };
+    if !scrolls {
+        fetch_all(connection, subject, &quoted, false, &mut contents).await?;
+        return Ok(contents);
     }
+    let here = format!("FETCH RELATIVE 0 FROM {quoted}");
+    let here = ask_aside(connection, subject, BEGIN_READ, &[here]).await?;
+    let on_a_row = here.first().is_some_and(|answer| !answer.rows.is_empty());
+    let moved = to_its_begin(connection, subject, &quoted).await?;
+    // From behind the last row all of them were passed, from a row those before it.
+    contents.position = if on_a_row || moved > 0 { moved + 1 } else { 0 };
+    let fetched = fetch_all(connection, subject, &quoted, true, &mut contents).await;
+    if let Err(error) = &fetched
+        && !is_in_step(&fetched)
+    {
+        tracing::debug!(%error, "a cursor could not be read");
+        return fetched.map(|()| contents);
+    }
+    let back = format!("MOVE ABSOLUTE {} FROM {quoted}", contents.position);
+    match ask_aside(connection, subject, BEGIN_READ, &[back]).await {
+        Ok(_) => fetched.map(|()| contents),
+        Err(_) => Err(QueryError::Unexpected(b'C')),
+    }
+}
+
+/// Moves a cursor before its first row, and gives how many rows it passed. Once this has begun, an error leaves
+/// nothing that tells where the cursor stood.
+async fn to_its_begin(
+    connection: &mut Connection,
+    subject: &Subject<'_>,
+    quoted: &str,
+) -> Result<u64, QueryError> {
+    begin_aside(connection, subject).await?;
+    let unknown = QueryError::Unexpected(b'C');
+    let moved = run_and_commit(connection, &format!("MOVE BACKWARD ALL FROM {quoted}")).await;
+    let Ok(moved) = moved else { return Err(unknown) };
+    moved.tag.strip_prefix("MOVE ").and_then(|count| count.parse().ok()).ok_or(unknown)
+}
+
+/// Begins a transaction of ours. After an error nothing has happened.
+async fn begin_aside(connection: &mut Connection, subject: &Subject<'_>) -> Result<(), QueryError> {
+    let mut out = Vec::new();
+    let aside = capture::first_questions(subject).0;
+    let aside = aside.last().map_or("", |(question, _)| question);
+    for sql in [BEGIN_READ, aside, temporary::FORMATS] {
+        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
+    }
+    frontend::sync(&mut out);
+    exchange(connection, &out).await.map(drop)
+}
+
+/// Runs one statement in it, and ends it. After an error it is not known whether the statement was run.
+async fn run_and_commit(connection: &mut Connection, sql: &str) -> Result<Answer, QueryError> {
+    let mut out = Vec::new();
+    Connection::add_described(&mut out, STATEMENT_NAME, sql);
+    frontend::sync(&mut out);
+    let answers = exchange(connection, &out).await?;
+    let mut out = Vec::new();
+    Connection::add_statement(&mut out, STATEMENT_NAME, "COMMIT", &[]);
+    frontend::sync(&mut out);
+    exchange(connection, &out).await?;
+    Ok(answers.into_iter().next().unwrap_or_default())
+}
+
+/// Fetches what a cursor still has, or more than may be carried of one that scrolls. What a cursor that does not scroll has given is nowhere
+/// else: an error after that leaves a session that is not what it was.
+async fn fetch_all(
+    connection: &mut Connection,
+    subject: &Subject<'_>,
+    quoted: &str,
+    scrolls: bool,
+    contents: &mut Contents,
+) -> Result<(), QueryError> {
     loop {
         let fetch = format!("FETCH FORWARD {FETCHED_AT_ONCE} FROM {quoted}");
-        let answer = ask_aside(connection, subject, BEGIN_READ, &[fetch]).await?;
-        let fetched = answer.into_iter().next().unwrap_or_default().rows;
-        let is_last = fetched.len() < FETCHED_AT_ONCE;
-        contents.rows.extend(fetched);
+        let begun = begin_aside(connection, subject).await;
+        let is_untouched = contents.rows.is_empty() && begun.is_err();
+        let fetched = match begun {
+            Ok(()) => run_and_commit(connection, &fetch).await,
+            Err(error) => Err(error),
+        };
+        let answer = match fetched {
+            Ok(answer) => answer,
+            Err(error) if scrolls || is_untouched => return Err(error),
+            Err(_) => return Err(QueryError::Unexpected(b'C')),
+        };
+        let names = answer.columns.iter().map(|(name, ..)| name);
+        if !names.eq(contents.columns.iter().map(|column| &column.name)) {
+            return Err(QueryError::Unexpected(b'T'));
+        }
+        let is_last = answer.rows.len() < FETCHED_AT_ONCE;
+        contents.rows.extend(answer.rows);
         if is_last || (scrolls && contents.size() > subject.temporary_max) {
-            break;
+            return Ok(());
         }
     }
-    if scrolls {
-        let back = format!("MOVE ABSOLUTE {} FROM {quoted}", contents.position);
-        ask_aside(connection, subject, BEGIN_READ, &[back]).await?;
-    }
-    Ok(contents)
 }
 
 /// Opens cursors from their rows, in a transaction of their own.
@@ -235,8 +350,7 @@ pub(super) async fn open_cursors(
     }
     let mut out = Vec::new();
     Connection::add_statement(&mut out, STATEMENT_NAME, BEGIN, &[]);
-    let protect = model::session::capture::PROTECT;
-    for sql in [protect, temporary::FORMATS] {
+    for sql in [capture::PROTECT, temporary::FORMATS] {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     for (sql, params) in statements {

@@ -4,6 +4,7 @@
 //! connections listen, and a notification of ours marks a place in the queue: what is before it the old connection
 //! delivers, what is behind it the new one.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use model::barrier::Reason;
@@ -15,15 +16,17 @@ use wire::backend::{self, Backend};
 use wire::frame::HEADER_LEN;
 use wire::frontend;
 
+use super::attaching::fail_as;
 use super::restoring::run_steps;
-use super::{ANSWER_MAX, borrow, exchange, failed, give_back, messages};
+use super::{borrow, exchange, failed, give_back, messages};
 use crate::session::Session;
 
 /// How often a connection is asked whether its mark has come.
 const POLL: Duration = Duration::from_millis(2);
 
-/// Lets `new` listen to what the session listens to, and gives the client what the old server still has for it.
-/// After an error the session listens where it listened.
+/// Lets `new` listen to what the session listens to, and gives the client what the old server still has for it. To be
+/// the last thing that may fail: from then on notifications come by `new`. After an error the session listens where it
+/// listened, and nothing is lost.
 pub(super) async fn hand_over(
     session: &mut Session,
     new: &mut Connection,
@@ -32,13 +35,19 @@ pub(super) async fn hand_over(
     // No channel of a client has this name: it is of this move alone.
     let mark = format!("_holdfast move 7f3a9c41 {}", new.pid);
     let mut old = borrow(session).await?;
-    let result = both_listen(&mut old, new, snapshot, &mark).await;
-    let mut in_step = true;
-    if result.is_err() {
-        in_step =
-            run(&mut old, &format!("UNLISTEN {}", model::sql::quote_name(&mark))).await.is_ok();
+    let mut result = both_listen(&mut old, new, snapshot, &mark).await;
+    if result.is_ok() {
+        result = fail_as(session, new).await;
     }
-    old.aside = parted(&old.aside, &mark).0;
+    let (before, after) = parted(&old.aside, &mark);
+    let mut in_step = true;
+    old.aside = before;
+    if result.is_err() {
+        old.aside.extend(after);
+        let unlisten = format!("UNLISTEN {}", model::sql::quote_name(&mark));
+        in_step = run(&mut old, &unlisten).await.is_ok();
+        old.aside = without(&old.aside, &mark);
+    }
     give_back(session, old, in_step).await?;
     result
 }
@@ -59,6 +68,12 @@ async fn both_listen(
         params: Vec::new(),
     });
     run_steps(new, BEGIN, &steps, "COMMIT").await?;
+    let mut channels = channels_of(new).await.map_err(failed)?;
+    channels.remove(mark);
+    if channels != snapshot.channels {
+        let error = "the server does not listen to the session's channels".into();
+        return Err(Reason::Failed { error });
+    }
     run(new, &format!("NOTIFY {name}")).await.map_err(failed)?;
     wait_for(new, mark).await?;
     wait_for(old, mark).await?;
@@ -78,10 +93,11 @@ async fn run(connection: &mut Connection, sql: &str) -> Result<(), QueryError> {
 }
 
 async fn wait_for(connection: &mut Connection, mark: &str) -> Result<(), Reason> {
-    let deadline = tokio::time::Instant::now() + ANSWER_MAX;
+    let wait_max = connection.answer_timeout;
+    let deadline = tokio::time::Instant::now() + wait_max;
     while !messages(&connection.aside).any(|message| is_mark(message, mark)) {
         if tokio::time::Instant::now() > deadline {
-            return Err(failed(QueryError::Timeout(ANSWER_MAX)));
+            return Err(failed(QueryError::Timeout(wait_max)));
         }
         tokio::time::sleep(POLL).await;
         let mut out = Vec::new();
@@ -89,6 +105,24 @@ async fn wait_for(connection: &mut Connection, mark: &str) -> Result<(), Reason>
         exchange(connection, &out).await.map_err(failed)?;
     }
     Ok(())
+}
+
+/// What a connection listens to.
+pub(super) async fn channels_of(
+    connection: &mut Connection,
+) -> Result<BTreeSet<String>, QueryError> {
+    let mut out = Vec::new();
+    let question = "SELECT c FROM pg_catalog.pg_listening_channels() c";
+    for sql in [BEGIN, PROTECT, question, "COMMIT"] {
+        Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
+    }
+    frontend::sync(&mut out);
+    let rows = exchange(connection, &out).await?.into_iter().nth(2).unwrap_or_default().rows;
+    Ok(rows.into_iter().filter_map(|row| row.into_iter().next().flatten()).collect())
+}
+
+fn without(aside: &[u8], mark: &str) -> Vec<u8> {
+    messages(aside).filter(|message| !is_mark(message, mark)).flatten().copied().collect()
 }
 
 /// Messages before the first mark, all if there is none; and what is behind it.

@@ -9,8 +9,6 @@ mod listening;
 mod reading;
 mod restoring;
 
-use std::time::Duration;
-
 use model::barrier::Reason;
 use model::session::capture::STATEMENT_NAME;
 use pg::connection::{Answer, Connection, QueryError};
@@ -26,9 +24,6 @@ pub(crate) use reading::{capture, hear_out};
 pub(crate) use restoring::{Model, Prepared, ensure, prepare, rehearse};
 
 use crate::session::Session;
-
-/// The longest wait for one answer of a server during a move.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 fn failed(error: impl std::error::Error) -> Reason {
     Reason::Failed { error: model::chain(&error) }
@@ -59,7 +54,7 @@ async fn open_failed(connection: &mut Connection) -> Result<(), QueryError> {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     frontend::sync(&mut out);
-    match exchange(connection, &out).await {
+    match send_and_read(connection, &out).await {
         Err(QueryError::Server { .. }) => (),
         Err(error) => return Err(error),
         Ok(_) => return Err(QueryError::Unexpected(b'Z')),
@@ -95,12 +90,13 @@ fn socket_of(session: &mut Session) -> std::io::Result<Connection> {
     let mut connection = Connection::new(stream, received, None);
     connection.pid = session.backend_pid;
     connection.params = (*session.params).clone();
+    connection.answer_timeout = session.app.moves.answer_timeout;
     Ok(connection)
 }
 
 /// Ends the server connection, because what it would send next is an answer to us. The engine then tells the
 /// client that its server is gone, which is true: better than somebody else's answers.
-fn cut(session: &mut Session) {
+pub(crate) fn cut(session: &mut Session) {
     let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Both);
     session.server.carry.clear();
 }
@@ -136,13 +132,40 @@ async fn give_back(
     Ok(())
 }
 
-/// Sends what is in `out` and reads the answers up to the last ReadyForQuery of `syncs`.
+/// Sends statements of ours and reads their answers. One that is refused leaves nothing behind: no open transaction,
+/// and no statement of ours.
 async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>, QueryError> {
+    match send_and_read(connection, out).await {
+        Ok(answers) => Ok(answers),
+        Err(error) => {
+            if let QueryError::Server { .. } | QueryError::NotText = error {
+                roll_back(connection).await?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Sends what is in `out` and reads the answers up to ReadyForQuery.
+async fn send_and_read(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>, QueryError> {
+    let wait_max = connection.answer_timeout;
     let ask = async {
         connection.send(out).await?;
         connection.answers().await
     };
-    timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))
+    timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max)))
+}
+
+/// After a refused statement our transaction is failed; the client's session must not see it. The statement's name
+/// may be left behind by an error between its Parse and its Close.
+async fn roll_back(connection: &mut Connection) -> Result<(), QueryError> {
+    let mut out = Vec::new();
+    frontend::close(&mut out, frontend::Target::Statement(STATEMENT_NAME.as_bytes()));
+    if connection.status != TxStatus::Idle {
+        Connection::add_statement(&mut out, STATEMENT_NAME, "ROLLBACK", &[]);
+    }
+    frontend::sync(&mut out);
+    send_and_read(connection, &out).await.map(drop)
 }
 
 /// Whole messages of a server, one after the other.

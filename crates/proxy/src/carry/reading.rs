@@ -16,7 +16,8 @@ use wire::frontend;
 use wire::sqlstate::SqlState;
 
 use super::restoring::Model;
-use super::{ANSWER_MAX, borrow, exchange, failed, give_back};
+use super::{borrow, exchange, failed, give_back, roll_back};
+use crate::config::MoveLimits;
 use crate::session::{Identity, Session};
 
 /// A late cancel request may hit a capture; it is tried again this often.
@@ -29,7 +30,7 @@ pub(super) struct Kind<'a> {
     pub(super) setval: bool,
     /// Nobody else tells what its backend holds.
     pub(super) alone: bool,
-    pub(super) temporary_max: u64,
+    pub(super) limits: MoveLimits,
     /// The configuration of the server that the session comes from.
     pub(super) reference: &'a Facts,
 }
@@ -46,7 +47,7 @@ impl<'a> Kind<'a> {
             custom: session.hints.custom.clone(),
             setval: session.hints.setval,
             alone,
-            temporary_max: session.app.temporary_max,
+            limits: session.app.moves,
             reference: facts,
         }
     }
@@ -72,7 +73,7 @@ impl<'a> Kind<'a> {
             facts,
             reference: self.reference,
             alone: self.alone,
-            temporary_max: self.temporary_max,
+            temporary_max: self.limits.temporary_max,
             in_recovery: connection.params.get("in_hot_standby").is_some_and(|value| value == "on"),
         }
     }
@@ -83,7 +84,7 @@ impl<'a> Kind<'a> {
             custom: model.custom.clone(),
             setval: false,
             alone: false,
-            temporary_max: model.temporary_max,
+            limits: model.limits,
             reference: model.here,
         }
     }
@@ -160,6 +161,7 @@ async fn end_doubt(connection: &mut Connection) -> Result<(), QueryError> {
     let mut out = Vec::new();
     frontend::close(&mut out, frontend::Target::Statement(STATEMENT_NAME.as_bytes()));
     frontend::sync(&mut out);
+    let wait_max = connection.answer_timeout;
     let ask = async {
         connection.send(&out).await?;
         loop {
@@ -171,7 +173,7 @@ async fn end_doubt(connection: &mut Connection) -> Result<(), QueryError> {
             }
         }
     };
-    timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)))
+    timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max)))
 }
 
 /// Asks the fenced server once more: how often each advisory lock is held, and, by asking anything at all, for
@@ -200,11 +202,12 @@ async fn capture_on(
         Connection::add_statement(&mut out, STATEMENT_NAME, question, &params);
     }
     frontend::sync(&mut out);
+    let wait_max = connection.answer_timeout;
     let ask = async {
         connection.send(&out).await?;
         connection.answers_of(|answer, row| capture::matters(subject, answer, row)).await
     };
-    let answers = timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)));
+    let answers = timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max)));
     let answers = match answers {
         Ok(answers) => answers,
         Err(error) => {
@@ -248,13 +251,8 @@ pub(super) async fn ask_aside(
         Connection::add_described(&mut out, STATEMENT_NAME, sql);
     }
     frontend::sync(&mut out);
-    match exchange(connection, &out).await {
-        Ok(answers) => Ok(answers.into_iter().skip(before.len()).take(statements.len()).collect()),
-        Err(error) => {
-            roll_back(connection).await?;
-            Err(error)
-        }
-    }
+    let answers = exchange(connection, &out).await?;
+    Ok(answers.into_iter().skip(before.len()).take(statements.len()).collect())
 }
 
 /// Reads what the session has in its temporary schema.
@@ -325,20 +323,4 @@ async fn ask_counts(
     }
     snapshot.locks = counted;
     Ok(())
-}
-
-/// After a refused statement our transaction is failed; the client's session must not see it.
-async fn roll_back(connection: &mut Connection) -> Result<(), QueryError> {
-    if connection.status == wire::backend::TxStatus::Idle {
-        // The statement's name may be left behind by an error between its Parse and its Close.
-        let mut out = Vec::new();
-        frontend::close(&mut out, frontend::Target::Statement(STATEMENT_NAME.as_bytes()));
-        frontend::sync(&mut out);
-        return exchange(connection, &out).await.map(drop);
-    }
-    let mut out = Vec::new();
-    frontend::close(&mut out, frontend::Target::Statement(STATEMENT_NAME.as_bytes()));
-    Connection::add_statement(&mut out, STATEMENT_NAME, "ROLLBACK", &[]);
-    frontend::sync(&mut out);
-    exchange(connection, &out).await.map(drop)
 }

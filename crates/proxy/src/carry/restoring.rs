@@ -1,6 +1,6 @@
 //! Making a fresh server session equal to a snapshot, and proving it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use model::barrier::Reason;
 use model::session::capture::{BEGIN, BEGIN_WRITE, PROTECT, STATEMENT_NAME};
@@ -14,9 +14,10 @@ use tokio::time::timeout;
 use wire::frontend;
 
 use super::belongings::{Belongings, Carried, open_cursors, read_rows, same_cursors};
+use super::failed;
 use super::reading::Kind;
-use super::{ANSWER_MAX, failed};
 use crate::app::Cell;
+use crate::config::MoveLimits;
 use crate::session::{Identity, Session};
 
 /// A session attached beforehand to another cell.
@@ -37,7 +38,7 @@ pub(crate) struct Prepared {
 pub(crate) struct Model<'a> {
     pub(crate) identity: &'a Identity,
     pub(crate) custom: &'a BTreeSet<String>,
-    pub(crate) temporary_max: u64,
+    pub(crate) limits: MoveLimits,
     /// Of the server that the session stands on, and of the one where the copy shall stand.
     pub(crate) here: &'a Facts,
     pub(crate) there: &'a Facts,
@@ -61,6 +62,7 @@ async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Con
         credential: model.identity.credential.clone(),
     };
     let mut connection = cell.target.login(&login).await.map_err(failed)?;
+    connection.answer_timeout = model.limits.answer_timeout;
     restore(&mut connection, model, &snapshot.beforehand()).await?;
     Ok(connection)
 }
@@ -80,7 +82,8 @@ pub(crate) async fn rehearse(
     }
     let here = Model { there: model.here, ..*model };
     let mut connection = copy(&here, &carried.snapshot, cell).await?;
-    let belongings = Belongings { rows: BTreeMap::new(), ..carried.belongings.clone() };
+    let mut belongings = carried.belongings.clone();
+    belongings.rows.clear();
     let without_rows = Carried { snapshot: carried.snapshot.clone(), belongings };
     make(&mut connection, &here, &without_rows).await?;
     prepared.rehearsed = Some(carried.snapshot.clone());
@@ -95,7 +98,7 @@ pub(super) async fn make(
     carried: &Carried,
 ) -> Result<(), Reason> {
     let Carried { snapshot, belongings } = carried;
-    let Belongings { rows, analyzed, cursors } = belongings;
+    let Belongings { rows, analyzed, cursors, .. } = belongings;
     if !snapshot.temporary.is_empty() {
         let formats = Step::Run {
             what: "formats".into(),
@@ -213,6 +216,7 @@ pub(super) async fn run_steps(
         }
     }
     ours(end, &[], &mut out);
+    let wait_max = connection.answer_timeout;
     let ask = async {
         connection.send(&out).await?;
         let mut results = Vec::new();
@@ -221,7 +225,7 @@ pub(super) async fn run_steps(
         }
         Ok::<_, QueryError>(results)
     };
-    let results = timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX)));
+    let results = timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max)));
     let mut results = results.map_err(failed)?.into_iter();
     for _ in 0..2 {
         if let Some(Err(error)) = results.next() {
@@ -266,6 +270,7 @@ pub(super) async fn parse_unnamed(
     frontend::sync(&mut out);
     Connection::add_statement(&mut out, STATEMENT_NAME, "COMMIT", &[]);
     frontend::sync(&mut out);
+    let wait_max = connection.answer_timeout;
     let ask = async {
         connection.send(&out).await?;
         connection.answers().await?;
@@ -273,7 +278,7 @@ pub(super) async fn parse_unnamed(
         connection.answers().await?;
         parsed
     };
-    match timeout(ANSWER_MAX, ask).await.unwrap_or(Err(QueryError::Timeout(ANSWER_MAX))) {
+    match timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max))) {
         Ok(_) => {
             stands.clone_from(&session.unnamed);
             Ok(())

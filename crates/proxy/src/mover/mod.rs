@@ -596,7 +596,7 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     let model = Model {
         identity: &identity,
         custom: &custom,
-        temporary_max: app.temporary_max,
+        limits: app.moves,
         here: &here,
         there: &there,
     };
@@ -624,7 +624,7 @@ async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<Leg, 
     let model = Model {
         identity: &held.session.identity,
         custom: &held.session.hints.custom,
-        temporary_max: app.temporary_max,
+        limits: app.moves,
         here: &here,
         there: &there,
     };

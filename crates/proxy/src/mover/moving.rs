@@ -145,7 +145,7 @@ async fn swap_one(session: &mut Session, app: &App, cell: Arc<Cell>) -> Result<(
     let model = Model {
         identity: &identity,
         custom: &custom,
-        temporary_max: app.temporary_max,
+        limits: app.moves,
         here: &here,
         there: &there,
     };
@@ -161,8 +161,14 @@ async fn swap_one(session: &mut Session, app: &App, cell: Arc<Cell>) -> Result<(
             return Err(one(reason));
         }
     };
-    let failed = |error: std::io::Error| one(Reason::Failed { error: error.to_string() });
-    let mut old = session.swap(attached, cell).map_err(failed)?;
+    let mut old = match session.swap(attached, cell) {
+        Ok(old) => old,
+        Err(error) => {
+            // What it listened to has been handed over already.
+            carry::cut(session);
+            return Err(one(Reason::ServerLost { error: error.to_string() }));
+        }
+    };
     terminate(&mut old);
     Ok(())
 }

@@ -84,8 +84,8 @@ async fn copy_of(
 ) -> Result<Prepared, Reason> {
     let (here, there) =
         (app.facts(from, &identity.database)?, app.facts(cell, &identity.database)?);
-    let temporary_max = app.temporary_max;
-    let model = Model { identity, custom, temporary_max, here: &here, there: &there };
+    let limits = app.moves;
+    let model = Model { identity, custom, limits, here: &here, there: &there };
     let mut prepared = carry::prepare(&model, &snapshot, cell).await?;
     if from.name != cell.name {
         let carried = Carried { snapshot, ..Carried::default() };

@@ -97,7 +97,7 @@ const SETTINGS: &[(&str, &[&str])] = &[
     ("client_encoding", &["LATIN1", "UTF8", "DEFAULT"]),
     ("default_text_search_config", &["'pg_catalog.german'", "DEFAULT"]),
     ("geqo_effort", &["3", "7", "DEFAULT"]),
-    ("app.user", &["'7'", "'it''s'", "''", "DEFAULT"]),
+    ("app.uid", &["'7'", "'it''s'", "''", "DEFAULT"]),
     ("app.tenant", &["8", "'x y'"]),
     ("app.role", &["'mine'", "DEFAULT"]),
     ("app.database", &["'mine'", "DEFAULT"]),
@@ -108,7 +108,7 @@ const QUERIES: &[&str] = &[
     "SELECT n, x FROM public.t WHERE n < 3 ORDER BY n",
     "SELECT n FROM t ORDER BY n LIMIT 2",
     "SELECT '01/02/2024'::date, '1 day 2 hours'::interval, 1.0::float8/3, '\\xff00'::bytea",
-    "SELECT current_setting('app.user', true), current_setting('app.inner', true), current_setting('app.role', true)",
+    "SELECT current_setting('app.uid', true), current_setting('app.inner', true), current_setting('app.role', true)",
     "SELECT current_user, session_user, current_schemas(false)",
     "SELECT now() IS NOT NULL, timestamptz '2024-01-01 00:00:00+00'",
     "SELECT NULL = NULL, 'a\\b'",
@@ -123,14 +123,14 @@ const QUERIES: &[&str] = &[
 
 const STATEMENTS: &[&str] = &[
     "RESET ALL",
-    "RESET app.user",
+    "RESET app.uid",
     "RESET search_path",
     "SET ROLE reader",
     "SET ROLE NONE",
     "RESET ROLE",
     "SET SESSION AUTHORIZATION reader",
     "RESET SESSION AUTHORIZATION",
-    "SELECT set_config('app.user', 'by function', false)",
+    "SELECT set_config('app.uid', 'by function', false)",
     "SELECT set_config('work_mem', '7MB', false)",
     "SELECT set_config('app.local', 'x', true)",
     "SELECT set_app('inner')",
@@ -165,10 +165,10 @@ const STATEMENTS: &[&str] = &[
     "DEALLOCATE p2",
     "DEALLOCATE ALL",
     "SELECT 1; SELECT 1/0; SET app.tenant = 'never'",
-    "BEGIN; SET LOCAL app.user = 'local'; SET app.tenant = 'kept'; COMMIT",
-    "BEGIN; SET work_mem = '9MB'; SET app.user = 'gone'; ROLLBACK",
+    "BEGIN; SET LOCAL app.uid = 'local'; SET app.tenant = 'kept'; COMMIT",
+    "BEGIN; SET work_mem = '9MB'; SET app.uid = 'gone'; ROLLBACK",
     "BEGIN; SELECT nextval('s1'); PREPARE p1 AS SELECT 'rolled back'; ROLLBACK",
-    "BEGIN; SAVEPOINT a; SET app.user = 'inside'; ROLLBACK TO a; SET app.user = 'after'; COMMIT",
+    "BEGIN; SAVEPOINT a; SET app.uid = 'inside'; ROLLBACK TO a; SET app.uid = 'after'; COMMIT",
     "SELECT pg_advisory_lock(7)",
     "SELECT pg_advisory_unlock_all()",
     "COMMENT ON TABLE counted IS 'changed'",
@@ -315,7 +315,7 @@ pub(super) fn session(random: &mut Random) -> Vec<Step> {
 pub(super) fn final_looks() -> Vec<Step> {
     let settings = "SELECT string_agg(name || '=' || setting, ' ' ORDER BY name) FROM pg_settings \
         WHERE context IN ('user', 'superuser') AND name NOT LIKE 'transaction%'";
-    let custom = "SELECT current_setting('app.user', true), current_setting('app.tenant', true), \
+    let custom = "SELECT current_setting('app.uid', true), current_setting('app.tenant', true), \
         current_setting('app.inner', true), current_setting('app.local', true), current_setting('app.role', true), \
         current_setting('app.database', true), current_setting('app.computed', true)";
     let temporary = "SELECT relname, relkind, pg_get_userbyid(relowner), relacl::text, \
