@@ -16,6 +16,7 @@ cargo xtask check          format, lints and documentation only
 cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause
 cargo xtask regress        PostgreSQL's own regression suite, direct and through the proxy
 cargo xtask majors [MAJOR] the tests of moves and pins on PostgreSQL 16, 17 and 18, which it fetches
+cargo xtask battery        each kind of session state by each way to move on 15 to 18, into docs/battery.md
 cargo xtask setup          only install what is missing";
 
 pub(crate) type Done = Result<(), String>;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         Some("check") => check(),
         Some("bench") => bench::run(rest),
         Some("majors") => majors::run(rest),
+        Some("battery") => majors::battery(),
         Some("regress") => regress::run(),
         Some("setup") => setup::servers().and_then(|()| setup::drivers()),
         _ => {

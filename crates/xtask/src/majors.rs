@@ -83,11 +83,13 @@ fn link(dir: &Path) -> Done {
     Ok(())
 }
 
-pub(crate) fn run(args: &[String]) -> Done {
+fn set_up() -> Done {
     setup::servers()?;
-    if !Path::new("/usr/bin/curl").exists() {
-        setup::install(vec!["curl"])?;
-    }
+    if Path::new("/usr/bin/curl").exists() { Ok(()) } else { setup::install(vec!["curl"]) }
+}
+
+pub(crate) fn run(args: &[String]) -> Done {
+    set_up()?;
     let wanted = |build: &&Build| args.is_empty() || args.iter().any(|arg| arg == build.major);
     let mut failed = Vec::new();
     for build in BUILDS.iter().filter(wanted) {
@@ -102,4 +104,61 @@ pub(crate) fn run(args: &[String]) -> Done {
         }
     }
     if failed.is_empty() { Ok(()) } else { Err(format!("failed on {}", failed.join(", "))) }
+}
+
+const BATTERY: &str = "\
+# What becomes of each kind of session state
+Written by `cargo xtask battery`, which sets each kind up, moves its session and looks at it again. *Alone*: `holdfast move` to a fresh
+connection of the same server while others go on; the figure is how long its client was held, the median of five, in a debug build. *Switched
+over*: with all others, to the other server. *Same*: what the session shows is what it showed before, and a second capture found no difference.
+
+";
+
+/// Runs the battery on every major, and writes its table.
+pub(crate) fn battery() -> Done {
+    set_up()?;
+    let mut lines = Vec::new();
+    let mut bin_dirs = vec![None];
+    for build in &BUILDS {
+        bin_dirs.push(Some(build.bin_dir()?));
+    }
+    for bin_dir in bin_dirs {
+        let path = scratch().join("battery");
+        let name = "battery::the_battery";
+        let mut test = cargo(&["test", "--package", "app", "--test", "e2e", "--"]);
+        test.args(["--ignored", "--exact", name]).env("HOLDFAST_BATTERY", &path);
+        if let Some(bin_dir) = bin_dir {
+            test.env("HOLDFAST_TEST_BINDIR", bin_dir);
+        }
+        run_program(&mut test)?;
+        let text =
+            std::fs::read_to_string(&path).map_err(|e| format!("`{}`: {e}", path.display()))?;
+        lines.extend(text.lines().map(str::to_owned));
+    }
+    let mut text = BATTERY.to_owned();
+    let of = |wanted: &str| -> Vec<Vec<&str>> {
+        let rows = lines.iter().map(|line| line.splitn(5, '\t').collect::<Vec<_>>());
+        rows.filter(|row| row.first() == Some(&wanted)).collect()
+    };
+    text.push_str("## Carried\n| kind | 15 alone | 16 alone | 17 alone | 18 alone | switched over, 15 to 18 |\n| --- | --- | --- | --- | --- | --- |\n");
+    let carried = of("carried");
+    for row in carried.iter().filter(|row| row.get(2) == Some(&"15")) {
+        let same: Vec<&Vec<&str>> =
+            carried.iter().filter(|other| other.get(1) == row.get(1)).collect();
+        let alone: Vec<&str> = same.iter().filter_map(|row| row.get(3).copied()).collect();
+        let switched: Vec<&str> = same.iter().filter_map(|row| row.get(4).copied()).collect();
+        let name = row.get(1).copied().unwrap_or_default();
+        text.push_str(&format!("| {name} | {} | {} |\n", alone.join(" | "), switched.join(", ")));
+    }
+    text.push_str("\n## Pinned\nThe session stays where it is and as it is, and this is why. On all majors.\n\n| set up by | reason |\n| --- | --- |\n");
+    for row in of("pinned").iter().filter(|row| row.get(2) == Some(&"15")) {
+        let (sql, reason) = (row.get(1).copied(), row.get(3).copied());
+        text.push_str(&format!(
+            "| `{}` | {} |\n",
+            sql.unwrap_or_default().replace('|', "\\|"),
+            reason.unwrap_or_default().replace('|', "\\|")
+        ));
+    }
+    let path = crate::root().join("docs/battery.md");
+    std::fs::write(&path, text).map_err(|error| format!("`{}`: {error}", path.display()))
 }

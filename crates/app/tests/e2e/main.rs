@@ -4,6 +4,7 @@
 
 mod support;
 
+mod battery;
 mod crash;
 mod drivers;
 mod faults;
