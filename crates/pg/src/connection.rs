@@ -166,7 +166,8 @@ impl Connection {
         }
     }
 
-    /// Waits until the next message is here as a whole; gives its tag, and its length with its header.
+    /// Waits until the next message is here as a whole; gives its tag, and its length with its header. One that is too
+    /// long is passed over, and is an error.
     async fn arrived(&mut self) -> Result<(u8, usize), QueryError> {
         loop {
             let rest = self.buffer.get(self.at..).unwrap_or_default();
@@ -176,14 +177,31 @@ impl Connection {
                 return Ok((tag, len));
             }
             if rest.len() > MESSAGE_LEN_MAX {
+                let header = Side::Backend.header(rest).map_err(QueryError::Frame)?;
+                let body_len = header.map_or(0, |header| header.body_len);
+                let len = HEADER_LEN + usize::try_from(body_len).unwrap_or(usize::MAX - HEADER_LEN);
+                let mut left = len.saturating_sub(rest.len());
+                self.buffer.clear();
+                self.at = 0;
+                while left > 0 {
+                    self.read_more().await?;
+                    let passed = left.min(self.buffer.len());
+                    self.buffer.drain(..passed);
+                    left -= passed;
+                }
                 return Err(QueryError::TooLong);
             }
             self.buffer.drain(..self.at);
             self.at = 0;
-            if self.stream.read(&mut self.buffer).await.map_err(QueryError::Io)? == 0 {
-                return Err(QueryError::Io(io::ErrorKind::UnexpectedEof.into()));
-            }
+            self.read_more().await?;
         }
+    }
+
+    async fn read_more(&mut self) -> Result<(), QueryError> {
+        if self.stream.read(&mut self.buffer).await.map_err(QueryError::Io)? == 0 {
+            return Err(QueryError::Io(io::ErrorKind::UnexpectedEof.into()));
+        }
+        Ok(())
     }
 
     fn note(&mut self, message: &Message) -> Result<(), QueryError> {
@@ -281,7 +299,13 @@ impl Connection {
     ) -> Result<Vec<Answer>, QueryError> {
         let (mut answers, mut current, mut error) = (Vec::new(), Answer::default(), None);
         loop {
-            let (tag, len) = self.arrived().await?;
+            let (tag, len) = match self.arrived().await {
+                Err(QueryError::TooLong) => {
+                    error = error.or(Some(QueryError::TooLong));
+                    continue;
+                }
+                other => other?,
+            };
             if tag == b'D' {
                 // Rows are most of what comes, so they are looked at where they lie.
                 let body = self.buffer.get(self.at + HEADER_LEN..self.at + len).unwrap_or_default();
@@ -329,9 +353,10 @@ impl Connection {
                 }
                 Backend::CopyData(data) => {
                     if current.copied.len() + data.len() > COPIED_LEN_MAX {
-                        return Err(QueryError::TooLong);
+                        error = error.or(Some(QueryError::TooLong));
+                    } else {
+                        current.copied.extend_from_slice(data);
                     }
-                    current.copied.extend_from_slice(data);
                 }
                 Backend::CopyIn(_) if is_fed => (),
                 Backend::CopyIn(_) | Backend::CopyBoth(_) => {

@@ -474,6 +474,7 @@ async fn attach(
         unnamed_too_long: false,
         has_prepared: false,
         restyled: false,
+        unnamed_restyled: false,
         long: None,
         client_pid,
         client_secret: secret.into(),
@@ -492,6 +493,7 @@ async fn attach(
         connected_at: shared.clock.seconds(),
         active_at: shared.clock.seconds(),
         moves: 0,
+        stilled: Vec::new(),
         held_since: None,
         place,
     };

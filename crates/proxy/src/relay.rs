@@ -115,6 +115,7 @@ impl Session {
                     self.hints.on_statement(text);
                 }
                 if note == Note::KeepUnnamed {
+                    self.unnamed_restyled = false;
                     self.unnamed.clear();
                     self.unnamed_too_long = body_len > UNNAMED_LEN_MAX;
                     if !self.unnamed_too_long {
@@ -242,8 +243,9 @@ impl Session {
                 b"DateStyle" | b"TimeZone" | b"IntervalStyle" | b"standard_conforming_strings"
             );
             let before = params.insert(text(name), text(value));
-            self.restyled |=
-                style && self.has_prepared && before.is_none_or(|b| b.as_bytes() != value);
+            let restyles = style && before.is_none_or(|b| b.as_bytes() != value);
+            self.restyled |= restyles && self.has_prepared;
+            self.unnamed_restyled |= restyles;
             self.params = self.app.share(params);
         }
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use model::barrier::{Blocker, NamedSession, Reason};
 use model::session::inspect::Hints;
+use model::session::replay::Step;
 use model::session::{Pin, Protocol};
 use pg::stream::Parts;
 use tls::Record;
@@ -100,6 +101,8 @@ pub struct Session {
     pub has_prepared: bool,
     /// Since it has, a setting has changed by which the server reads literals when it prepares a statement.
     pub restyled: bool,
+    /// The same since the unnamed statement was prepared.
+    pub unnamed_restyled: bool,
     /// A long statement is passing.
     pub long: Option<Box<LongText>>,
     /// What the client knows: the pid of its first backend, and a secret of ours.
@@ -129,6 +132,8 @@ pub struct Session {
     pub active_at: u32,
     /// How often it was attached to another server.
     pub moves: u32,
+    /// What gives it its `idle_session_timeout` again, which it must not meet while it is held.
+    pub stilled: Vec<Step>,
     /// When it was handed out, while it is held.
     pub held_since: Option<std::time::Instant>,
     /// Its place among the clients, and its cancel key.

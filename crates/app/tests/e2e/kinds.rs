@@ -206,8 +206,46 @@ pub(crate) const KINDS: &[(&str, &[&str], &str)] = &[
     ),
     (
         "statement prepared on a temporary table",
-        &["CREATE TEMP TABLE t AS SELECT 42 AS n", "PREPARE over AS SELECT n FROM t"],
+        &["CREATE TEMP TABLE under AS SELECT 42 AS n", "PREPARE over AS SELECT n FROM under"],
         "EXECUTE over",
+    ),
+    (
+        "temporary tables side by side",
+        &[
+            "CREATE TEMP TABLE left_one (id serial PRIMARY KEY, u int UNIQUE WITH (fillfactor = 50))",
+            "CREATE TEMP TABLE right_one (id serial PRIMARY KEY)",
+            "CLUSTER left_one USING left_one_pkey",
+            "COMMENT ON INDEX left_one_pkey IS 'mine'",
+            "CREATE TEMP VIEW named (a, b) AS SELECT 1, 'x'::text",
+            "SET array_nulls = off",
+            "INSERT INTO right_one DEFAULT VALUES",
+        ],
+        "SELECT named.a || named.b || right_one.id || (SELECT string_agg(concat_ws(' ', relname, reloptions, \
+         obj_description(oid, 'pg_class')), ',' ORDER BY relname) FROM pg_class \
+         WHERE relnamespace = pg_my_temp_schema() AND relkind = 'i') FROM named, right_one",
+    ),
+    (
+        "generated column that looks at a setting",
+        &[
+            "SET bytea_output = escape",
+            "SET extra_float_digits = 0",
+            "CREATE TEMP TABLE made (b bytea, f float8, g text GENERATED ALWAYS AS (b::text || f::text) STORED)",
+            "INSERT INTO made (b, f) VALUES ('\\x01', 0.1::float8 + 0.2)",
+            "CREATE INDEX ON made ((b::text))",
+            "SET enable_seqscan = off",
+        ],
+        "SELECT g FROM made WHERE b::text = '\\001'",
+    ),
+    (
+        "cursor of odd values",
+        &[
+            "SET array_nulls = off",
+            "CREATE TYPE pg_temp.odd AS (a int, b text)",
+            "DECLARE odd NO SCROLL CURSOR WITH HOLD FOR SELECT NULL AS n, '0'::regclass, 'x'::\"char\", ROW(1, 'NULL')::pg_temp.odd, \
+             'NULL'::text, ARRAY['a', NULL], 'a b'::varchar(5), 1.50::numeric(10,2) FROM generate_series(1, 2)",
+            "FETCH odd",
+        ],
+        "SELECT count(*) FROM pg_cursors WHERE name = 'odd'",
     ),
     (
         "cursor that scrolls",

@@ -48,6 +48,12 @@ pub(crate) const PINNED: &[(&str, &str, &str)] = &[
         "is in the temporary schema",
         "SELECT to_tsvector('pg_temp.mine', 'cats')",
     ),
+    (
+        "PREPARE p AS SELECT count(*) FROM counted; CREATE TEMP TABLE counted (n int)",
+        "names `counted`, which is temporary and permanent",
+        "EXECUTE p",
+    ),
+    ("PREPARE p AS SELECT $$now$$::timestamptz", "the time at which it was prepared", "EXECUTE p"),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
     ("LOAD 'plpgsql'", "LOAD", "SELECT 1"),
     (
@@ -116,6 +122,38 @@ async fn a_pinned_session_is_told_by_force_and_the_others_move() {
     let told = last_words(&mut pinned).await;
     assert_eq!(told.0, Some(SqlState::ADMIN_SHUTDOWN));
     assert!(told.1.contains("collation pg_temp.mine is in the temporary schema"), "{}", told.1);
+}
+
+/// Both a held session and its copy wait longer than they may be idle, whether the switch comes about or not.
+#[tokio::test]
+async fn a_session_outlives_its_idle_timeout_while_it_is_held() {
+    let installation = Installation::start("idle-timeout");
+    let mut busy = installation.connect().await;
+    run(&mut busy, "CREATE ROLE hasty LOGIN; ALTER ROLE hasty SET idle_session_timeout = '1500ms'")
+        .await;
+    let mut session = installation.connect().await;
+    run(&mut session, "SET idle_session_timeout = '1600ms'").await;
+    let mut of_role = connect(installation.facts.port, "hasty", None).await.unwrap();
+    for deadline in ["4s", "20s"] {
+        run(&mut busy, "BEGIN; SELECT 1").await;
+        let args = ["switchover", "shop", "--to", "b", "--deadline", deadline];
+        let switch = installation.holdfast_in_background(&args);
+        if deadline == "20s" {
+            tokio::time::sleep(std::time::Duration::from_millis(4500)).await;
+            run(&mut busy, "COMMIT").await;
+        }
+        let output = switch.await.unwrap();
+        assert_eq!(output.status.success(), deadline == "20s", "{}", shown(&output));
+        assert_eq!(value(&mut session, "SHOW idle_session_timeout").await, "1600ms", "{deadline}");
+        assert_eq!(value(&mut of_role, "SHOW idle_session_timeout").await, "1500ms", "{deadline}");
+        run(&mut of_role, "RESET idle_session_timeout").await;
+        assert_eq!(value(&mut of_role, "SHOW idle_session_timeout").await, "1500ms", "{deadline}");
+        if deadline == "4s" {
+            run(&mut busy, "COMMIT").await;
+            run(&mut session, "SELECT 1").await;
+            run(&mut of_role, "SELECT 1").await;
+        }
+    }
 }
 
 #[tokio::test]

@@ -60,6 +60,45 @@ async fn a_session_stays_where_it_cannot_move_alone() {
     assert_eq!(value(&mut session, "SELECT pg_backend_pid()").await, pid);
 }
 
+/// To restore a value takes a lock on the sequence. Somebody has used it and not committed: nobody is kept waiting.
+#[tokio::test]
+async fn a_sequence_in_use_keeps_a_session_where_it_is_and_nobody_waiting() {
+    let installation = Installation::start("sequence-in-use");
+    let mut session = installation.connect().await;
+    run(&mut session, "CREATE TABLE counted (n serial); INSERT INTO counted DEFAULT VALUES").await;
+    let mut other = installation.direct("a").await;
+    run(&mut other, "BEGIN; INSERT INTO counted DEFAULT VALUES").await;
+    let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(shown(&output).contains("lock timeout"), "{}", shown(&output));
+    let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+    assert_eq!(value(&mut other, waiting).await, "0");
+    assert_eq!(value(&mut session, "SELECT lastval()").await, "1");
+    run(&mut other, "COMMIT").await;
+    let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(value(&mut session, "SELECT lastval()").await, "1");
+}
+
+/// What is too large to be read keeps a session where it is, and as it is.
+#[tokio::test]
+async fn a_value_that_is_too_large_keeps_a_session_where_it_is() {
+    let installation = Installation::start("too-large");
+    for (sql, look) in [
+        ("CREATE TEMP TABLE t AS SELECT repeat('x', 70000000) AS a", "SELECT length(a) FROM t"),
+        (
+            "DECLARE c SCROLL CURSOR WITH HOLD FOR SELECT length(repeat('x', 70000000)), repeat('x', 70000000)",
+            "MOVE c; SELECT 1",
+        ),
+    ] {
+        let mut session = installation.connect().await;
+        run(&mut session, sql).await;
+        let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+        assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+        run(&mut session, look).await;
+    }
+}
+
 /// Nothing is left of a transaction that has failed but that it has; one with a savepoint can still go on.
 #[tokio::test]
 async fn a_failed_transaction_is_failed_wherever_its_session_stands() {

@@ -243,6 +243,8 @@ pub struct Captured {
     pub unasked_sequences: bool,
     /// The values of sequences by their OIDs: others may give them new names while the session is held.
     pub sequences: BTreeMap<u32, SequenceValue>,
+    /// Names of temporary relations that permanent ones have as well.
+    pub shadowing: BTreeSet<String>,
     /// Bytes of memory that its settings take, if it may know.
     pub setting_bytes: Option<i64>,
     /// What its backend holds, if it was asked alone.
@@ -495,21 +497,38 @@ fn repeatable(name: &str, prepared: &mut Prepared) -> Result<(), &'static str> {
         };
         prepared.text = String::from_utf8_lossy(own).into_owned();
     }
-    // Read once, when the statement is prepared (manual, "Special Values" of dates), also next to a time.
-    let of_now = |token: sql::Token<'_>| {
-        sql::literal_of(&token).is_some_and(|text| {
-            let text = text.to_ascii_lowercase();
-            let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
-            let of_time =
-                |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
-            text.split_whitespace().any(of_now)
-                && text.split_whitespace().all(|word| of_now(word) || of_time(word))
-        })
-    };
-    if prepared.text.contains('\'') && sql::Tokens::new(prepared.text.as_bytes()).any(of_now) {
-        return Err("holds the time at which it was prepared");
+    match holds_its_time(prepared.text.as_bytes()) {
+        true => Err("holds the time at which it was prepared"),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether a statement holds a literal that is read once, when it is prepared (manual, "Special Values" of dates),
+/// also next to a time. Every kind of literal is looked at.
+pub fn holds_its_time(sql: &[u8]) -> bool {
+    let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
+    let of_time = |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
+    sql::Tokens::new(sql).filter(|token| token.kind == sql::Kind::Text).any(|token| {
+        let text = String::from_utf8_lossy(token.text).to_ascii_lowercase();
+        let inner = match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
+            Some((tag, body)) => body.get(..body.len().saturating_sub(tag.len() + 2)),
+            None => text.split_once('\'').map(|(_, rest)| rest.trim_end_matches('\'')),
+        };
+        let inner = inner.unwrap_or_default();
+        inner.split_whitespace().any(of_now)
+            && inner.split_whitespace().all(|word| of_now(word) || of_time(word))
+    })
+}
+
+/// A name in a statement that is in `names`.
+pub fn names_one_of(sql: &[u8], names: &BTreeSet<String>) -> Option<String> {
+    let named = sql::Tokens::new(sql).filter_map(|token| sql::name_of(&token));
+    named.into_iter().find(|name| names.contains(name))
+}
+
+/// Whether the meaning of a statement may hang on how literals are read.
+pub fn has_literals(sql: &[u8]) -> bool {
+    sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
 }
 
 pub(super) fn optional(row: &Row, at: usize) -> Option<&str> {

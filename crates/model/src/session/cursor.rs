@@ -13,6 +13,20 @@ pub struct Cursor {
 pub struct Column {
     pub name: String,
     pub sql_type: String,
+    pub shape: Shape,
+}
+
+/// How values of a type are given to the server as text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// As elements of an array of the type: each is read by the type's own input function.
+    Element,
+    /// The same, but such an array would be unnested into the fields of its elements.
+    Row,
+    /// An array has no array of its own, so it is cast from text.
+    Array,
+    /// There is no way.
+    None,
 }
 
 /// A cursor's rows as text, and where it stands.
@@ -25,22 +39,22 @@ pub struct Contents {
     pub position: u64,
 }
 
-/// Types whose text is not what a cast from text reads.
-const NOT_BY_CAST: [&str; 2] = ["record", "\"char\""];
+/// A type whose text has no input function.
+const RECORD: &str = "record";
+
+/// Bytes of a row's values, about.
+pub fn size_of(row: &[Option<String>]) -> u64 {
+    let len = row.iter().flatten().map(String::len).sum::<usize>() + 24 * row.len();
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
 
 impl Contents {
-    /// Bytes of all values, about.
-    pub fn size(&self) -> u64 {
-        let of_row = |row: &Vec<Option<String>>| {
-            row.iter().flatten().map(String::len).sum::<usize>() + 24 * row.len()
-        };
-        u64::try_from(self.rows.iter().map(of_row).sum::<usize>()).unwrap_or(u64::MAX)
-    }
-
     /// The first column's type that cannot be declared again.
     pub fn refused(&self) -> Option<&str> {
-        let types = self.columns.iter().map(|column| column.sql_type.as_str());
-        types.into_iter().find(|name| NOT_BY_CAST.contains(&name.trim_end_matches("[]")))
+        let refused = |column: &&Column| {
+            column.shape == Shape::None || column.sql_type.trim_end_matches("[]") == RECORD
+        };
+        self.columns.iter().find(refused).map(|column| column.sql_type.as_str())
     }
 
     /// The statements that make the cursor again, with their parameters: one array of text a column. The values are
@@ -49,18 +63,34 @@ impl Contents {
         let name = sql::quote_name(name);
         let scroll = if cursor.is_scrollable { "SCROLL" } else { "NO SCROLL" };
         let column = |(at, column): (usize, &Column)| {
-            format!("c{at}::{} AS {}", column.sql_type, sql::quote_name(&column.name))
+            let (name, sql_type) = (sql::quote_name(&column.name), &column.sql_type);
+            match column.shape {
+                Shape::Row => format!("(${}::{sql_type}[])[i] AS {name}", at + 1),
+                // Only the type's modifier is left to a cast from the type to itself.
+                _ => format!("c{at}::{sql_type} AS {name}"),
+            }
         };
         let columns: Vec<String> = self.columns.iter().enumerate().map(column).collect();
-        let (from, params) = if columns.is_empty() {
-            (format!("generate_series(1, {})", self.rows.len()), Vec::new())
-        } else {
-            let names: Vec<String> = (0..columns.len()).map(|at| format!("c{at}")).collect();
-            let arrays: Vec<String> =
-                (1..=columns.len()).map(|at| format!("${at}::text[]")).collect();
-            let from = format!("unnest({}) u ({})", arrays.join(", "), names.join(", "));
-            (from, (0..columns.len()).map(|at| self.array(at)).collect())
+        let array = |(at, column): (usize, &Column)| {
+            let number = at + 1;
+            match column.shape {
+                Shape::Row => None,
+                Shape::Element => Some(format!("${number}::{}[]", column.sql_type)),
+                Shape::Array | Shape::None => Some(format!("${number}::text[]")),
+            }
         };
+        let arrays: Vec<String> = self.columns.iter().enumerate().filter_map(array).collect();
+        let unnested =
+            |(at, column): (usize, &Column)| (column.shape != Shape::Row).then(|| format!("c{at}"));
+        let mut names: Vec<String> = self.columns.iter().enumerate().filter_map(unnested).collect();
+        names.push("i".into());
+        let numbers = format!("generate_series(1, {})", self.rows.len());
+        let rows = match arrays.is_empty() {
+            true => numbers,
+            false => format!("ROWS FROM (unnest({}), {numbers})", arrays.join(", ")),
+        };
+        let from = format!("{rows} u ({})", names.join(", "));
+        let params = (0..columns.len()).map(|at| self.array(at)).collect();
         let select = format!("SELECT {} FROM {from}", columns.join(", "));
         let declare = format!("DECLARE {name} {scroll} CURSOR WITH HOLD FOR {select}");
         let mut statements = vec![(declare, params)];
@@ -85,7 +115,7 @@ mod tests {
     use super::*;
 
     fn column(name: &str, sql_type: &str) -> Column {
-        Column { name: name.into(), sql_type: sql_type.into() }
+        Column { name: name.into(), sql_type: sql_type.into(), shape: Shape::Element }
     }
 
     #[test]
@@ -103,7 +133,7 @@ mod tests {
         assert_eq!(
             sql,
             "DECLARE \"c 1\" SCROLL CURSOR WITH HOLD FOR SELECT c0::integer AS \"n\", \
-             c1::character varying(5) AS \"odd \"\" name\" FROM unnest($1::text[], $2::text[]) u (c0, c1)"
+             c1::character varying(5) AS \"odd \"\" name\" FROM ROWS FROM (unnest($1::integer[], $2::character varying(5)[]), generate_series(1, 2)) u (c0, c1, i)"
         );
         assert_eq!(params, &["{\"1\",NULL}", "{\"a\\\"\\\\b\",\"\"}"]);
         assert_eq!(statements[1].0, "MOVE ABSOLUTE 2 FROM \"c 1\"");
@@ -114,7 +144,8 @@ mod tests {
         let contents =
             Contents { columns: vec![], rows: vec![vec![], vec![], vec![]], position: 0 };
         let statements = contents.declare("c", Cursor { is_scrollable: false });
-        let sql = "DECLARE \"c\" NO SCROLL CURSOR WITH HOLD FOR SELECT  FROM generate_series(1, 3)";
+        let sql =
+            "DECLARE \"c\" NO SCROLL CURSOR WITH HOLD FOR SELECT  FROM generate_series(1, 3) u (i)";
         assert_eq!(statements, [(sql.to_owned(), vec![])]);
     }
 
@@ -122,7 +153,9 @@ mod tests {
     fn types_that_no_cast_reads_are_named() {
         let with = |name| Contents { columns: vec![column("x", name)], ..Contents::default() };
         assert_eq!(with("record[]").refused(), Some("record[]"));
-        assert_eq!(with("\"char\"").refused(), Some("\"char\""));
+        let mut without = with("anyarray");
+        without.columns[0].shape = Shape::None;
+        assert_eq!(without.refused(), Some("anyarray"));
         assert_eq!(with("integer").refused(), None);
     }
 }

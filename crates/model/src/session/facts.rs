@@ -104,7 +104,7 @@ pub const QUESTIONS: [&str; 3] = [
      SELECT 'custom', m[1], NULL, NULL FROM f, \
      regexp_matches(body, $$\\mset_config\\s*\\(\\s*'([^'.]+\\.[^']+)'$$, 'gi') m UNION \
      SELECT 'custom', coalesce(m[1], m[2]), NULL, NULL FROM f, regexp_matches(body, \
-     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_]\\w*(?:\\.\\w+)+)\\s*(?:=|to\\M)|\\mreset\\s+([a-z_]\\w*(?:\\.\\w+)+)$$, \
+     $$\\mset\\s+(?:local\\s+|session\\s+)?([a-z_\"]\\w*[\\w.\"]*\\.[\\w.\"]+)\\s*(?:=|to\\M)|\\mreset\\s+([a-z_\"]\\w*[\\w.\"]*\\.[\\w.\"]+)$$, \
      'gi') m UNION \
      SELECT 'custom', split_part(c, '=', 1), NULL, NULL FROM pg_db_role_setting, unnest(setconfig) c \
      WHERE c ~ '^[^=]*[.]' UNION \
@@ -201,7 +201,7 @@ impl Facts {
 
     fn read_fact(&mut self, row: &Row) -> Result<(), Unreadable> {
         match text(row, 0)? {
-            "custom" => drop(self.custom.insert(text(row, 1)?.to_owned())),
+            "custom" => drop(self.custom.insert(text(row, 1)?.replace('"', ""))),
             "computes" => {
                 self.pins.push(Pin::CustomSettings { statement: text(row, 1)?.to_owned() });
             }

@@ -128,7 +128,7 @@ impl Hints {
     /// Looks at the text of a statement.
     #[inline]
     pub fn on_statement(&mut self, sql: &[u8]) {
-        if begins_with_set(sql) || (FINDER.is_match(sql) | has_several(sql)) {
+        if begins_with_set(sql) || (FINDER.is_match(sql) | has_several(sql) | quotes_set(sql)) {
             self.look_closely(sql, Place { statement: sql, extent: Extent::Whole, depth: 0 });
         }
     }
@@ -318,6 +318,32 @@ fn has_several(sql: &[u8]) -> bool {
     sql.iter().any(|b| matches!(b, b';' | b'$')) && contains_set(sql)
 }
 
+/// A literal begins with SET or RESET, after blanks: code, for a function that runs it.
+#[inline]
+fn quotes_set(sql: &[u8]) -> bool {
+    let mut rest = sql;
+    while let Some(at) = rest.iter().position(|b| *b == b'\'') {
+        rest = rest.get(at + 1..).unwrap_or_default();
+        let mut code = rest;
+        while let [b' ' | b'\t' | b'\n' | b'\r', after @ ..]
+        | [b'\\', b'n' | b't' | b'r', after @ ..] = code
+        {
+            code = after;
+        }
+        let code = match code {
+            [b'r' | b'R', b'e' | b'E', after @ ..] => after,
+            _ => code,
+        };
+        if let [b's' | b'S', b'e' | b'E', b't' | b'T', next, ..] = code
+            && !next.is_ascii_alphanumeric()
+            && *next != b'_'
+        {
+            return true;
+        }
+    }
+    false
+}
+
 fn contains_set(sql: &[u8]) -> bool {
     sql.windows(4).any(|w| {
         w[..3].eq_ignore_ascii_case(b"set") && !w[3].is_ascii_alphanumeric() && w[3] != b'_'
@@ -374,6 +400,8 @@ mod tests {
         );
         learns("do 'begin set app.x = 1; end'", &["app.x"]);
         learns("select run_sql('set dyn.x = 1')", &["dyn.x"]);
+        learns("select run_sql('  set dyn.x = 1')", &["dyn.x"]);
+        learns("select 'setup', 'sets of plates'", &[]);
         learns("Reset app.x", &["app.x"]);
         learns("do $$ begin reset app.x; end $$", &["app.x"]);
     }
@@ -414,6 +442,7 @@ mod tests {
     #[test]
     fn computed_names_pin() {
         pins("select set_config($1, $2, false)", "custom_settings");
+        pins("select run_sql(E'\\nset dyn.x = 1')", "custom_settings");
         pins("select set_config('app.' || name, '1', false) from t", "custom_settings");
         pins("select 'a\\', set_config(x, y, false)", "custom_settings");
     }

@@ -51,7 +51,7 @@ pub fn steps(from: &Snapshot, to: &Snapshot, phase: Phase, reference: &Facts) ->
 /// rolled back: what a session remembers of its sequences is not part of it, while the restarted sequence is
 /// (`sequence.c`). One sequence a transaction, so that sessions cannot lock each other out in a circle.
 /// `setval` leaves `lastval` alone, so the sequence that was used last comes last, by `nextval`.
-pub fn sequence_steps(to: &Snapshot) -> Vec<[Step; 2]> {
+pub fn sequence_steps(to: &Snapshot) -> Vec<[Step; 3]> {
     let last =
         to.last_value.and_then(|last| to.sequences.iter().find(|(_, value)| **value == last));
     let last_name = last.map(|(name, _)| name);
@@ -60,10 +60,17 @@ pub fn sequence_steps(to: &Snapshot) -> Vec<[Step; 2]> {
         sql,
         params: Vec::new(),
     };
+    // Whoever uses the sequence next waits behind this.
+    let soon = Step::Run {
+        what: "a timeout".into(),
+        sql: "SELECT pg_catalog.set_config('lock_timeout', '200ms', true)".into(),
+        params: Vec::new(),
+    };
     let others = to.sequences.iter().filter(|(name, _)| Some(*name) != last_name);
     let by_setval = others.map(|(name, value)| {
         let literal = sql::quote_literal(name);
         [
+            soon.clone(),
             run(name, format!("ALTER SEQUENCE {name} RESTART")),
             run(name, format!("SELECT pg_catalog.setval({literal}, {value})")),
         ]
@@ -71,12 +78,37 @@ pub fn sequence_steps(to: &Snapshot) -> Vec<[Step; 2]> {
     let by_nextval = last.map(|(name, value)| {
         let literal = sql::quote_literal(name);
         [
+            soon.clone(),
             run(name, format!("ALTER SEQUENCE {name} RESTART {value}")),
             run(name, format!("SELECT pg_catalog.nextval({literal})")),
         ]
     });
     by_setval.chain(by_nextval).collect()
 }
+
+/// A copy waits for its session, longer than it may be idle.
+pub const STAY: &str = "SELECT pg_catalog.set_config('idle_session_timeout', '0', false)";
+
+/// Ends [`STAY`]: the session has the timeout that its login gave it, or its own.
+pub fn idle_timeout_steps(to: &Snapshot, reference: &Facts) -> Vec<Step> {
+    let Some(wanted) = idle_timeout(to, reference) else { return Vec::new() };
+    let run = |sql: &str, params| Step::Run {
+        what: format!("setting {IDLE_TIMEOUT}"),
+        sql: sql.into(),
+        params,
+    };
+    let own = "SELECT pg_catalog.set_config('idle_session_timeout', $1, false) \
+        WHERE pg_catalog.current_setting('idle_session_timeout') OPERATOR(pg_catalog.<>) $1";
+    vec![run("RESET idle_session_timeout", Vec::new()), run(own, vec![wanted.clone()])]
+}
+
+/// The `idle_session_timeout` of a session, as SHOW gives it; `0` for none.
+pub fn idle_timeout<'a>(of: &'a Snapshot, reference: &'a Facts) -> Option<&'a String> {
+    let configured = || reference.configured.get(IDLE_TIMEOUT).map(|one| &one.value);
+    of.settings.get(IDLE_TIMEOUT).or_else(configured)
+}
+
+const IDLE_TIMEOUT: &str = "idle_session_timeout";
 
 fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
     let mut steps = Vec::new();
@@ -307,8 +339,10 @@ mod tests {
         assert_eq!(
             shown,
             [
+                "SELECT pg_catalog.set_config('lock_timeout', '200ms', true)",
                 "ALTER SEQUENCE public.b RESTART",
                 "SELECT pg_catalog.setval('public.b', 9)",
+                "SELECT pg_catalog.set_config('lock_timeout', '200ms', true)",
                 "ALTER SEQUENCE public.a RESTART 5",
                 "SELECT pg_catalog.nextval('public.a')",
             ]

@@ -105,7 +105,11 @@ impl Snapshot {
         let prepared = &self.prepared;
         // What is prepared may be about temporary objects.
         let wait = !self.temporary.is_empty();
+        let mut settings = self.settings.clone();
+        // A copy may be idle for as long as it takes.
+        settings.remove("idle_session_timeout");
         Snapshot {
+            settings,
             prepared: if wait { BTreeMap::new() } else { prepared.clone() },
             cursors: BTreeMap::new(),
             temporary: Temporary::default(),

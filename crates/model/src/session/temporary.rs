@@ -20,15 +20,29 @@ pub const PROBE: &str = include_str!("temporary_probe.sql");
 pub const EMPTY_FILES: &str = "SELECT format('pg_temp.%I', relname) FROM pg_class \
     WHERE relnamespace = pg_my_temp_schema() AND relkind = 'r' AND pg_relation_size(oid) = 0";
 
-/// Settings under which rows are written as text that reads back as the same values, in either direction. Compiling
-/// the questions would take longer than they do.
+/// Temporary relations that have the name of a permanent one: a statement that names it means one or the other, by when
+/// it was prepared.
+pub const SHADOWING: &str = "SELECT relname::text FROM pg_class t WHERE relnamespace = pg_my_temp_schema() \
+    AND relkind IN ('r', 'v') AND EXISTS (SELECT FROM pg_class p WHERE p.relname = t.relname \
+    AND p.relkind IN ('r', 'v', 'm', 'f', 'p') AND p.relpersistence <> 't')";
+
+/// Settings under which rows are written as text that reads back as the same values. Compiling the questions would
+/// take longer than they do.
 pub const FORMATS: &str = "SELECT pg_catalog.set_config(n, v, true) FROM (VALUES \
     ('DateStyle', 'ISO'), ('IntervalStyle', 'postgres'), ('extra_float_digits', '3'), ('bytea_output', 'hex'), \
-    ('lc_monetary', 'C'), ('xmloption', 'content'), ('search_path', 'pg_catalog, pg_temp'), ('jit', 'off'), \
+    ('lc_monetary', 'C'), ('xmloption', 'content'), ('array_nulls', 'on'), ('search_path', 'pg_catalog, pg_temp'), ('jit', 'off'), \
     ('standard_conforming_strings', 'on'), ('quote_all_identifiers', 'off'), ('check_function_bodies', 'off'), ('temp_tablespaces', ''), ('client_min_messages', 'error')) x (n, v)";
 
 /// Longest text of a statement that a difference shows.
 const SHOWN_LEN_MAX: usize = 120;
+
+/// The same where they are read. What only writing looks at is left as the session has it: generated columns and
+/// indexes are computed under it.
+pub const READ_FORMATS: &str = "SELECT pg_catalog.set_config(n, v, true) FROM (VALUES \
+    ('DateStyle', 'ISO'), ('IntervalStyle', 'postgres'), ('lc_monetary', 'C'), ('xmloption', 'content'), \
+    ('array_nulls', 'on'), ('search_path', 'pg_catalog, pg_temp'), ('jit', 'off'), \
+    ('standard_conforming_strings', 'on'), ('quote_all_identifiers', 'off'), ('check_function_bodies', 'off'), \
+    ('temp_tablespaces', ''), ('client_min_messages', 'error')) x (n, v)";
 
 const PRESERVE: &str = " ON COMMIT PRESERVE ROWS";
 const DELETE: &str = " ON COMMIT DELETE ROWS";
@@ -147,6 +161,12 @@ impl Temporary {
             let other = there.sequences.get(name).map(shown);
             differs(format!("temporary sequence {name}"), Some(shown(position)), other);
         }
+    }
+
+    /// Whether a table has generated columns that are stored, or may have.
+    pub fn generates(&self, table: &str) -> bool {
+        let begins = format!("CREATE TEMP TABLE {table} (");
+        self.first.iter().any(|one| one.sql.starts_with(&begins) && one.sql.contains(" STORED"))
     }
 
     /// The question where the sequences stand; none if there are none.

@@ -53,7 +53,8 @@ commented AS MATERIALIZED (
         WHEN classoid = 'pg_proc'::regclass THEN
             (SELECT format('%s %s', CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END, q) FROM f WHERE f.oid = objoid)
         WHEN classoid = 'pg_constraint'::regclass THEN
-            (SELECT format('CONSTRAINT %I ON %s', conname, q) FROM pg_constraint k JOIN c ON c.oid = conrelid WHERE k.oid = objoid)
+            coalesce((SELECT format('CONSTRAINT %I ON %s', conname, q) FROM pg_constraint k JOIN c ON c.oid = conrelid WHERE k.oid = objoid),
+                (SELECT format('CONSTRAINT %I ON DOMAIN %s', conname, q) FROM pg_constraint k JOIN t ON t.oid = contypid WHERE k.oid = objoid))
         WHEN classoid = 'pg_trigger'::regclass THEN
             (SELECT format('TRIGGER %I ON %s', tgname, q) FROM pg_trigger g JOIN c ON c.oid = tgrelid WHERE g.oid = objoid)
         END AS object,
@@ -61,7 +62,9 @@ commented AS MATERIALIZED (
         WHEN classoid = 'pg_class'::regclass THEN (SELECT owner FROM c WHERE c.oid = objoid)
         WHEN classoid = 'pg_type'::regclass THEN (SELECT owner FROM t WHERE t.oid = objoid)
         WHEN classoid = 'pg_proc'::regclass THEN (SELECT owner FROM f WHERE f.oid = objoid)
-        WHEN classoid = 'pg_constraint'::regclass THEN (SELECT owner FROM pg_constraint k JOIN c ON c.oid = conrelid WHERE k.oid = objoid)
+        WHEN classoid = 'pg_constraint'::regclass THEN coalesce(
+            (SELECT owner FROM pg_constraint k JOIN c ON c.oid = conrelid WHERE k.oid = objoid),
+            (SELECT owner FROM pg_constraint k JOIN t ON t.oid = contypid WHERE k.oid = objoid))
         WHEN classoid = 'pg_trigger'::regclass THEN (SELECT owner FROM pg_trigger g JOIN c ON c.oid = tgrelid WHERE g.oid = objoid)
         WHEN classoid = 'pg_rewrite'::regclass THEN (SELECT owner FROM pg_rewrite g JOIN c ON c.oid = ev_class WHERE g.oid = objoid)
         WHEN classoid = 'pg_statistic_ext'::regclass THEN
@@ -128,8 +131,9 @@ row AS (
     SELECT 1, def_oid, 0, owner, format('ALTER TABLE %s ALTER COLUMN %I SET DEFAULT %s', q, attname, def)
         FROM a WHERE def IS NOT NULL AND attgenerated = '' UNION ALL
     SELECT DISTINCT 1, oid, 0, owner, format('CREATE TEMP SEQUENCE %s AS %s %s', q, type, options) FROM seq WHERE deptype IS DISTINCT FROM 'i' UNION ALL
-    SELECT 1, c.oid, 0, owner, format('CREATE TEMP VIEW %s%s AS %s', q, ' WITH (' || array_to_string(reloptions, ', ') || ')',
-        pg_get_viewdef(c.oid)) FROM c WHERE relkind = 'v' UNION ALL
+    SELECT 1, c.oid, 0, owner, format('CREATE TEMP VIEW %s (%s)%s AS %s', q,
+        (SELECT string_agg(quote_ident(attname), ', ' ORDER BY attnum) FROM a WHERE attrelid = c.oid),
+        ' WITH (' || array_to_string(reloptions, ', ') || ')', pg_get_viewdef(c.oid)) FROM c WHERE relkind = 'v' UNION ALL
     SELECT 1, t.oid, 0, owner, format('CREATE TYPE %s AS ENUM (%s)', q,
         (SELECT string_agg(quote_literal(enumlabel), ', ' ORDER BY enumsortorder) FROM pg_enum WHERE enumtypid = t.oid))
         FROM t WHERE typtype = 'e' UNION ALL
@@ -153,7 +157,10 @@ row AS (
         FROM pg_constraint k JOIN c ON c.oid = conrelid WHERE contype IN ('c', 'u', 'p', 'f', 'x') AND relkind = 'r' UNION ALL
     SELECT 4, indexrelid, 0, c.owner, pg_get_indexdef(indexrelid) FROM pg_index JOIN c ON c.oid = indrelid
         WHERE NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND contype IN ('u', 'p', 'x')) UNION ALL
-    SELECT 4, indexrelid, 1, c.owner, format('ALTER TABLE %s CLUSTER ON %I', c.q, i.relname) FROM pg_index
+    SELECT 5, 0, 0, c.owner, format('ALTER INDEX %s SET (%s)', i.q, array_to_string(i.reloptions, ', ')) FROM c i
+        JOIN pg_index ON indexrelid = i.oid JOIN c ON c.oid = indrelid WHERE i.reloptions IS NOT NULL
+        AND EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND contype IN ('u', 'p', 'x')) UNION ALL
+    SELECT 5, 0, 1, c.owner, format('ALTER TABLE %s CLUSTER ON %I', c.q, i.relname) FROM pg_index
         JOIN c ON c.oid = indrelid JOIN c i ON i.oid = indexrelid WHERE indisclustered UNION ALL
     SELECT 4, g.oid, 0, owner, pg_get_triggerdef(g.oid) FROM pg_trigger g JOIN c ON c.oid = tgrelid WHERE NOT tgisinternal UNION ALL
     SELECT 4, g.oid, 1, owner, format('ALTER TABLE %s %s TRIGGER %I', q, CASE tgenabled WHEN 'D' THEN 'DISABLE'

@@ -97,7 +97,8 @@ async fn finish(
     if !snapshot.sequences.is_empty() {
         restore_sequences(connection, snapshot, model).await?;
     }
-    Ok(())
+    let steps = replay::idle_timeout_steps(snapshot, model.here);
+    run_steps(connection, BEGIN, &steps, "COMMIT").await
 }
 
 /// Gives `currval` and `lastval` their values, and asks for them again.
@@ -156,7 +157,8 @@ impl Session {
         self.cell = cell;
         self.moves += 1;
         // Every statement was prepared anew, under the settings of now.
-        self.restyled = false;
+        (self.restyled, self.unnamed_restyled) = (false, false);
+        self.stilled = Vec::new();
         self.client.push(&aside);
         self.tell_params(&params);
         Ok(old)

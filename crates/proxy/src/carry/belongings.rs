@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use model::barrier::Reason;
 use model::session::capture::{self, BEGIN, BEGIN_READ, Captured, STATEMENT_NAME, Subject};
-use model::session::cursor::{Column, Contents};
+use model::session::cursor::{self, Column, Contents, Cursor, Shape};
 use model::session::temporary::{self, Temporary};
 use model::session::{Facts, Pin, Snapshot};
 use model::sql;
@@ -55,6 +55,8 @@ impl Drop for Reserved {
 pub(crate) struct Belongings {
     /// By the table's quoted name, as COPY writes them.
     pub(super) rows: BTreeMap<String, Arc<Vec<u8>>>,
+    /// The same with generated columns, which are not carried but computed again, for tables that have some.
+    pub(super) whole: BTreeMap<String, Arc<Vec<u8>>>,
     pub(super) cursors: BTreeMap<String, Contents>,
     /// Tables of which the planner has statistics.
     pub(super) analyzed: BTreeSet<String>,
@@ -70,6 +72,10 @@ pub(crate) struct Carried {
 }
 
 impl Belongings {
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.values().all(|rows| rows.is_empty()) && self.cursors.is_empty()
+    }
+
     /// They came in a way that has changed the session that they came from.
     fn are_taken(&self, snapshot: &Snapshot) -> bool {
         self.cursors
@@ -97,7 +103,7 @@ pub(crate) async fn take(
     let mut result = read_rows(&mut connection, &subject, &snapshot.temporary).await;
     let mut pin = None;
     if let Ok(rows) = &mut result {
-        taken.rows = std::mem::take(rows);
+        [taken.rows, taken.whole] = std::mem::take(rows);
         let size = taken.rows.values().map(|rows| rows.len()).sum::<usize>();
         match Reserved::take(&session.app, u64::try_from(size).unwrap_or(u64::MAX)) {
             Ok(reserved) => taken.reserved.push(Arc::new(reserved)),
@@ -107,10 +113,14 @@ pub(crate) async fn take(
             match describe_cursor(&mut connection, &subject, name).await {
                 Ok(columns) => {
                     let contents = Contents { columns, ..Contents::default() };
-                    if let Some(refused) = contents.refused() {
-                        let why = format!("has a column of type `{refused}`");
-                        pin = Some(Pin::HoldCursor { name: name.clone(), why });
-                    }
+                    let why = match contents.refused() {
+                        Some(refused) => Some(format!("has a column of type `{refused}`")),
+                        None if !snapshot.cursors[name].is_scrollable => {
+                            try_out(&mut connection, &subject, &contents).await
+                        }
+                        None => None,
+                    };
+                    pin = pin.or(why.map(|why| Pin::HoldCursor { name: name.clone(), why }));
                 }
                 Err(error) => result = Err(error),
             }
@@ -124,7 +134,8 @@ pub(crate) async fn take(
             let scrolls = snapshot.cursors[name].is_scrollable;
             match read_cursor(&mut connection, &subject, name, scrolls).await {
                 Ok(contents) => {
-                    let (size, max) = (contents.size(), subject.temporary_max);
+                    let size = contents.rows.iter().map(|row| cursor::size_of(row)).sum::<u64>();
+                    let max = subject.temporary_max;
                     if size > max {
                         pin = Some(Pin::TooLarge { what: format!("cursor `{name}`"), size, max });
                     } else {
@@ -170,8 +181,11 @@ pub(crate) async fn put_back(session: &mut Session, carried: &Carried) {
                 statements.extend(contents.declare(name, *cursor));
                 Some(statements)
             };
-            let statements = taken.cursors.iter().filter_map(only).flatten();
-            let result = open_cursors(&mut connection, &statements.collect::<Vec<_>>()).await;
+            let statements: Vec<_> = taken.cursors.iter().filter_map(only).flatten().collect();
+            let (identity, facts) = (session.identity.clone(), Facts::default());
+            let kind = Kind::of(session, &identity, &facts, false);
+            let subject = kind.subject(&connection, &facts);
+            let result = open_cursors(&mut connection, &subject, &statements).await;
             let given = give_back(session, connection, result.is_ok()).await;
             result.map_err(|error| error.to_string()).and(given.map_err(|error| error.to_string()))
         }
@@ -182,24 +196,35 @@ pub(crate) async fn put_back(session: &mut Session, carried: &Carried) {
     }
 }
 
-/// The rows of every temporary table.
+/// The rows of every temporary table; and those of some with their generated columns.
 pub(super) async fn read_rows(
     connection: &mut Connection,
     subject: &Subject<'_>,
     temporary: &Temporary,
-) -> Result<BTreeMap<String, Arc<Vec<u8>>>, QueryError> {
+) -> Result<[BTreeMap<String, Arc<Vec<u8>>>; 2], QueryError> {
     let mut statements = Vec::new();
     for table in &temporary.tables {
-        let owner = sql::quote_literal(&table.owner);
+        let (owner, name) = (sql::quote_literal(&table.owner), &table.name);
         statements.push(format!("SELECT pg_catalog.set_config('role', {owner}, true)"));
-        statements.push(format!("COPY {} TO STDOUT", table.name));
+        statements.push(format!("COPY {name} TO STDOUT"));
+        let whole = if temporary.generates(name) { "" } else { " LIMIT 0" };
+        statements.push(format!("COPY (SELECT * FROM {name}{whole}) TO STDOUT"));
     }
     if statements.is_empty() {
-        return Ok(BTreeMap::new());
+        return Ok(Default::default());
     }
     let answers = ask_aside(connection, subject, BEGIN_READ, &statements).await?;
-    let copied = answers.into_iter().skip(1).step_by(2).map(|answer| Arc::new(answer.copied));
-    Ok(temporary.tables.iter().map(|table| table.name.clone()).zip(copied).collect())
+    let (mut rows, mut whole) = (BTreeMap::new(), BTreeMap::new());
+    let mut copied = answers.into_iter().map(|answer| Arc::new(answer.copied));
+    for table in &temporary.tables {
+        // The role, the rows, all of them.
+        let (_, plain, all) = (copied.next(), copied.next(), copied.next());
+        rows.extend(plain.map(|plain| (table.name.clone(), plain)));
+        if temporary.generates(&table.name) {
+            whole.extend(all.map(|all| (table.name.clone(), all)));
+        }
+    }
+    Ok([rows, whole])
 }
 
 /// The columns of a cursor. Its rows stay where they are.
@@ -209,6 +234,7 @@ async fn describe_cursor(
     name: &str,
 ) -> Result<Vec<Column>, QueryError> {
     let fetch = format!("FETCH FROM {}", sql::quote_name(name));
+    begin_aside(connection, subject).await?;
     let wait_max = connection.answer_timeout;
     let described = timeout(wait_max, connection.columns_of(STATEMENT_NAME, &fetch)).await;
     let described = match described.unwrap_or(Err(QueryError::Timeout(wait_max))) {
@@ -219,17 +245,27 @@ async fn describe_cursor(
         }
         Err(error) => return Err(error),
     };
-    let of_type =
-        |(_, oid, modifier): &(String, u32, i32)| format!("format_type({oid}, {modifier})");
-    let formats: Vec<String> = described.iter().map(of_type).collect();
-    let formats = format!("SELECT {}", formats.join(", "));
-    let answers = ask_aside(connection, subject, BEGIN_READ, &[formats]).await?;
-    let names = answers.into_iter().next().unwrap_or_default().rows.into_iter().next();
-    let column = |((name, ..), sql_type): ((String, u32, i32), Option<String>)| Column {
-        name,
-        sql_type: sql_type.unwrap_or_default(),
+    let of_type = |(_, oid, modifier): &(String, u32, i32)| {
+        format!(
+            "(SELECT format_type(oid, {modifier}) || CASE WHEN typcategory = 'A' THEN ' array' \
+             WHEN typtype = 'c' THEN ' row' WHEN typarray <> 0 THEN ' element' ELSE ' none' END FROM pg_type WHERE oid = {oid})"
+        )
     };
-    Ok(described.into_iter().zip(names.unwrap_or_default()).map(column).collect())
+    let types: Vec<String> = described.iter().map(of_type).collect();
+    let answer = run_and_commit(connection, &format!("SELECT {}", types.join(", "))).await?;
+    let types = answer.rows.into_iter().next().unwrap_or_default();
+    let column = |((name, ..), described): ((String, u32, i32), Option<String>)| {
+        let described = described.unwrap_or_default();
+        let (sql_type, shape) = described.rsplit_once(' ').unwrap_or((&described, ""));
+        let shape = match shape {
+            "element" => Shape::Element,
+            "array" => Shape::Array,
+            "row" => Shape::Row,
+            _ => Shape::None,
+        };
+        Column { name, sql_type: sql_type.to_owned(), shape }
+    };
+    Ok(described.into_iter().zip(types).map(column).collect())
 }
 
 /// Reads a cursor. One that scrolls stands afterwards where it stood, also after an error that leaves the connection
@@ -315,6 +351,7 @@ async fn fetch_all(
     scrolls: bool,
     contents: &mut Contents,
 ) -> Result<(), QueryError> {
+    let mut size = 0;
     loop {
         let fetch = format!("FETCH FORWARD {FETCHED_AT_ONCE} FROM {quoted}");
         let begun = begin_aside(connection, subject).await;
@@ -333,24 +370,50 @@ async fn fetch_all(
             return Err(QueryError::Unexpected(b'T'));
         }
         let is_last = answer.rows.len() < FETCHED_AT_ONCE;
+        size += answer.rows.iter().map(|row| cursor::size_of(row)).sum::<u64>();
         contents.rows.extend(answer.rows);
-        if is_last || (scrolls && contents.size() > subject.temporary_max) {
+        if is_last || (scrolls && size > subject.temporary_max) {
             return Ok(());
         }
     }
 }
 
-/// Opens cursors from their rows, in a transaction of their own.
+/// Whether a cursor that does not scroll could be put back, before anything is taken from it; else why not.
+async fn try_out(
+    connection: &mut Connection,
+    subject: &Subject<'_>,
+    contents: &Contents,
+) -> Option<String> {
+    if connection.params.get("server_encoding").is_some_and(|encoding| encoding == "SQL_ASCII") {
+        return Some("its text is in no known encoding".into());
+    }
+    let limits = "SELECT current_setting('temp_file_limit')".to_owned();
+    let limits = ask_aside(connection, subject, BEGIN_READ, &[limits]).await;
+    let limit = limits.ok().and_then(|answers| answers.first()?.rows.first()?.first()?.clone());
+    if limit.as_deref() != Some("-1") {
+        return Some("temp_file_limit might keep it from being opened again".into());
+    }
+    let name = "_holdfast trial 7f3a9c41";
+    let cursor = Cursor { is_scrollable: false };
+    let mut statements = contents.declare(name, cursor);
+    statements.push((format!("CLOSE {}", sql::quote_name(name)), Vec::new()));
+    let tried = open_cursors(connection, subject, &statements).await;
+    tried.err().map(|error| format!("cannot be opened again: {error}"))
+}
+
+/// Opens cursors from their rows, in a transaction of their own, as the login: the session's role may not see types.
 pub(super) async fn open_cursors(
     connection: &mut Connection,
+    subject: &Subject<'_>,
     statements: &[(String, Vec<String>)],
 ) -> Result<(), QueryError> {
     if statements.is_empty() {
         return Ok(());
     }
     let mut out = Vec::new();
-    Connection::add_statement(&mut out, STATEMENT_NAME, BEGIN, &[]);
-    for sql in [capture::PROTECT, temporary::FORMATS] {
+    let aside = capture::first_questions(subject).0;
+    let aside = aside.last().map_or("", |(question, _)| question);
+    for sql in [BEGIN, aside, temporary::FORMATS] {
         Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
     }
     for (sql, params) in statements {

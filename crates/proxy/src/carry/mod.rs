@@ -10,7 +10,9 @@ mod reading;
 mod restoring;
 
 use model::barrier::Reason;
-use model::session::capture::STATEMENT_NAME;
+use model::session::capture::{BEGIN, STATEMENT_NAME};
+use model::session::replay::{self, STAY, Step};
+use model::session::{Facts, Snapshot};
 use pg::connection::{Answer, Connection, QueryError};
 use pg::stream::{Parts, Stream};
 use tokio::time::timeout;
@@ -22,6 +24,8 @@ pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
 pub(crate) use reading::{capture, hear_out};
 pub(crate) use restoring::{Model, Prepared, ensure, prepare, rehearse};
+
+use restoring::run_steps;
 
 use crate::session::Session;
 
@@ -99,6 +103,9 @@ fn socket_of(session: &mut Session) -> std::io::Result<Connection> {
 pub(crate) fn cut(session: &mut Session) {
     let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Both);
     session.server.carry.clear();
+    // What has arrived already is not for the client either.
+    session.server_gone = true;
+    session.server.readable = false;
 }
 
 /// Gives the socket back, with the transaction that was open. `in_step` says that every question of ours was answered.
@@ -132,13 +139,44 @@ async fn give_back(
     Ok(())
 }
 
+/// A held session may be held for longer than its server lets it be idle. To be called right after it was read.
+pub(crate) async fn still(
+    session: &mut Session,
+    snapshot: &Snapshot,
+    facts: &Facts,
+) -> Result<(), Reason> {
+    if replay::idle_timeout(snapshot, facts).is_none_or(|timeout| timeout == "0") {
+        return Ok(());
+    }
+    let stay = Step::Run { what: "waiting".into(), sql: STAY.into(), params: Vec::new() };
+    run_on_own(session, &[stay]).await?;
+    session.stilled = replay::idle_timeout_steps(snapshot, facts);
+    Ok(())
+}
+
+/// Takes [`still`] back.
+pub(crate) async fn unstill(session: &mut Session) -> Result<(), Reason> {
+    let steps = std::mem::take(&mut session.stilled);
+    if steps.is_empty() {
+        return Ok(());
+    }
+    run_on_own(session, &steps).await
+}
+
+async fn run_on_own(session: &mut Session, steps: &[Step]) -> Result<(), Reason> {
+    let mut connection = borrow(session).await?;
+    let result = run_steps(&mut connection, BEGIN, steps, "COMMIT").await;
+    give_back(session, connection, result.is_ok()).await?;
+    result
+}
+
 /// Sends statements of ours and reads their answers. One that is refused leaves nothing behind: no open transaction,
 /// and no statement of ours.
 async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>, QueryError> {
     match send_and_read(connection, out).await {
         Ok(answers) => Ok(answers),
         Err(error) => {
-            if let QueryError::Server { .. } | QueryError::NotText = error {
+            if let QueryError::Server { .. } | QueryError::NotText | QueryError::TooLong = error {
                 roll_back(connection).await?;
             }
             Err(error)

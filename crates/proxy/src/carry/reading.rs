@@ -133,9 +133,19 @@ pub(crate) async fn capture(
     captured.pins.extend(session.known_pins());
     if session.restyled {
         let why = "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings";
-        let pins = captured.snapshot.prepared.iter().filter(|(_, p)| p.text.contains('\''));
+        let read = |text: &str| capture::has_literals(text.as_bytes());
+        let pins = captured.snapshot.prepared.iter().filter(|(_, p)| read(&p.text));
         let pins = pins.map(|(name, _)| Pin::Prepared { name: name.clone(), why: why.into() });
         let pins: Vec<Pin> = pins.collect();
+        captured.pins.extend(pins);
+    }
+    if !captured.shadowing.is_empty() {
+        let means_two = |(name, one): (&String, &model::session::snapshot::Prepared)| {
+            let found = capture::names_one_of(one.text.as_bytes(), &captured.shadowing)?;
+            let why = format!("names `{found}`, which is temporary and permanent");
+            Some(Pin::Prepared { name: name.clone(), why })
+        };
+        let pins: Vec<Pin> = captured.snapshot.prepared.iter().filter_map(means_two).collect();
         captured.pins.extend(pins);
     }
     match session.protocol.unnamed() {
@@ -145,14 +155,31 @@ pub(crate) async fn capture(
             size: u64::MAX,
             max: u64::try_from(crate::relay::UNNAMED_LEN_MAX).unwrap_or(0),
         }),
-        Unnamed::Last | Unnamed::Absent => (),
+        Unnamed::Last => {
+            let body = session.unnamed.get(wire::frame::HEADER_LEN..).unwrap_or_default();
+            let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
+            let why = if capture::holds_its_time(text) {
+                "holds the time at which it was prepared"
+            } else if capture::names_one_of(text, &captured.shadowing).is_some() {
+                "names what is temporary and permanent"
+            } else if session.unnamed_restyled && capture::has_literals(text) {
+                "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings"
+            } else {
+                return Ok(captured);
+            };
+            captured.pins.push(Pin::Prepared { name: "(unnamed)".into(), why: why.into() });
+        }
+        Unnamed::Absent => (),
     }
     Ok(captured)
 }
 
 /// Whether everything that was asked was answered, if only by an error.
 pub(super) fn is_in_step<T>(result: &Result<T, QueryError>) -> bool {
-    matches!(result, Ok(_) | Err(QueryError::Server { .. } | QueryError::NotText))
+    matches!(
+        result,
+        Ok(_) | Err(QueryError::Server { .. } | QueryError::NotText | QueryError::TooLong)
+    )
 }
 
 /// Finds out whether the server has still to answer a Sync: what comes before the answer to our own question is
@@ -286,10 +313,12 @@ async fn read_temporary(
         pins.extend(unclear.iter().map(|name| temporary::unclear(name)));
     }
     if can_be_carried {
-        let mut questions = vec![temporary::EMPTY_FILES.to_owned()];
+        let mut questions = vec![temporary::EMPTY_FILES.into(), temporary::SHADOWING.into()];
         questions.extend(found.sequences_question());
         let mut answers = ask_aside(connection, subject, BEGIN_READ, &questions).await?.into_iter();
-        let files = rows_of(answers.next());
+        let (files, shadowing) = (rows_of(answers.next()), rows_of(answers.next()));
+        let names: BTreeSet<String> = shadowing.into_iter().flatten().flatten().collect();
+        captured.shadowing = names;
         found.read_empty_files(&files, &unclear).map_err(unreadable)?;
         found.read_sequences(&rows_of(answers.next())).map_err(unreadable)?;
     }

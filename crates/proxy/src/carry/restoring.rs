@@ -63,12 +63,14 @@ async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Con
     };
     let mut connection = cell.target.login(&login).await.map_err(failed)?;
     connection.answer_timeout = model.limits.answer_timeout;
+    let stay = Step::Run { what: "waiting".into(), sql: replay::STAY.into(), params: Vec::new() };
+    run_steps(&mut connection, BEGIN, &[stay], "COMMIT").await?;
     restore(&mut connection, model, &snapshot.beforehand()).await?;
     Ok(connection)
 }
 
 /// Proves that temporary objects, and what is prepared on them, can be made again, on the session's own server: its
-/// standby can make none of them. Only the rows are left out.
+/// standby can make none of them. It is done with the rows that are there, as a constraint may refuse one by now.
 pub(crate) async fn rehearse(
     model: &Model<'_>,
     carried: &Carried,
@@ -76,16 +78,13 @@ pub(crate) async fn rehearse(
     prepared: &mut Prepared,
 ) -> Result<(), Reason> {
     if carried.snapshot.temporary.is_empty()
-        || prepared.rehearsed.as_ref() == Some(&carried.snapshot)
+        || (carried.belongings.is_empty() && prepared.rehearsed.as_ref() == Some(&carried.snapshot))
     {
         return Ok(());
     }
     let here = Model { there: model.here, ..*model };
     let mut connection = copy(&here, &carried.snapshot, cell).await?;
-    let mut belongings = carried.belongings.clone();
-    belongings.rows.clear();
-    let without_rows = Carried { snapshot: carried.snapshot.clone(), belongings };
-    make(&mut connection, &here, &without_rows).await?;
+    make(&mut connection, &here, carried).await?;
     prepared.rehearsed = Some(carried.snapshot.clone());
     Ok(())
 }
@@ -98,11 +97,11 @@ pub(super) async fn make(
     carried: &Carried,
 ) -> Result<(), Reason> {
     let Carried { snapshot, belongings } = carried;
-    let Belongings { rows, analyzed, cursors, .. } = belongings;
+    let Belongings { rows, whole, analyzed, cursors, .. } = belongings;
     if !snapshot.temporary.is_empty() {
         let formats = Step::Run {
             what: "formats".into(),
-            sql: temporary::FORMATS.into(),
+            sql: temporary::READ_FORMATS.into(),
             params: Vec::new(),
         };
         let mut steps = vec![as_login(model.identity), formats];
@@ -115,7 +114,9 @@ pub(super) async fn make(
         snapshot.cursors.get(name).map(|cursor| contents.declare(name, *cursor))
     });
     let opened: Vec<_> = opened.flatten().collect();
-    if let Err(error) = open_cursors(connection, &opened).await {
+    let kind = Kind::of_model(model);
+    let subject = kind.subject(connection, model.there);
+    if let Err(error) = open_cursors(connection, &subject, &opened).await {
         let names = cursors.keys().cloned().collect::<Vec<_>>().join(", ");
         let why = format!("cannot be opened again: {error}");
         return Err(Reason::Pinned(Pin::HoldCursor { name: names, why }));
@@ -123,7 +124,6 @@ pub(super) async fn make(
     if snapshot.temporary.is_empty() && cursors.is_empty() {
         return Ok(());
     }
-    let kind = Kind::of_model(model);
     let again = kind.capture(connection, model.there).await.map_err(failed)?.snapshot;
     let only = |from: &Snapshot| Snapshot {
         prepared: from.prepared.clone(),
@@ -136,10 +136,11 @@ pub(super) async fn make(
     if let Some(pin) = wanted.differences(&only(&again)).into_iter().next() {
         return Err(Reason::Pinned(pin));
     }
-    let subject = kind.subject(connection, model.there);
     if !rows.is_empty() {
         let found = read_rows(connection, &subject, &snapshot.temporary).await.map_err(failed)?;
-        if let Some((name, _)) = rows.iter().find(|(name, rows)| found.get(*name) != Some(*rows)) {
+        let plain = rows.iter().find(|(name, rows)| found[0].get(*name) != Some(*rows));
+        let whole = || whole.iter().find(|(name, rows)| found[1].get(*name) != Some(*rows));
+        if let Some((name, _)) = plain.or_else(whole) {
             let what = format!("the rows of {name} are not the same on the other server");
             return Err(Reason::Pinned(Pin::Temporary { what }));
         }
@@ -167,13 +168,13 @@ async fn restore(
     let kind = Kind::of_model(model);
     let kind = kind.of_copy(snapshot);
     let look = async |connection: &mut Connection| {
-        let captured = kind.capture(connection, model.there).await.map_err(failed)?;
-        Ok(captured.snapshot.without_settings_of_server(snapshot, model.there))
+        let captured = kind.capture(connection, model.there).await.map_err(failed)?.snapshot;
+        Ok(captured.beforehand().without_settings_of_server(snapshot, model.there))
     };
     let fresh = look(connection).await?;
     let steps = replay::steps(&fresh, snapshot, Phase::Standby, model.here);
     run_steps(connection, BEGIN, &steps, "COMMIT").await?;
-    let again = look(connection).await?.beforehand();
+    let again = look(connection).await?;
     match snapshot.differences(&again).into_iter().next() {
         None => Ok(()),
         Some(pin) => Err(Reason::Pinned(pin)),

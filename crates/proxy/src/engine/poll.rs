@@ -239,7 +239,7 @@ impl Engine {
             self.slots.len() - 1
         });
         session.client.readable = true;
-        session.server.readable = true;
+        session.server.readable = !session.server_gone;
         session.carry_waits = true;
         session.active_at = self.clock.seconds();
         let generation = self.generations.get(slot).copied().unwrap_or(0);

@@ -488,6 +488,10 @@ impl Mover {
                 // The switch was taken back.
                 carry::put_back(&mut session, carried).await;
             }
+            if let Err(reason) = carry::unstill(&mut session).await {
+                tracing::error!(session = session.id, %reason, "a setting could not be put back");
+                carry::cut(&mut session);
+            }
             self.shared.go_on(session, &mut holding.pauses);
         }
         report.done = count(holding.pauses.len());
@@ -562,10 +566,17 @@ async fn read_held(session: &mut Session, app: &App) -> Read {
         // Of a database of which nothing is known yet.
         return Read::Not;
     };
-    match carry::capture(session, &facts, false).await {
+    match read_and_still(session, &facts).await {
         Ok(captured) => Read::Captured(Box::new(captured), facts),
         Err(reason) => Read::Failed(reason),
     }
+}
+
+async fn read_and_still(session: &mut Session, facts: &Facts) -> Result<Captured, Reason> {
+    carry::unstill(session).await?;
+    let captured = carry::capture(session, facts, false).await?;
+    carry::still(session, &captured.snapshot, facts).await?;
+    Ok(captured)
 }
 
 /// Completes what was read of a held session, and sees to it that a copy of it stands on `cell`.
@@ -578,7 +589,7 @@ async fn capture_one(held: &mut Held, app: &App, cell: &Cell) -> Result<(), Vec<
     let mut captured = match std::mem::replace(&mut held.read, Read::Not) {
         Read::Captured(captured, facts) if facts.asks_the_same(&here) => *captured,
         Read::Failed(reason) if !matches!(reason, Reason::Busy { .. }) => return Err(vec![reason]),
-        _ => carry::capture(session, &here, false).await.map_err(one)?,
+        _ => read_and_still(session, &here).await.map_err(one)?,
     };
     if !here.backends.contains_key(&session.backend_pid) {
         // Its locks are gone, whatever was read of it before.
