@@ -26,7 +26,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Client sessions of the workload.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(0..=500))]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(0..=2000))]
     sessions: u16,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
@@ -98,7 +98,7 @@ impl Demo {
         let mut demo =
             Demo { dir, remove, instances: Vec::new(), ports: Vec::new(), running: None };
         // From here on whatever was started is stopped, also if something fails.
-        match Box::pin(demo.start_all(&bin_dir, run_as)).await {
+        match Box::pin(demo.start_all(&bin_dir, run_as, args.sessions)).await {
             Ok(()) => Ok(demo),
             Err(error) => {
                 demo.stop().await;
@@ -107,7 +107,12 @@ impl Demo {
         }
     }
 
-    async fn start_all(&mut self, bin_dir: &Path, run_as: Option<RunAs>) -> Result<(), String> {
+    async fn start_all(
+        &mut self,
+        bin_dir: &Path,
+        run_as: Option<RunAs>,
+        sessions: u16,
+    ) -> Result<(), String> {
         for cell in CELLS {
             let data_dir = self.dir.join(cell);
             make_directory(&data_dir, run_as)?;
@@ -138,6 +143,9 @@ impl Demo {
         let conf = primary.data_dir.join("postgresql.conf");
         let mut text = std::fs::read_to_string(&conf).map_err(|e| e.to_string())?;
         text.push_str(SETTINGS);
+        // Each session, and whoever looks on.
+        let connections = (u32::from(sessions) + 100).max(700);
+        text.push_str(&format!("max_connections = {connections}\n"));
         primary.write(&conf, text.as_bytes()).map_err(|e| chain(&e))?;
         primary.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
         step.end();
@@ -249,7 +257,7 @@ impl Demo {
     }
 }
 
-const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 512MB\nmax_connections = 700\n\
+const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 512MB\n\
     shared_buffers = 128MB\nwal_retrieve_retry_interval = 100ms\nmax_prepared_transactions = 10\n\
     log_min_messages = warning\n";
 

@@ -24,7 +24,7 @@ use crate::session::{Leg, Session, SessionView};
 mod moving;
 mod preparing;
 
-use preparing::{learn_all, prepare_one};
+use preparing::{PREPARE_WAITS, learn_all, prepare_one};
 
 /// How often counts are looked at while sessions come in.
 const POLL: Duration = Duration::from_millis(2);
@@ -158,18 +158,30 @@ impl Mover {
         let databases = views.iter().map(|view| view.database.clone()).collect();
         let cells = app.active().into_iter().chain(to.clone());
         all(learn_all(&app, cells, &databases)).await?;
-        let ids: Vec<u64> = views.iter().map(|view| view.id).collect();
+        let mut ids: Vec<u64> = views.iter().map(|view| view.id).collect();
         let mut report = Report { sessions: count(ids.len()), ..Report::default() };
-        let prepared = each(ids, self.shared.config.limits.moves_at_once, |id| {
-            let (shared, app, to) = (self.shared.clone(), app.clone(), to.clone());
-            async move { prepare_one(&shared, &app, to.as_deref(), id).await }
-        });
-        for result in all(prepared).await? {
-            match result {
-                Ok(()) => report.done += 1,
-                Err(Some(blocker)) => report.blockers.push(blocker),
-                // It ended meanwhile.
-                Err(None) => report.sessions = report.sessions.saturating_sub(1),
+        for wait in PREPARE_WAITS {
+            let prepared = each(ids, self.shared.config.limits.moves_at_once, |id| {
+                let (shared, app, to) = (self.shared.clone(), app.clone(), to.clone());
+                async move { prepare_one(&shared, &app, to.as_deref(), id, wait).await }
+            });
+            // A busy one may be idle a little later; it would be read during the switch.
+            let mut busy = Vec::new();
+            for result in all(prepared).await? {
+                match result {
+                    Ok(()) => report.done += 1,
+                    Err(Some(blocker)) => {
+                        let is_busy = matches!(blocker.reasons.as_slice(), [Reason::Busy { .. }]);
+                        if is_busy { busy.push(blocker) } else { report.blockers.push(blocker) }
+                    }
+                    // It ended meanwhile.
+                    Err(None) => report.sessions = report.sessions.saturating_sub(1),
+                }
+            }
+            ids = busy.iter().map(|blocker| blocker.session.id).collect();
+            if wait == PREPARE_WAITS[PREPARE_WAITS.len() - 1] || ids.is_empty() || to.is_none() {
+                report.blockers.extend(busy);
+                break;
             }
         }
         report.blockers.sort_by_key(|blocker| blocker.session.id);

@@ -11,7 +11,7 @@ use model::session::Pin;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::preparing::{learn_all, prepare_one};
+use super::preparing::{PREPARE_WAITS, learn_all, prepare_one};
 use super::{Mover, all, count, each};
 use crate::app::{App, Cell};
 use crate::carry::{self, Model};
@@ -80,7 +80,7 @@ async fn move_one(
     id: u64,
     deadline: Instant,
 ) -> Result<f64, Option<Blocker>> {
-    match prepare_one(shared, app, Some(&cell), id).await {
+    match prepare_one(shared, app, Some(&cell), id, PREPARE_WAITS[0]).await {
         Ok(()) => (),
         // It is waited for below, and read then.
         Err(Some(blocker)) if matches!(blocker.reasons.as_slice(), [Reason::Busy { .. }]) => (),

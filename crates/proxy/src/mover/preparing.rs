@@ -15,8 +15,10 @@ use crate::carry::{self, Carried, Model, Prepared};
 use crate::proxy::Shared;
 use crate::session::Identity;
 
-/// How long one session is waited for while it is prepared; a busy one is read during the switch.
-const PREPARE_WAIT: Duration = Duration::from_millis(100);
+/// How long one session is waited for while it is prepared, in the first round and those after it; one that is busy
+/// then is read during the switch.
+pub(super) const PREPARE_WAITS: [Duration; 3] =
+    [Duration::from_millis(100), Duration::from_millis(300), Duration::from_secs(1)];
 /// Databases that are asked at once.
 const LEARN_AT_ONCE: usize = 4;
 
@@ -39,8 +41,9 @@ pub(super) async fn prepare_one(
     app: &Arc<App>,
     to: Option<&Cell>,
     id: u64,
+    wait: Duration,
 ) -> Result<(), Option<Blocker>> {
-    let mut session = take(shared, id, Instant::now() + PREPARE_WAIT).await?;
+    let mut session = take(shared, id, Instant::now() + wait).await?;
     let here = app.facts(&session.cell, &session.identity.database);
     let captured = match &here {
         Ok(here) => carry::capture(&mut session, here, false).await.map(|mut captured| {
