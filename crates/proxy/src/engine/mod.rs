@@ -15,6 +15,7 @@ use wire::backend::Report;
 use crate::app::{App, Cell};
 use crate::session::{Session, SessionView};
 
+mod leg;
 mod poll;
 #[allow(unsafe_code)]
 mod sys;

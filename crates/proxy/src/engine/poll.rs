@@ -6,20 +6,16 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tls::Opened;
 use wire::backend::Report;
 use wire::sqlstate::SqlState;
 
+use super::leg::{BUFFER_LEN, Buffers, fill, flush, keep, pass_on};
 use super::sys::{self, Epoll, Event};
 use super::{CancelTo, Clock, Command, EngineHandle, Out, Want};
 use crate::app::App;
 use crate::relay::Fault;
-use crate::session::{Leg, Session, terminate, write_some};
+use crate::session::{Session, terminate, write_some};
 
-/// Bytes read at once; also what one session may move before the others have their turn.
-const READ_LEN: usize = 64 * 1024;
-/// Room for a carried part of a message before what is read.
-const BUFFER_LEN: usize = 4 * READ_LEN;
 /// Turns of one session before the others have theirs.
 const TURNS_MAX: usize = 4;
 /// Between looks at idle sessions.
@@ -57,13 +53,6 @@ pub(super) struct Engine {
     wants: Vec<(Arc<App>, Out)>,
 }
 
-/// Shared by all sessions of the engine, so that an idle one has none.
-struct Buffers {
-    plain: Vec<u8>,
-    cipher: Vec<u8>,
-    sealed: Vec<u8>,
-}
-
 /// Why a session leaves the engine.
 enum End {
     Client,
@@ -85,8 +74,6 @@ impl Engine {
     ) -> io::Result<Engine> {
         let epoll = Epoll::new()?;
         epoll.add(handle.wake.as_raw_fd(), WAKE)?;
-        let buffers =
-            Buffers { plain: vec![0; BUFFER_LEN], cipher: vec![0; BUFFER_LEN], sealed: Vec::new() };
         Ok(Engine {
             handle,
             epoll,
@@ -95,7 +82,7 @@ impl Engine {
             free: Vec::new(),
             by_id: HashMap::new(),
             ready: Vec::new(),
-            buffers,
+            buffers: Buffers::new(),
             idle_timeout_s,
             clock,
             last_tick: 0,
@@ -464,135 +451,6 @@ fn written(session: &mut Session, result: io::Result<()>) {
         session.server.readable = true;
         session.server.eof = true;
     }
-}
-
-fn flush(leg: &mut Leg) -> io::Result<()> {
-    while leg.has_out() {
-        match sys::send(leg.fd.as_raw_fd(), leg.out.get(leg.sent..).unwrap_or_default()) {
-            Ok(len) => leg.sent += len,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-            Err(error) => return Err(error),
-        }
-    }
-    leg.out = Vec::new();
-    leg.sent = 0;
-    Ok(())
-}
-
-/// Reads into `plain`, behind what was carried. Gives how much stands there, and whether the peer has closed.
-fn fill(
-    leg: &mut Leg,
-    plain: &mut [u8],
-    cipher: &mut [u8],
-    sealed: &mut Vec<u8>,
-) -> io::Result<(usize, bool)> {
-    let carried = leg.carry.len();
-    plain.get_mut(..carried).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.carry);
-    let room = plain.get_mut(carried..).unwrap_or_default();
-    let Some(tls) = &mut leg.tls else {
-        let room = room.get_mut(..READ_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
-        return match sys::receive(leg.fd.as_raw_fd(), room) {
-            Ok(0) => Ok((carried, true)),
-            Ok(len) => {
-                // A peer that has closed is read until it says so: no edge comes for that any more.
-                leg.readable = len == room.len() || leg.eof;
-                Ok((carried + len, false))
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                leg.readable = false;
-                Ok((carried, false))
-            }
-            Err(error) => Err(error),
-        };
-    };
-    let kept = leg.cipher.len();
-    cipher.get_mut(..kept).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.cipher);
-    let into = cipher.get_mut(kept..kept + READ_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
-    let mut closed = false;
-    let received = match sys::receive(leg.fd.as_raw_fd(), into) {
-        Ok(0) => {
-            closed = true;
-            0
-        }
-        Ok(len) => {
-            leg.readable = len == READ_LEN || leg.eof;
-            len
-        }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            leg.readable = false;
-            0
-        }
-        Err(error) => return Err(error),
-    };
-    let whole = cipher.get_mut(..kept + received).unwrap_or_default();
-    let (mut at, mut filled) = (0, 0);
-    sealed.clear();
-    loop {
-        let rest = whole.get_mut(at..).unwrap_or_default();
-        match tls.open(rest, sealed).map_err(io::Error::other)? {
-            Opened::Incomplete => break,
-            Opened::Control { consumed } => at += consumed,
-            Opened::Closed { consumed } => {
-                at += consumed;
-                closed = true;
-                break;
-            }
-            Opened::Data { consumed, start, len } => {
-                let text = rest.get(start..start + len).unwrap_or_default();
-                room.get_mut(filled..filled + len)
-                    .ok_or(io::ErrorKind::OutOfMemory)?
-                    .copy_from_slice(text);
-                filled += len;
-                at += consumed;
-            }
-        }
-    }
-    keep(&mut leg.cipher, whole.get(at..).unwrap_or_default());
-    if !sealed.is_empty() {
-        leg.out.extend_from_slice(sealed);
-        flush(leg)?;
-    }
-    Ok((carried + filled, closed))
-}
-
-/// Keeps what is left over; almost always nothing, and then no memory.
-fn keep(place: &mut Vec<u8>, rest: &[u8]) {
-    place.clear();
-    if rest.is_empty() {
-        if place.capacity() > 0 {
-            *place = Vec::new();
-        }
-    } else {
-        place.extend_from_slice(rest);
-    }
-}
-
-/// Sends at once what the socket takes, and keeps the rest.
-fn pass_on(leg: &mut Leg, bytes: &[u8], sealed: &mut Vec<u8>) -> io::Result<()> {
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    let bytes = match &mut leg.tls {
-        None => bytes,
-        Some(tls) => {
-            sealed.clear();
-            tls.seal(bytes, sealed).map_err(io::Error::other)?;
-            sealed.as_slice()
-        }
-    };
-    let mut sent = 0;
-    if !leg.has_out() {
-        sent = match sys::send(leg.fd.as_raw_fd(), bytes) {
-            Ok(len) => len,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) => return Err(error),
-        };
-    }
-    if sent < bytes.len() {
-        leg.out.extend_from_slice(bytes.get(sent..).unwrap_or_default());
-    }
-    Ok(())
 }
 
 /// Where bytes of the client are taken from.
