@@ -474,6 +474,7 @@ async fn attach(
         unnamed_too_long: false,
         has_prepared: false,
         restyled: false,
+        beneath: None,
         unnamed_restyled: false,
         long: None,
         client_pid,

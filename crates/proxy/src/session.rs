@@ -1,5 +1,6 @@
 //! The session as a value, with its two sockets. It is in exactly one place at a time.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -101,6 +102,8 @@ pub struct Session {
     pub has_prepared: bool,
     /// Since it has, a setting has changed by which the server reads literals when it prepares a statement.
     pub restyled: bool,
+    /// What RESET finds, once it was asked: it stays the same wherever the session goes.
+    pub beneath: Option<Arc<BTreeMap<String, String>>>,
     /// The same since the unnamed statement was prepared.
     pub unnamed_restyled: bool,
     /// A long statement is passing.

@@ -404,6 +404,9 @@ async fn startup_options_and_later_defaults_do_not_change_a_session() {
     // RESET goes back to what the client asked for at its login.
     run(&mut session, "SET geqo = on; RESET geqo").await;
     assert_eq!(value(&mut session, "SHOW geqo").await, "off");
+    // And to the defaults that its role had then.
+    run(&mut session, "SET work_mem = '5MB'; RESET ALL").await;
+    assert_eq!(value(&mut session, look).await, before);
 }
 
 #[tokio::test]

@@ -77,6 +77,7 @@ pub struct Questions(pub Vec<(String, Vec<String>)>);
 const ANSWER_PUT_ASIDE: usize = 1;
 const ANSWER_SETTINGS: usize = 3;
 const ANSWER_STATE: usize = 4;
+const ANSWER_BENEATH: usize = 5;
 
 /// What one capture is about.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +97,8 @@ pub struct Subject<'a> {
     pub temporary_max: u64,
     /// The server is in recovery, so no sequence was used.
     pub in_recovery: bool,
+    /// What RESET would find is asked as well. It does not change while a backend lives.
+    pub beneath: bool,
     /// What its backend holds is asked as well; else [`Facts`] are to tell.
     pub alone: bool,
 }
@@ -131,19 +134,26 @@ pub fn questions(subject: &Subject<'_>) -> Questions {
     let custom = subject.facts.custom.union(subject.custom);
     let custom: Vec<String> = custom.map(|name| sql::array_element(name)).collect();
     let plain = |sql: String| (sql, Vec::new());
-    Questions(vec![
+    let mut questions = vec![
         plain(BEGIN_READ.into()),
         plain(format!("SELECT {}", parts.join(", "))),
         plain(aside_question(subject)),
         plain("SHOW ALL".into()),
         (state_question(subject), vec![format!("{{{}}}", custom.join(","))]),
-        plain("COMMIT".into()),
-    ])
+    ];
+    if subject.beneath {
+        questions.push(plain(BENEATH_QUESTION.into()));
+    }
+    questions.push(plain("COMMIT".into()));
+    Questions(questions)
 }
 
 fn state_question(subject: &Subject<'_>) -> String {
     format!("{STATE_QUESTION}{}", if subject.alone { BACKEND_QUESTION } else { "" })
 }
+
+const BENEATH_QUESTION: &str = "SELECT name, reset_val FROM pg_settings \
+    WHERE context IN ('user', 'superuser') AND reset_val IS NOT NULL";
 
 const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text, parameter_types::oid[]::text \
     FROM pg_prepared_statements WHERE name <> '_holdfast capture 7f3a9c41' UNION ALL \
@@ -331,11 +341,14 @@ pub struct Unreadable(pub(super) &'static str);
 /// Whether a row of an answer to [`questions`] says anything: most settings are as they are configured, and there
 /// are hundreds of them.
 pub fn matters(subject: &Subject<'_>, answer: usize, row: &[Option<&[u8]>]) -> bool {
-    if answer != ANSWER_SETTINGS {
+    if answer != ANSWER_SETTINGS && answer != ANSWER_BENEATH {
         return true;
     }
     let cell = |at: usize| row.get(at).copied().flatten().unwrap_or_default();
     let Ok(name) = std::str::from_utf8(cell(0)) else { return true };
+    if answer == ANSWER_BENEATH {
+        return subject.facts.resets.get(name).is_some_and(|reset| reset.as_bytes() != cell(1));
+    }
     let configured = subject.reference.configured.get(name);
     !subject.facts.fixed.contains(name)
         && configured.is_none_or(|configured| configured.value.as_bytes() != cell(1))
@@ -398,6 +411,13 @@ pub fn read<'a>(
     captured.backend = subject.alone.then(OfBackend::default);
     for row in rows(ANSWER_STATE) {
         read_row(row, &mut captured)?;
+    }
+    if subject.beneath {
+        let mut beneath = BTreeMap::new();
+        for row in rows(ANSWER_BENEATH) {
+            beneath.insert(text(row, 0)?.to_owned(), text(row, 1)?.to_owned());
+        }
+        captured.snapshot.beneath = Some(beneath);
     }
     for info in infos {
         read_info(info, &mut captured);

@@ -66,6 +66,8 @@ impl OfBackend {
 pub struct Facts {
     /// Settings that a session may change, as a session finds them that has none of its own.
     pub configured: BTreeMap<String, Configured>,
+    /// What RESET finds in Holdfast's own connection, in base units, of settings that a session may change.
+    pub resets: BTreeMap<String, String>,
     /// Settings that no session can change after its login.
     pub fixed: BTreeSet<String>,
     /// Custom settings that functions of this database set, or that databases and roles have: a session may have
@@ -98,7 +100,7 @@ pub struct Facts {
 pub const QUESTIONS: [&str; 3] = [
     "SELECT name, context, current_setting(name, true), \
      CASE WHEN source IN ('default','configuration file','command line','environment variable','override') \
-     THEN 'configured' ELSE source END FROM pg_settings",
+     THEN 'configured' ELSE source END, reset_val FROM pg_settings",
     "WITH f AS MATERIALIZED (SELECT proname::text AS name, CASE WHEN prosqlbody IS NULL THEN prosrc \
      ELSE pg_get_function_sqlbody(oid) END AS body, proconfig FROM pg_proc WHERE oid >= 16384) \
      SELECT 'custom', m[1], NULL, NULL FROM f, \
@@ -191,7 +193,11 @@ impl Facts {
         let of_session = matches!(context, "user" | "superuser");
         if !of_session || NOT_STATE.contains(&name.as_str()) {
             self.fixed.insert(name);
-        } else if text(row, 3)? == "configured" {
+            return Ok(());
+        }
+        let reset = optional(row, 4).unwrap_or_default().to_owned();
+        self.resets.insert(name.clone(), reset);
+        if text(row, 3)? == "configured" {
             let value = optional(row, 2).unwrap_or_default().to_owned();
             let superuser = context == "superuser";
             self.configured.insert(name, Configured { value, superuser });
@@ -257,6 +263,7 @@ impl Facts {
     pub fn asks_the_same(&self, other: &Facts) -> bool {
         let Facts {
             configured,
+            resets,
             fixed,
             custom,
             pins,
@@ -269,6 +276,7 @@ impl Facts {
             backends: _,
         } = self;
         *configured == other.configured
+            && *resets == other.resets
             && *fixed == other.fixed
             && *custom == other.custom
             && *pins == other.pins

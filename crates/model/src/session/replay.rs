@@ -86,6 +86,19 @@ pub fn sequence_steps(to: &Snapshot) -> Vec<[Step; 3]> {
     by_setval.chain(by_nextval).collect()
 }
 
+/// Startup parameters that give a login what RESET finds in `to`, where the `fresh` one has something else: the
+/// defaults of roles and databases are those of now.
+pub fn login_params(fresh: &Snapshot, to: &Snapshot, there: &Facts) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let (Some(has), Some(wants)) = (&fresh.beneath, &to.beneath) else { return Vec::new() };
+    let names: BTreeSet<&String> = has.keys().chain(wants.keys()).collect();
+    let differing = names.into_iter().filter(|name| has.get(*name) != wants.get(*name));
+    let param = |name: &String| {
+        let value = wants.get(name).or_else(|| there.resets.get(name))?;
+        Some((name.clone().into_bytes(), value.clone().into_bytes()))
+    };
+    differing.filter_map(param).collect()
+}
+
 /// A copy waits for its session, longer than it may be idle.
 pub const STAY: &str = "SELECT pg_catalog.set_config('idle_session_timeout', '0', false)";
 
@@ -321,6 +334,22 @@ mod tests {
             ]
         );
         assert_eq!(steps(&to, &to, Phase::Standby, &reference), []);
+    }
+
+    #[test]
+    fn a_login_brings_the_defaults_that_the_session_had() {
+        let beneath = |pairs: &[(&str, &str)]| {
+            let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+            Snapshot { beneath: Some(pairs.iter().map(own).collect()), ..Snapshot::default() }
+        };
+        let resets = BTreeMap::from([("geqo".to_owned(), "on".to_owned())]);
+        let there = Facts { resets, ..Facts::default() };
+        let fresh = beneath(&[("geqo", "off"), ("work_mem", "9216"), ("same", "1")]);
+        let to = beneath(&[("work_mem", "3072"), ("same", "1")]);
+        let params = login_params(&fresh, &to, &there);
+        let pair = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
+        assert_eq!(params, [pair("geqo", "on"), pair("work_mem", "3072")]);
+        assert_eq!(login_params(&to, &to, &there), []);
     }
 
     #[test]

@@ -18,6 +18,9 @@ pub struct Snapshot {
     /// Settings that are not as the configuration of the session's server has them (`Facts::configured`), by
     /// name, as SHOW gives them.
     pub settings: BTreeMap<String, String>,
+    /// What RESET finds where that is not what it finds in Holdfast's own connection to the same server: by the
+    /// startup packet, and by what its role and database had at the login. None if it was not asked.
+    pub beneath: Option<BTreeMap<String, String>>,
     /// Custom settings, of the names that were asked for; those never set are absent.
     pub custom: BTreeMap<String, String>,
     /// Bytes of memory that its settings take beyond those of the server's own, if that can be known.
@@ -150,6 +153,11 @@ impl Snapshot {
         both(&self.settings, &there.settings, |name, a, b| {
             differs(format!("setting {name}"), a.cloned(), b.cloned());
         });
+        if let (Some(here), Some(there)) = (&self.beneath, &there.beneath) {
+            both(here, there, |name, a, b| {
+                differs(format!("the default of {name}"), a.cloned(), b.cloned());
+            });
+        }
         both(&self.custom, &there.custom, |name, a, b| {
             // Values of custom settings may be secrets, so they are not shown.
             let same = a == b;

@@ -1,6 +1,7 @@
 //! Reading the state of a session on its own server.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use model::barrier::Reason;
 use model::session::capture::{
@@ -30,6 +31,8 @@ pub(super) struct Kind<'a> {
     pub(super) setval: bool,
     /// Nobody else tells what its backend holds.
     pub(super) alone: bool,
+    /// What RESET would find is not known yet.
+    pub(super) beneath: bool,
     pub(super) limits: MoveLimits,
     /// The configuration of the server that the session comes from.
     pub(super) reference: &'a Facts,
@@ -47,6 +50,7 @@ impl<'a> Kind<'a> {
             custom: session.hints.custom.clone(),
             setval: session.hints.setval,
             alone,
+            beneath: session.beneath.is_none(),
             limits: session.app.moves,
             reference: facts,
         }
@@ -73,6 +77,7 @@ impl<'a> Kind<'a> {
             facts,
             reference: self.reference,
             alone: self.alone,
+            beneath: self.beneath,
             temporary_max: self.limits.temporary_max,
             in_recovery: connection.params.get("in_hot_standby").is_some_and(|value| value == "on"),
         }
@@ -84,6 +89,7 @@ impl<'a> Kind<'a> {
             custom: model.custom.clone(),
             setval: false,
             alone: false,
+            beneath: false,
             limits: model.limits,
             reference: model.here,
         }
@@ -130,6 +136,10 @@ pub(crate) async fn capture(
         _ if in_step => failed(error),
         _ => Reason::ServerLost { error: model::chain(&error) },
     })?;
+    match &captured.snapshot.beneath {
+        Some(beneath) => session.beneath = Some(Arc::new(beneath.clone())),
+        None => captured.snapshot.beneath = session.beneath.as_deref().cloned(),
+    }
     captured.pins.extend(session.known_pins());
     if session.restyled {
         let why = "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings";

@@ -57,16 +57,39 @@ pub(crate) async fn prepare(
 }
 
 async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Connection, Reason> {
-    let login = Login {
-        params: model.identity.params.clone(),
-        credential: model.identity.credential.clone(),
-    };
+    let snapshot = snapshot.beforehand();
+    let (identity, stay) = (model.identity, replay::STAY.into());
+    let stay = [Step::Run { what: "waiting".into(), sql: stay, params: Vec::new() }];
+    let mut login =
+        Login { params: identity.params.clone(), credential: identity.credential.clone() };
     let mut connection = cell.target.login(&login).await.map_err(failed)?;
     connection.answer_timeout = model.limits.answer_timeout;
-    let stay = Step::Run { what: "waiting".into(), sql: replay::STAY.into(), params: Vec::new() };
-    run_steps(&mut connection, BEGIN, &[stay], "COMMIT").await?;
-    restore(&mut connection, model, &snapshot.beforehand()).await?;
+    run_steps(&mut connection, BEGIN, &stay, "COMMIT").await?;
+    let mut fresh = look(&mut connection, model, &snapshot, true).await?;
+    let beneath = replay::login_params(&fresh, &snapshot, model.there);
+    if !beneath.is_empty() {
+        // Defaults of its role or database have changed since the session logged in: it brings its own.
+        login.params.extend(beneath);
+        connection = cell.target.login(&login).await.map_err(failed)?;
+        connection.answer_timeout = model.limits.answer_timeout;
+        run_steps(&mut connection, BEGIN, &stay, "COMMIT").await?;
+        fresh = look(&mut connection, model, &snapshot, true).await?;
+    }
+    restore(&mut connection, model, &snapshot, fresh).await?;
     Ok(connection)
+}
+
+/// What a copy of `snapshot` is so far.
+async fn look(
+    connection: &mut Connection,
+    model: &Model<'_>,
+    snapshot: &Snapshot,
+    beneath: bool,
+) -> Result<Snapshot, Reason> {
+    let kind = Kind::of_model(model);
+    let kind = Kind { beneath, ..kind.of_copy(snapshot) };
+    let captured = kind.capture(connection, model.there).await.map_err(failed)?.snapshot;
+    Ok(captured.beforehand().without_settings_of_server(snapshot, model.there))
 }
 
 /// Proves that temporary objects, and what is prepared on them, can be made again, on the session's own server: its
@@ -159,22 +182,17 @@ pub(super) fn as_login(identity: &Identity) -> Step {
     }
 }
 
-/// Makes a fresh server session equal to `snapshot`, and proves it by a second capture.
+/// Makes a server session that is `fresh` equal to `snapshot`, and proves it by a second capture.
 async fn restore(
     connection: &mut Connection,
     model: &Model<'_>,
     snapshot: &Snapshot,
+    fresh: Snapshot,
 ) -> Result<(), Reason> {
-    let kind = Kind::of_model(model);
-    let kind = kind.of_copy(snapshot);
-    let look = async |connection: &mut Connection| {
-        let captured = kind.capture(connection, model.there).await.map_err(failed)?.snapshot;
-        Ok(captured.beforehand().without_settings_of_server(snapshot, model.there))
-    };
-    let fresh = look(connection).await?;
     let steps = replay::steps(&fresh, snapshot, Phase::Standby, model.here);
     run_steps(connection, BEGIN, &steps, "COMMIT").await?;
-    let again = look(connection).await?;
+    let mut again = look(connection, model, snapshot, false).await?;
+    again.beneath = fresh.beneath;
     match snapshot.differences(&again).into_iter().next() {
         None => Ok(()),
         Some(pin) => Err(Reason::Pinned(pin)),

@@ -16,6 +16,7 @@ fn subject<'a>(facts: &'a Facts, custom: &'a BTreeSet<String>) -> Subject<'a> {
         facts,
         reference: facts,
         temporary_max: 0,
+        beneath: false,
         in_recovery: false,
         alone: false,
     }
