@@ -41,6 +41,8 @@ pub enum QueryError {
     NotText,
     #[error("{message} ({sqlstate})")]
     Server { sqlstate: SqlState, message: String },
+    #[error("{what} was lost: {error}")]
+    Lost { what: String, error: String },
     #[error("no answer within {0:?}")]
     Timeout(Duration),
 }

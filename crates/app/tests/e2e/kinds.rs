@@ -242,7 +242,7 @@ pub(crate) const KINDS: &[(&str, &[&str], &str)] = &[
             "SET array_nulls = off",
             "CREATE TYPE pg_temp.odd AS (a int, b text)",
             "DECLARE odd NO SCROLL CURSOR WITH HOLD FOR SELECT NULL AS n, '0'::regclass, 'x'::\"char\", ROW(1, 'NULL')::pg_temp.odd, \
-             'NULL'::text, ARRAY['a', NULL], 'a b'::varchar(5), 1.50::numeric(10,2) FROM generate_series(1, 2)",
+             'NULL'::text, '(1,2),(3,4)'::box, ARRAY['a', NULL], 'a b'::varchar(5), 1.50::numeric(10,2) FROM generate_series(1, 2)",
             "FETCH odd",
         ],
         "SELECT count(*) FROM pg_cursors WHERE name = 'odd'",

@@ -156,6 +156,27 @@ async fn a_session_outlives_its_idle_timeout_while_it_is_held() {
     }
 }
 
+/// A cursor that has failed before gives nothing, here or elsewhere, and its session lives.
+#[tokio::test]
+async fn a_cursor_that_has_failed_pins() {
+    let installation = Installation::start("dead-cursor");
+    let mut session = installation.connect().await;
+    run(&mut session, "DECLARE c NO SCROLL CURSOR WITH HOLD FOR SELECT 1").await;
+    assert!(session.query("FETCH PRIOR FROM c").await.is_err());
+    let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+    assert!(shown(&output).contains("cannot be run"), "{}", shown(&output));
+    assert!(session.query("FETCH c").await.is_err());
+    run(&mut session, "CLOSE c; SET idle_in_transaction_session_timeout = '5ms'").await;
+    run(
+        &mut session,
+        "DECLARE d SCROLL CURSOR WITH HOLD FOR SELECT g FROM generate_series(1, 5000) g",
+    )
+    .await;
+    let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(value(&mut session, "FETCH LAST FROM d").await, "5000");
+}
+
 #[tokio::test]
 async fn a_statement_that_cannot_be_prepared_again_pins() {
     let installation = Installation::start("broken");

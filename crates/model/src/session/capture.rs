@@ -253,6 +253,8 @@ pub struct Captured {
     pub unasked_sequences: bool,
     /// The values of sequences by their OIDs: others may give them new names while the session is held.
     pub sequences: BTreeMap<u32, SequenceValue>,
+    /// Bytes that are carried at most.
+    pub temporary_max: u64,
     /// Names of temporary relations that permanent ones have as well.
     pub shadowing: BTreeSet<String>,
     /// Bytes of memory that its settings take, if it may know.
@@ -277,7 +279,14 @@ impl Captured {
         self.name_sequences(facts);
         self.pin_sequences(facts);
         let backend = self.backend.take().or_else(|| facts.backends.get(&backend_pid).cloned());
-        if let Some(OfBackend { locks, slots }) = backend {
+        // One that does not scroll is read to its end, or not at all.
+        let file_bytes = facts.backends.get(&backend_pid).map_or(0, |backend| backend.file_bytes);
+        let has_such = self.snapshot.cursors.values().any(|cursor| !cursor.is_scrollable);
+        if has_such && file_bytes > self.temporary_max {
+            let (what, max) = ("temporary files, of a cursor,".into(), self.temporary_max);
+            self.pins.push(Pin::TooLarge { what, size: file_bytes, max });
+        }
+        if let Some(OfBackend { locks, slots, .. }) = backend {
             self.snapshot.locks = locks;
             self.pins.extend(slots.into_iter().map(|slot| Pin::TemporarySlot { slot }));
         }
@@ -363,7 +372,11 @@ pub fn read<'a>(
     rows: impl Fn(usize) -> &'a [Row],
     infos: &[String],
 ) -> Result<Captured, Unreadable> {
-    let mut captured = Captured { pins: subject.facts.pins.clone(), ..Captured::default() };
+    let mut captured = Captured {
+        pins: subject.facts.pins.clone(),
+        temporary_max: subject.temporary_max,
+        ..Captured::default()
+    };
     let mut rounded = Vec::new();
     let snapshot = &mut captured.snapshot;
     let reference = &subject.reference.configured;
@@ -528,27 +541,34 @@ fn repeatable(name: &str, prepared: &mut Prepared) -> Result<(), &'static str> {
 pub fn holds_its_time(sql: &[u8]) -> bool {
     let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
     let of_time = |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
-    sql::Tokens::new(sql).filter(|token| token.kind == sql::Kind::Text).any(|token| {
+    let mut before = sql::Kind::Other;
+    sql::Tokens::new(sql).any(|token| {
+        let continues = std::mem::replace(&mut before, token.kind) == sql::Kind::Text;
+        if token.kind != sql::Kind::Text {
+            return false;
+        }
         let text = String::from_utf8_lossy(token.text).to_ascii_lowercase();
         let inner = match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
             Some((tag, body)) => body.get(..body.len().saturating_sub(tag.len() + 2)),
             None => text.split_once('\'').map(|(_, rest)| rest.trim_end_matches('\'')),
         };
         let inner = inner.unwrap_or_default();
-        inner.split_whitespace().any(of_now)
-            && inner.split_whitespace().all(|word| of_now(word) || of_time(word))
+        // A word that is put together from parts or from codes is not read here.
+        let is_coded = continues || (!text.starts_with('\'') && inner.contains('\\'));
+        let words = || inner.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+        is_coded || (words().any(of_now) && words().all(|word| of_now(word) || of_time(word)))
     })
+}
+
+/// Whether the meaning of a statement may hang on how literals are read.
+pub fn has_literals(sql: &[u8]) -> bool {
+    sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
 }
 
 /// A name in a statement that is in `names`.
 pub fn names_one_of(sql: &[u8], names: &BTreeSet<String>) -> Option<String> {
     let named = sql::Tokens::new(sql).filter_map(|token| sql::name_of(&token));
     named.into_iter().find(|name| names.contains(name))
-}
-
-/// Whether the meaning of a statement may hang on how literals are read.
-pub fn has_literals(sql: &[u8]) -> bool {
-    sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
 }
 
 pub(super) fn optional(row: &Row, at: usize) -> Option<&str> {
@@ -589,6 +609,7 @@ pub const COUNT_LOCKS: &str = "DO LANGUAGE plpgsql $holdfast$ DECLARE l record; 
 /// What Holdfast runs before and after statements of its own in a session whose settings may be in the way.
 pub const PROTECT: &str = "SELECT pg_catalog.set_config('statement_timeout', '0', true), \
      pg_catalog.set_config('lock_timeout', '0', true), \
+     pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true), \
      pg_catalog.set_config('client_encoding', 'UTF8', true)";
 
 /// Begins the transaction of a capture.

@@ -14,6 +14,8 @@ pub struct Column {
     pub name: String,
     pub sql_type: String,
     pub shape: Shape,
+    /// What stands between elements of its arrays (`typdelim`).
+    pub delimiter: char,
 }
 
 /// How values of a type are given to the server as text.
@@ -106,7 +108,11 @@ impl Contents {
             row.get(at).and_then(Option::as_deref).map_or("NULL".into(), sql::array_element)
         };
         let elements: Vec<String> = self.rows.iter().map(element).collect();
-        format!("{{{}}}", elements.join(","))
+        let delimiter = match self.columns.get(at) {
+            Some(Column { shape: Shape::Element | Shape::Row, delimiter, .. }) => *delimiter,
+            _ => ',',
+        };
+        format!("{{{}}}", elements.join(&delimiter.to_string()))
     }
 }
 
@@ -115,7 +121,12 @@ mod tests {
     use super::*;
 
     fn column(name: &str, sql_type: &str) -> Column {
-        Column { name: name.into(), sql_type: sql_type.into(), shape: Shape::Element }
+        Column {
+            name: name.into(),
+            sql_type: sql_type.into(),
+            shape: Shape::Element,
+            delimiter: ',',
+        }
     }
 
     #[test]

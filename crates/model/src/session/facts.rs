@@ -32,6 +32,8 @@ pub struct Configured {
 pub struct OfBackend {
     pub locks: BTreeMap<AdvisoryLock, u32>,
     pub slots: Vec<String>,
+    /// Bytes of its temporary files, where large cursors are.
+    pub file_bytes: u64,
 }
 
 impl OfBackend {
@@ -137,7 +139,9 @@ pub const QUESTIONS: [&str; 3] = [
      FROM pg_prepared_xacts WHERE database = current_database() UNION ALL \
      SELECT format('%I.%I', nspname, relname), c.oid::text, seqmin::text, seqmax::text FROM pg_sequence s \
      JOIN pg_class c ON c.oid = seqrelid JOIN pg_namespace n ON n.oid = relnamespace WHERE relpersistence <> 't'",
-    "SELECT used_bytes::text, NULL, NULL, NULL, 'settings' FROM pg_backend_memory_contexts \
+    "SELECT substring(name FROM '^pgsql_tmp([0-9]+)[.]'), sum(size)::text, NULL, NULL, 'files' FROM pg_ls_tmpdir() \
+     WHERE name ~ '^pgsql_tmp[0-9]+[.]' GROUP BY 1 UNION ALL \
+     SELECT used_bytes::text, NULL, NULL, NULL, 'settings' FROM pg_backend_memory_contexts \
      WHERE name = 'GUCMemoryContext' UNION ALL \
      SELECT pid::text, classid::text, objid::text, objsubid::text, mode FROM pg_locks \
      WHERE locktype = 'advisory' AND granted AND pid IS NOT NULL \
@@ -250,6 +254,10 @@ impl Facts {
         let backend = self.backends.entry(pid).or_default();
         match text(row, 4)? {
             "alive" => Ok(()),
+            "files" => {
+                backend.file_bytes = text(row, 1)?.parse().unwrap_or(u64::MAX);
+                Ok(())
+            }
             "slot" => {
                 backend.slots.push(text(row, 1)?.to_owned());
                 Ok(())

@@ -219,11 +219,12 @@ const LATE: [&str; 9] = [
     "default_transaction_read_only",
     "default_transaction_deferrable",
     "exit_on_error",
-    "idle_in_transaction_session_timeout",
     "lock_timeout",
     "statement_timeout",
-    "transaction_timeout",
     "client_encoding",
+    "transaction_timeout",
+    // Between our statements the server is idle in our transaction.
+    "idle_in_transaction_session_timeout",
 ];
 
 fn set(what: String, name: &str, value: &str) -> Step {

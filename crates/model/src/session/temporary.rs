@@ -30,7 +30,7 @@ pub const SHADOWING: &str = "SELECT relname::text FROM pg_class t WHERE relnames
 /// take longer than they do.
 pub const FORMATS: &str = "SELECT pg_catalog.set_config(n, v, true) FROM (VALUES \
     ('DateStyle', 'ISO'), ('IntervalStyle', 'postgres'), ('extra_float_digits', '3'), ('bytea_output', 'hex'), \
-    ('lc_monetary', 'C'), ('xmloption', 'content'), ('array_nulls', 'on'), ('search_path', 'pg_catalog, pg_temp'), ('jit', 'off'), \
+    ('lc_monetary', 'C'), ('xmloption', 'content'), ('array_nulls', 'on'), ('idle_in_transaction_session_timeout', '0'), ('search_path', 'pg_catalog, pg_temp'), ('jit', 'off'), \
     ('standard_conforming_strings', 'on'), ('quote_all_identifiers', 'off'), ('check_function_bodies', 'off'), ('temp_tablespaces', ''), ('client_min_messages', 'error')) x (n, v)";
 
 /// Longest text of a statement that a difference shows.
@@ -40,6 +40,7 @@ const SHOWN_LEN_MAX: usize = 120;
 /// indexes are computed under it.
 pub const READ_FORMATS: &str = "SELECT pg_catalog.set_config(n, v, true) FROM (VALUES \
     ('DateStyle', 'ISO'), ('IntervalStyle', 'postgres'), ('lc_monetary', 'C'), ('xmloption', 'content'), \
+    ('idle_in_transaction_session_timeout', '0'), \
     ('array_nulls', 'on'), ('search_path', 'pg_catalog, pg_temp'), ('jit', 'off'), \
     ('standard_conforming_strings', 'on'), ('quote_all_identifiers', 'off'), ('check_function_bodies', 'off'), \
     ('temp_tablespaces', ''), ('client_min_messages', 'error')) x (n, v)";

@@ -16,6 +16,7 @@ use model::sql;
 use pg::connection::{Answer, Connection, QueryError};
 use tokio::time::timeout;
 use wire::frontend;
+use wire::sqlstate::SqlState;
 
 use super::reading::{Kind, ask_aside, is_in_step};
 use super::{borrow, cut, exchange, failed, give_back, roll_back};
@@ -248,7 +249,7 @@ async fn describe_cursor(
     let of_type = |(_, oid, modifier): &(String, u32, i32)| {
         format!(
             "(SELECT format_type(oid, {modifier}) || CASE WHEN typcategory = 'A' THEN ' array' \
-             WHEN typtype = 'c' THEN ' row' WHEN typarray <> 0 THEN ' element' ELSE ' none' END FROM pg_type WHERE oid = {oid})"
+             WHEN typtype = 'c' THEN ' row' WHEN typarray <> 0 THEN ' element' ELSE ' none' END || ' ' || typdelim::text FROM pg_type WHERE oid = {oid})"
         )
     };
     let types: Vec<String> = described.iter().map(of_type).collect();
@@ -256,14 +257,16 @@ async fn describe_cursor(
     let types = answer.rows.into_iter().next().unwrap_or_default();
     let column = |((name, ..), described): ((String, u32, i32), Option<String>)| {
         let described = described.unwrap_or_default();
-        let (sql_type, shape) = described.rsplit_once(' ').unwrap_or((&described, ""));
+        let (described, delimiter) = described.rsplit_once(' ').unwrap_or((&described, ""));
+        let (sql_type, shape) = described.rsplit_once(' ').unwrap_or((described, ""));
         let shape = match shape {
             "element" => Shape::Element,
             "array" => Shape::Array,
             "row" => Shape::Row,
             _ => Shape::None,
         };
-        Column { name, sql_type: sql_type.to_owned(), shape }
+        let delimiter = delimiter.chars().next().unwrap_or(',');
+        Column { name, sql_type: sql_type.to_owned(), shape, delimiter }
     };
     Ok(described.into_iter().zip(types).map(column).collect())
 }
@@ -299,8 +302,18 @@ async fn read_cursor(
     let back = format!("MOVE ABSOLUTE {} FROM {quoted}", contents.position);
     match ask_aside(connection, subject, BEGIN_READ, &[back]).await {
         Ok(_) => fetched.map(|()| contents),
-        Err(_) => Err(QueryError::Unexpected(b'C')),
+        Err(error) => Err(lost(&error)),
     }
+}
+
+/// What a cursor had, or where it stood, is not known any more.
+fn lost(error: &QueryError) -> QueryError {
+    QueryError::Lost { what: "a cursor".into(), error: model::chain(error) }
+}
+
+/// The cursor has failed before, so nothing was taken from it.
+fn is_dead(error: &QueryError, contents: &Contents) -> bool {
+    contents.rows.is_empty() && error.sqlstate() == Some(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
 }
 
 /// Moves a cursor before its first row, and gives how many rows it passed. Once this has begun, an error leaves
@@ -311,10 +324,10 @@ async fn to_its_begin(
     quoted: &str,
 ) -> Result<u64, QueryError> {
     begin_aside(connection, subject).await?;
-    let unknown = QueryError::Unexpected(b'C');
     let moved = run_and_commit(connection, &format!("MOVE BACKWARD ALL FROM {quoted}")).await;
-    let Ok(moved) = moved else { return Err(unknown) };
-    moved.tag.strip_prefix("MOVE ").and_then(|count| count.parse().ok()).ok_or(unknown)
+    let moved = moved.map_err(|error| lost(&error))?;
+    let count = moved.tag.strip_prefix("MOVE ").and_then(|count| count.parse().ok());
+    count.ok_or(QueryError::Unexpected(b'C'))
 }
 
 /// Begins a transaction of ours. After an error nothing has happened.
@@ -362,8 +375,10 @@ async fn fetch_all(
         };
         let answer = match fetched {
             Ok(answer) => answer,
-            Err(error) if scrolls || is_untouched => return Err(error),
-            Err(_) => return Err(QueryError::Unexpected(b'C')),
+            Err(error) if scrolls || is_untouched || is_dead(&error, contents) => {
+                return Err(error);
+            }
+            Err(error) => return Err(lost(&error)),
         };
         let names = answer.columns.iter().map(|(name, ..)| name);
         if !names.eq(contents.columns.iter().map(|column| &column.name)) {
