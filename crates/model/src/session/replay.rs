@@ -168,7 +168,7 @@ pub fn prepared_steps(from: &Snapshot, to: &Snapshot) -> Vec<Step> {
 }
 
 /// The steps that make temporary objects again, with the rows of each table by its quoted name. All of them in one
-/// transaction, under [`temporary::FORMATS`]; statistics of the planner are made for those in `analyzed`.
+/// transaction, under [`super::temporary::READ_FORMATS`]; statistics of the planner are made for those in `analyzed`.
 pub fn temporary_steps(
     temporary: &Temporary,
     rows: &BTreeMap<String, Arc<Vec<u8>>>,
