@@ -7,7 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 use wire::Malformed;
 use wire::backend::{Backend, TxStatus};
-use wire::frame::{self, FrameError, HEADER_LEN, Side};
+use wire::frame::{FrameError, HEADER_LEN, Side};
 use wire::frontend::{self, Target};
 use wire::sqlstate::SqlState;
 
@@ -173,17 +173,16 @@ impl Connection {
     async fn arrived(&mut self) -> Result<(u8, usize), QueryError> {
         loop {
             let rest = self.buffer.get(self.at..).unwrap_or_default();
-            if let Some((tag, _, len)) =
-                frame::whole(Side::Backend, rest).map_err(QueryError::Frame)?
-            {
-                return Ok((tag, len));
+            let header = Side::Backend.header(rest).map_err(QueryError::Frame)?;
+            let body_len = header.map_or(0, |header| header.body_len);
+            let len = HEADER_LEN + usize::try_from(body_len).unwrap_or(usize::MAX - HEADER_LEN);
+            if let Some(header) = header.filter(|_| rest.len() >= len && len <= MESSAGE_LEN_MAX) {
+                return Ok((header.tag, len));
             }
-            if rest.len() > MESSAGE_LEN_MAX {
-                let header = Side::Backend.header(rest).map_err(QueryError::Frame)?;
-                let body_len = header.map_or(0, |header| header.body_len);
-                let len = HEADER_LEN + usize::try_from(body_len).unwrap_or(usize::MAX - HEADER_LEN);
-                let mut left = len.saturating_sub(rest.len());
-                self.buffer.clear();
+            if len > MESSAGE_LEN_MAX {
+                let here = len.min(rest.len());
+                let mut left = len - here;
+                self.buffer.drain(..self.at + here);
                 self.at = 0;
                 while left > 0 {
                     self.read_more().await?;
