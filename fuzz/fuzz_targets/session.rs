@@ -394,7 +394,9 @@ impl Run {
         let (protocol, server, transcript) = (&self.protocol, &self.server, &self.transcript);
         if protocol.is_safe_point() && !protocol.is_doubtful() {
             assert!(server.is_done(), "no safe point, the server is not done:{transcript}");
-            assert_eq!(server.tx, TxStatus::Idle, "no safe point:{transcript}");
+            // No savepoint is ever said to be there, so nothing is left of a transaction that has failed.
+            assert_ne!(server.tx, TxStatus::InTransaction, "no safe point:{transcript}");
+            assert_eq!(server.tx, protocol.status(), "no safe point:{transcript}");
             let right = match protocol.unnamed() {
                 Unnamed::Absent => server.unnamed.is_none(),
                 Unnamed::Last => server.unnamed.is_some() && server.unnamed == self.kept,

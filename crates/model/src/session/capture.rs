@@ -17,6 +17,7 @@ use super::cursor::Cursor;
 use super::facts::{Facts, OfBackend};
 use super::pin::Pin;
 use super::snapshot::{AdvisoryLock, ENTRIES_MAX, Prepared, Snapshot};
+use super::statement;
 use crate::sql;
 
 /// The name under which Holdfast prepares its own statements in a client's session.
@@ -493,7 +494,7 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
                 types: oids(text(row, 4)?).ok_or(Unreadable("parameter types"))?,
             };
             let name = text(row, 1)?.to_owned();
-            let why = repeatable(&name, &mut prepared).err().map(str::to_owned);
+            let why = statement::repeatable(&name, &mut prepared).err().map(str::to_owned);
             captured.pins.extend(why.map(|why| Pin::Prepared { name: name.clone(), why }));
             snapshot.prepared.insert(name, prepared);
         }
@@ -513,62 +514,6 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
         }
     }
     Ok(())
-}
-
-/// Leaves of a statement's text what prepares it again, or says why nothing does. For a query string of several
-/// statements the catalog holds the whole string: running it again would run the others again. Inside a DO block or a
-/// function the text is clean.
-fn repeatable(name: &str, prepared: &mut Prepared) -> Result<(), &'static str> {
-    if prepared.from_sql {
-        let sql = prepared.text.as_bytes();
-        let own = match sql::statements(sql) {
-            None => return Err("has a text that cannot be told apart without its settings"),
-            Some(statements) if statements.len() > 1 => sql::prepare_of(sql, name)
-                .ok_or("was prepared together with others of its name in one string")?,
-            Some(_) if sql::Tokens::new(sql).next().is_some_and(|t| t.is_word("prepare")) => sql,
-            Some(_) => return Err("was prepared inside another statement"),
-        };
-        prepared.text = String::from_utf8_lossy(own).into_owned();
-    }
-    match holds_its_time(prepared.text.as_bytes()) {
-        true => Err("holds the time at which it was prepared"),
-        false => Ok(()),
-    }
-}
-
-/// Whether a statement holds a literal that is read once, when it is prepared (manual, "Special Values" of dates),
-/// also next to a time. Every kind of literal is looked at.
-pub fn holds_its_time(sql: &[u8]) -> bool {
-    let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
-    let of_time = |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
-    let mut before = sql::Kind::Other;
-    sql::Tokens::new(sql).any(|token| {
-        let continues = std::mem::replace(&mut before, token.kind) == sql::Kind::Text;
-        if token.kind != sql::Kind::Text {
-            return false;
-        }
-        let text = String::from_utf8_lossy(token.text).to_ascii_lowercase();
-        let inner = match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
-            Some((tag, body)) => body.get(..body.len().saturating_sub(tag.len() + 2)),
-            None => text.split_once('\'').map(|(_, rest)| rest.trim_end_matches('\'')),
-        };
-        let inner = inner.unwrap_or_default();
-        // A word that is put together from parts or from codes is not read here.
-        let is_coded = continues || (!text.starts_with('\'') && inner.contains('\\'));
-        let words = || inner.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
-        is_coded || (words().any(of_now) && words().all(|word| of_now(word) || of_time(word)))
-    })
-}
-
-/// Whether the meaning of a statement may hang on how literals are read.
-pub fn has_literals(sql: &[u8]) -> bool {
-    sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
-}
-
-/// A name in a statement that is in `names`.
-pub fn names_one_of(sql: &[u8], names: &BTreeSet<String>) -> Option<String> {
-    let named = sql::Tokens::new(sql).filter_map(|token| sql::name_of(&token));
-    named.into_iter().find(|name| names.contains(name))
 }
 
 pub(super) fn optional(row: &Row, at: usize) -> Option<&str> {

@@ -32,8 +32,8 @@ const WORDS: [&str; 13] = [
     "load",
     "isolation",
     "deferrable",
-    "read only",
-    "read write",
+    "only",
+    "write",
     // Code in a literal, for a function that runs it.
     "'set",
 ];
@@ -186,7 +186,8 @@ impl Hints {
             match name.as_str() {
                 "set_config" => self.on_set_config(&tokens[at + 1..], place),
                 "setval" => self.setval = true,
-                "isolation" | "deferrable" | "read" => self.modes = true,
+                "isolation" | "deferrable" => self.modes = true,
+                "only" | "write" if at > 0 && tokens[at - 1].is_word("read") => self.modes = true,
                 "setseed" if calls(at) => self.pin(Pin::Seed { statement: shown() }),
                 "pg_backup_start" | "pg_start_backup" => {
                     self.pin(Pin::BackupMode { statement: shown() });
@@ -411,6 +412,14 @@ mod tests {
         assert!(hints("select setval('s', 5)").setval);
         assert!(hints("do $$ begin perform pg_catalog.setval('s', 5); end $$").setval);
         assert!(!hints("select setvalue from t").setval);
+    }
+
+    #[test]
+    fn modes_of_transactions_are_remembered() {
+        for sql in ["begin read /* x */\n only", "START TRANSACTION ISOLATION LEVEL SERIALIZABLE"] {
+            assert!(hints(sql).modes, "{sql}");
+        }
+        assert!(!hints("select only from write where rewrite").modes);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - [`facts`]: what is the same for all sessions of a database, asked once.
 //! - [`capture`]: the questions put to the server, and the snapshot read from the answers.
 //! - [`snapshot`]: the captured state, and what differs between two of them.
+//! - [`statement`]: whether the text of a statement prepares it again.
 //! - [`replay`]: the statements that make a fresh server session equal to a snapshot.
 //! - [`pin`]: why a session cannot be moved, in words.
 
@@ -17,6 +18,7 @@ pub mod pin;
 pub mod protocol;
 pub mod replay;
 pub mod snapshot;
+pub mod statement;
 pub mod temporary;
 
 pub use facts::Facts;

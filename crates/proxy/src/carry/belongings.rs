@@ -125,6 +125,9 @@ pub(crate) async fn take(
                 }
                 Err(error) => result = Err(error),
             }
+            if pin.is_some() || result.is_err() {
+                break;
+            }
         }
     }
     if result.is_ok() && pin.is_none() {
@@ -249,7 +252,8 @@ async fn describe_cursor(
     let of_type = |(_, oid, modifier): &(String, u32, i32)| {
         format!(
             "(SELECT format_type(oid, {modifier}) || CASE WHEN typcategory = 'A' THEN ' array' \
-             WHEN typtype = 'c' THEN ' row' WHEN typarray <> 0 THEN ' element' ELSE ' none' END || ' ' || typdelim::text FROM pg_type WHERE oid = {oid})"
+             WHEN typtype = 'c' THEN ' row' WHEN typarray <> 0 THEN ' element' ELSE ' none' END \
+             || ' ' || typdelim::text FROM pg_type WHERE oid = {oid})"
         )
     };
     let types: Vec<String> = described.iter().map(of_type).collect();
@@ -355,8 +359,8 @@ async fn run_and_commit(connection: &mut Connection, sql: &str) -> Result<Answer
     Ok(answers.into_iter().next().unwrap_or_default())
 }
 
-/// Fetches what a cursor still has, or more than may be carried of one that scrolls. What a cursor that does not scroll has given is nowhere
-/// else: an error after that leaves a session that is not what it was.
+/// Fetches what a cursor still has, or more than may be carried of one that scrolls. What a cursor that does not scroll
+/// has given is nowhere else: an error after that leaves a session that is not what it was.
 async fn fetch_all(
     connection: &mut Connection,
     subject: &Subject<'_>,

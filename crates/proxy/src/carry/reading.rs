@@ -9,6 +9,7 @@ use model::session::capture::{
 };
 use model::session::protocol::Unnamed;
 use model::session::snapshot::AdvisoryLock;
+use model::session::statement;
 use model::session::temporary::{self, Temporary};
 use model::session::{Facts, Pin, Snapshot};
 use pg::connection::{Answer, Connection, QueryError};
@@ -143,7 +144,7 @@ pub(crate) async fn capture(
     captured.pins.extend(session.known_pins());
     if session.restyled {
         let why = "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings";
-        let read = |text: &str| capture::has_literals(text.as_bytes());
+        let read = |text: &str| statement::has_literals(text.as_bytes());
         let pins = captured.snapshot.prepared.iter().filter(|(_, p)| read(&p.text));
         let pins = pins.map(|(name, _)| Pin::Prepared { name: name.clone(), why: why.into() });
         let pins: Vec<Pin> = pins.collect();
@@ -151,7 +152,7 @@ pub(crate) async fn capture(
     }
     if !captured.shadowing.is_empty() {
         let means_two = |(name, one): (&String, &model::session::snapshot::Prepared)| {
-            let found = capture::names_one_of(one.text.as_bytes(), &captured.shadowing)?;
+            let found = statement::names_one_of(one.text.as_bytes(), &captured.shadowing)?;
             let why = format!("names `{found}`, which is temporary and permanent");
             Some(Pin::Prepared { name: name.clone(), why })
         };
@@ -168,11 +169,11 @@ pub(crate) async fn capture(
         Unnamed::Last => {
             let body = session.unnamed.get(wire::frame::HEADER_LEN..).unwrap_or_default();
             let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
-            let why = if capture::holds_its_time(text) {
+            let why = if statement::holds_its_time(text) {
                 "holds the time at which it was prepared"
-            } else if capture::names_one_of(text, &captured.shadowing).is_some() {
+            } else if statement::names_one_of(text, &captured.shadowing).is_some() {
                 "names what is temporary and permanent"
-            } else if session.unnamed_restyled && capture::has_literals(text) {
+            } else if session.unnamed_restyled && statement::has_literals(text) {
                 "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings"
             } else {
                 return Ok(captured);

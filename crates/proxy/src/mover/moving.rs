@@ -41,7 +41,8 @@ impl Mover {
             ));
         }
         let databases = views.iter().map(|view| view.database.clone()).collect();
-        all(learn_all(&app, app.active().into_iter().chain([cell.clone()]), &databases)).await?;
+        let from = app.active().filter(|from| from.name != cell.name);
+        all(learn_all(&app, from.into_iter().chain([cell.clone()]), &databases)).await?;
         let deadline = Instant::now() + limit;
         let ids: Vec<u64> = views.iter().map(|view| view.id).collect();
         let mut report = Report { sessions: count(ids.len()), ..Report::default() };

@@ -105,28 +105,6 @@ fn rows_that_say_what_is_configured_do_not_matter() {
 }
 
 #[test]
-fn a_literal_of_now_is_seen_in_every_quote() {
-    for sql in [
-        "'now'",
-        "$$now$$",
-        "$a$ today $a$",
-        "E'now'",
-        "'tomorrow 08:00'",
-        "n'yesterday'",
-        "'{now}'",
-        "'[now,)'",
-        "E'\\x6eow'",
-        "U&'n\\006fw'",
-        "'no'\n'w'",
-    ] {
-        assert!(holds_its_time(format!("select {sql}::timestamptz").as_bytes()), "{sql}");
-    }
-    for sql in ["now()", "'now or never, said the president'", "$$SELECT now()$$", "'nowhere'"] {
-        assert!(!holds_its_time(format!("select {sql}").as_bytes()), "{sql}");
-    }
-}
-
-#[test]
 fn what_cannot_be_carried_pins() {
     let mut facts = Facts::default();
     facts.backends.entry(7).or_default().slots.push("s".into());

@@ -1,0 +1,90 @@
+//! What the text of a prepared statement tells: whether it can be prepared again, and as the same.
+
+use std::collections::BTreeSet;
+
+use super::snapshot::Prepared;
+use crate::sql;
+
+/// Leaves of a statement's text what prepares it again, or says why nothing does. For a query string of several
+/// statements the catalog holds the whole string: running it again would run the others again. Inside a DO block or a
+/// function the text is clean.
+pub(super) fn repeatable(name: &str, prepared: &mut Prepared) -> Result<(), &'static str> {
+    if prepared.from_sql {
+        let sql = prepared.text.as_bytes();
+        let own = match sql::statements(sql) {
+            None => return Err("has a text that cannot be told apart without its settings"),
+            Some(statements) if statements.len() > 1 => sql::prepare_of(sql, name)
+                .ok_or("was prepared together with others of its name in one string")?,
+            Some(_) if sql::Tokens::new(sql).next().is_some_and(|t| t.is_word("prepare")) => sql,
+            Some(_) => return Err("was prepared inside another statement"),
+        };
+        prepared.text = String::from_utf8_lossy(own).into_owned();
+    }
+    match holds_its_time(prepared.text.as_bytes()) {
+        true => Err("holds the time at which it was prepared"),
+        false => Ok(()),
+    }
+}
+
+/// Whether a statement holds a literal that is read once, when it is prepared (manual, "Special Values" of dates),
+/// also next to a time. Every kind of literal is looked at.
+pub fn holds_its_time(sql: &[u8]) -> bool {
+    let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
+    let of_time = |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
+    let mut before = sql::Kind::Other;
+    sql::Tokens::new(sql).any(|token| {
+        let continues = std::mem::replace(&mut before, token.kind) == sql::Kind::Text;
+        if token.kind != sql::Kind::Text {
+            return false;
+        }
+        let text = String::from_utf8_lossy(token.text).to_ascii_lowercase();
+        let inner = match text.strip_prefix('$').and_then(|rest| rest.split_once('$')) {
+            Some((tag, body)) => body.get(..body.len().saturating_sub(tag.len() + 2)),
+            None => text.split_once('\'').map(|(_, rest)| rest.trim_end_matches('\'')),
+        };
+        let inner = inner.unwrap_or_default();
+        // A word that is put together from parts or from codes is not read here.
+        let is_coded = continues || (!text.starts_with('\'') && inner.contains('\\'));
+        let words = || inner.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+        is_coded || (words().any(of_now) && words().all(|word| of_now(word) || of_time(word)))
+    })
+}
+
+/// Whether the meaning of a statement may hang on how literals are read.
+pub fn has_literals(sql: &[u8]) -> bool {
+    sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
+}
+
+/// A name in a statement that is in `names`.
+pub fn names_one_of(sql: &[u8], names: &BTreeSet<String>) -> Option<String> {
+    let named = sql::Tokens::new(sql).filter_map(|token| sql::name_of(&token));
+    named.into_iter().find(|name| names.contains(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_literal_of_now_is_seen_in_every_quote() {
+        for sql in [
+            "'now'",
+            "$$now$$",
+            "$a$ today $a$",
+            "E'now'",
+            "'tomorrow 08:00'",
+            "n'yesterday'",
+            "'{now}'",
+            "'[now,)'",
+            "E'\\x6eow'",
+            "U&'n\\006fw'",
+            "'no'\n'w'",
+        ] {
+            assert!(holds_its_time(format!("select {sql}::timestamptz").as_bytes()), "{sql}");
+        }
+        for sql in ["now()", "'now or never, said the president'", "$$SELECT now()$$", "'nowhere'"]
+        {
+            assert!(!holds_its_time(format!("select {sql}").as_bytes()), "{sql}");
+        }
+    }
+}
