@@ -13,7 +13,8 @@ use tokio::sync::watch;
 
 use crate::auth::Authenticator;
 use crate::carry::Prepared;
-use crate::config::{AppConfig, MoveLimits};
+use crate::config::{AppConfig, MoveLimits, PoolLimits};
+use crate::pool::Pools;
 
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
 const PARAM_SETS_MAX: usize = 256;
@@ -45,6 +46,9 @@ pub struct App {
     pub name: String,
     pub databases: Vec<String>,
     pub moves: MoveLimits,
+    /// Sessions share servers, within these limits.
+    pub pool: Option<PoolLimits>,
+    pub pools: Pools,
     /// Bytes that are held of temporary tables and cursors.
     pub temporary: Arc<AtomicU64>,
     pub cells: BTreeMap<String, Arc<Cell>>,
@@ -73,6 +77,8 @@ impl App {
             name: config.name,
             databases: config.databases,
             moves: config.moves,
+            pool: config.pool,
+            pools: Pools::default(),
             temporary: Arc::default(),
             cells,
             auth: Authenticator::new(config.auth, config.admin.clone()),
@@ -114,12 +120,25 @@ impl App {
     }
 
     pub fn open(&self, cell: Arc<Cell>) {
+        if self.pool.is_some() {
+            self.pools.forget();
+        }
         self.holding.store(false, Ordering::SeqCst);
         self.gate.send_replace(Gate::Open(cell));
     }
 
     /// Asks a server for what is the same for all sessions of a database, and remembers it.
     pub async fn learn(&self, cell: &Cell, database: &str) {
+        let learned = self.learn_facts(cell, database).await;
+        let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert((cell.name.clone(), database.to_owned()), learned);
+    }
+
+    /// Asks a server for what is the same for all sessions of a database.
+    ///
+    /// # Errors
+    /// It does not tell.
+    pub async fn learn_facts(&self, cell: &Cell, database: &str) -> Learned {
         let login = AdminLogin { database: database.to_owned(), ..self.admin.clone() };
         let failed = |error: &dyn std::error::Error| Reason::Failed {
             error: format!("Holdfast's own login to `{database}`: {}", model::chain(error)),
@@ -142,8 +161,7 @@ impl App {
         };
         let learned = tokio::time::timeout(wait_max, ask).await.unwrap_or_else(|_| late());
         tracing::debug!(cell = cell.name, database, took = ?began.elapsed(), "learned of a database");
-        let mut all = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert((cell.name.clone(), database.to_owned()), learned);
+        learned
     }
 
     /// What was learned of a database on a cell's server.

@@ -74,12 +74,31 @@ impl Default for MoveLimits {
     }
 }
 
+/// How sessions of an application share servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolLimits {
+    /// Server connections that sessions share.
+    pub size: usize,
+    /// Those that sessions keep for themselves, besides. With more, as many fewer are shared.
+    pub kept_max: usize,
+    /// The longest wait of a session for a server connection.
+    pub wait_max: Duration,
+}
+
+impl Default for PoolLimits {
+    fn default() -> PoolLimits {
+        PoolLimits { size: 20, kept_max: 100, wait_max: Duration::from_secs(30) }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct AppConfig {
     pub name: String,
     /// Databases that belong to it; empty for all.
     pub databases: Vec<String>,
     pub moves: MoveLimits,
+    /// None: each session has a server of its own.
+    pub pool: Option<PoolLimits>,
     pub cells: BTreeMap<String, Target>,
     pub auth: AuthConfig,
     /// How Holdfast itself logs in, for the verifiers of clients.

@@ -13,8 +13,10 @@ use crate::proxy::Shared;
 /// Longest command that is read.
 const COMMAND_LEN_MAX: usize = 16 * 1024;
 
-const TOPICS: [&str; 9] =
-    ["CELLS", "CLIENTS", "CONFIG", "HELP", "PINS", "SERVERS", "SESSIONS", "STATS", "VERSION"];
+const TOPICS: [&str; 10] = [
+    "CELLS", "CLIENTS", "CONFIG", "HELP", "PINS", "POOLS", "SERVERS", "SESSIONS", "STATS",
+    "VERSION",
+];
 
 /// Runs until the client leaves.
 pub(crate) async fn run(mut client: Client, shared: Arc<Shared>) {
@@ -142,6 +144,7 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 "idle_s",
                 "moves",
                 "pins",
+                "pool",
             ],
             rows: shared
                 .views()
@@ -165,6 +168,7 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                         v.idle_s.to_string(),
                         v.moves.to_string(),
                         pins,
+                        v.pool,
                     ]
                 })
                 .collect(),
@@ -206,6 +210,7 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 .views()
                 .await
                 .into_iter()
+                .filter(|v| !v.server.is_empty())
                 .map(|v| {
                     vec![
                         v.id.to_string(),
@@ -217,6 +222,23 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                         v.database,
                         v.state,
                     ]
+                })
+                .collect(),
+        },
+        "POOLS" => Table {
+            columns: vec![
+                "app", "user", "database", "idle", "lent", "kept", "opening", "waiting", "failure",
+            ],
+            rows: shared
+                .pools()
+                .await
+                .into_iter()
+                .map(|pool| {
+                    let counts = [pool.idle, pool.lent, pool.kept, pool.opening, pool.waiting];
+                    let mut row = vec![pool.app, pool.user, pool.database];
+                    row.extend(counts.iter().map(usize::to_string));
+                    row.push(pool.failure);
+                    row
                 })
                 .collect(),
         },

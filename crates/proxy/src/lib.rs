@@ -13,6 +13,7 @@
 //! - [`engine`]: the loop that moves them.
 //! - `listener`, `login`, `auth`: from a new socket to a session.
 //! - `carry`: reading a session's state, and attaching it to another server.
+//! - [`pool`]: server connections that sessions share.
 //! - [`mover`]: obeys the orders of a switchover.
 //! - `console`: the admin database.
 //! - [`metrics`]: what is counted.
@@ -31,6 +32,7 @@ mod listener;
 mod login;
 pub mod metrics;
 pub mod mover;
+pub mod pool;
 mod proxy;
 pub mod relay;
 pub mod session;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pg::connect::{ConnectError, Login};
+use pg::connection::Connection;
 use pg::stream::Stream;
 use tls::{Handshake, certificate};
 use tokio::net::TcpStream;
@@ -17,10 +18,11 @@ use wire::scram::{self, Credential, ServerStart};
 use wire::sqlstate::SqlState;
 use wire::startup::{self, First, Startup, TLS_HANDSHAKE_BYTE, Version};
 
-use crate::app::{App, Cell};
+use crate::app::{App, Cell, Params};
 use crate::auth::Check;
 use crate::console;
 use crate::engine::Command;
+use crate::pool::Sharing;
 use crate::proxy::{Place, Shared};
 use crate::session::{Identity, Leg, Session};
 
@@ -402,73 +404,86 @@ async fn attach(
         return Box::pin(attach(client, shared, app, request, login.credential, version, place))
             .await;
     };
-    let mut connection = match cell.target.login(&login).await {
-        Ok(connection) => connection,
-        Err(error) => {
-            if matches!(&error, ConnectError::Refused { sqlstate, .. } if *sqlstate == SqlState::INVALID_PASSWORD)
-            {
-                app.auth.forget(&request.user);
-            }
-            shared.metrics.logins_failed.fetch_add(1, Ordering::Relaxed);
-            if let Some(raw) = error.raw_error() {
-                let mut out = Vec::new();
-                if error.after_authentication() {
-                    backend::authentication_ok(&mut out);
-                }
-                out.extend_from_slice(raw);
-                client.send(&out).await?;
-                client.stream.close().await;
-                return Err(Refused);
-            }
-            tracing::warn!(
-                app = app.name,
-                error = &error as &dyn std::error::Error,
-                "server cannot be reached"
-            );
-            let report = Report::fatal(SqlState::CONNECTION_FAILURE, error.to_string());
-            return client.refuse(report).await;
+    let pool = match app.pool {
+        Some(_) if !request.replication => {
+            app.pools.of(&request.user, &request.database, &login.params)
         }
+        _ => None,
     };
-    let client_pid = connection.pid;
-    let secret_len = if version >= Version::V3_2 { 32 } else { 4 };
-    let Some(secret) = shared.new_secret(secret_len) else { return Err(Refused) };
-    let mut out = Vec::new();
-    backend::authentication_ok(&mut out);
-    for (name, value) in &connection.params {
-        backend::parameter_status(&mut out, name.as_bytes(), value.as_bytes());
-    }
-    backend::key_data(&mut out, client_pid, &secret);
-    out.extend_from_slice(&connection.aside);
-    backend::ready(&mut out, TxStatus::Idle);
-    client.send(&out).await?;
-
-    let (backend_pid, backend_secret) = (connection.pid, std::mem::take(&mut connection.secret));
-    let params = app.share(std::mem::take(&mut connection.params));
-    let (server, unread) = connection.into_stream();
-    let peer = client.peer.to_string();
-    let identity = Identity {
+    let identity = Arc::new(Identity {
         user: request.user,
         database: request.database,
         params: login.params,
         credential: login.credential,
-        peer,
+        peer: client.peer.to_string(),
         tls: client.stream.is_tls(),
         replication: request.replication,
+    });
+    let mut sharing = None;
+    let server = match pool {
+        None => log_in(&mut client, shared, &app, &cell, &identity).await?,
+        Some(pool) => {
+            pool.knows(&identity);
+            // One of a kind logs in, the others wait to be told what it was told.
+            let one = match pool.welcome(&cell) {
+                Some(_) => None,
+                None => Some(pool.welcoming.lock().await),
+            };
+            let server = match pool.welcome(&cell) {
+                Some(welcome) => Begun {
+                    leg: Leg::vacant(),
+                    pid: 0,
+                    secret: Vec::new(),
+                    params: welcome.params.clone(),
+                    aside: Vec::new(),
+                },
+                None => {
+                    let mut connection =
+                        log_in_as(&mut client, shared, &app, &cell, &identity).await?;
+                    let aside = std::mem::take(&mut connection.aside);
+                    let learned = pool.learn(&app, &cell, &identity, &mut connection).await;
+                    connection.aside = aside;
+                    learned.map_or_else(
+                        |error| {
+                            tracing::warn!(app = app.name, error, "a session cannot share servers")
+                        },
+                        drop,
+                    );
+                    Begun::of(connection, &app)?
+                }
+            };
+            drop(one);
+            sharing = pool.welcome(&cell).map(|_| Box::new(Sharing::new(pool)));
+            server
+        }
     };
-    let server = Leg::new(server.into_parts().map_err(|_| Refused)?, unread, Side::Backend);
+    let id = shared.next_id();
+    let client_pid = if server.pid == 0 { shared.own_pid(id) } else { server.pid };
+    let secret_len = if version >= Version::V3_2 { 32 } else { 4 };
+    let Some(secret) = shared.new_secret(secret_len) else { return Err(Refused) };
+    let mut out = Vec::new();
+    backend::authentication_ok(&mut out);
+    for (name, value) in server.params.iter() {
+        backend::parameter_status(&mut out, name.as_bytes(), value.as_bytes());
+    }
+    backend::key_data(&mut out, client_pid, &secret);
+    out.extend_from_slice(&server.aside);
+    backend::ready(&mut out, TxStatus::Idle);
+    client.send(&out).await?;
+
     let received = std::mem::take(&mut client.received);
     let client =
         Leg::new(client.stream.into_parts().map_err(|_| Refused)?, received, Side::Frontend);
     std::mem::forget(counted);
     let session = Session {
-        id: shared.next_id(),
+        id,
         app: app.clone(),
         cell,
-        identity: Arc::new(identity),
+        identity,
         client,
-        server,
+        server: server.leg,
         protocol: model::session::Protocol::new(),
-        params,
+        params: server.params,
         hints: Default::default(),
         unnamed: Vec::new(),
         unnamed_too_long: false,
@@ -479,8 +494,8 @@ async fn attach(
         long: None,
         client_pid,
         client_secret: secret.into(),
-        backend_pid,
-        backend_secret: backend_secret.into(),
+        backend_pid: server.pid,
+        backend_secret: server.secret.into(),
         client_gone: false,
         goodbye_said: false,
         carry_waits: true,
@@ -497,9 +512,79 @@ async fn attach(
         stilled: Vec::new(),
         held_since: None,
         place,
+        sharing,
+        edits: Vec::new(),
     };
     shared.begin(Box::new(session));
     Ok(())
+}
+
+/// What a session begins with.
+struct Begun {
+    leg: Leg,
+    /// 0 while there is no server.
+    pid: i32,
+    secret: Vec<u8>,
+    params: Params,
+    /// What the server has said besides.
+    aside: Vec<u8>,
+}
+
+impl Begun {
+    fn of(mut connection: Connection, app: &App) -> Outcome<Begun> {
+        let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
+        let params = app.share(std::mem::take(&mut connection.params));
+        let aside = std::mem::take(&mut connection.aside);
+        let (server, unread) = connection.into_stream();
+        let leg = Leg::new(server.into_parts().map_err(|_| Refused)?, unread, Side::Backend);
+        Ok(Begun { leg, pid, secret, params, aside })
+    }
+}
+
+async fn log_in(
+    client: &mut Client,
+    shared: &Shared,
+    app: &App,
+    cell: &Cell,
+    identity: &Identity,
+) -> Outcome<Begun> {
+    Begun::of(log_in_as(client, shared, app, cell, identity).await?, app)
+}
+
+/// Logs in to the server. What it refuses, the client is told.
+async fn log_in_as(
+    client: &mut Client,
+    shared: &Shared,
+    app: &App,
+    cell: &Cell,
+    identity: &Identity,
+) -> Outcome<Connection> {
+    let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
+    let error = match cell.target.login(&login).await {
+        Ok(connection) => return Ok(connection),
+        Err(error) => error,
+    };
+    if matches!(&error, ConnectError::Refused { sqlstate, .. } if *sqlstate == SqlState::INVALID_PASSWORD)
+    {
+        app.auth.forget(&identity.user);
+    }
+    shared.metrics.logins_failed.fetch_add(1, Ordering::Relaxed);
+    if let Some(raw) = error.raw_error() {
+        let mut out = Vec::new();
+        if error.after_authentication() {
+            backend::authentication_ok(&mut out);
+        }
+        out.extend_from_slice(raw);
+        client.send(&out).await?;
+        client.stream.close().await;
+        return Err(Refused);
+    }
+    tracing::warn!(
+        app = app.name,
+        error = &error as &dyn std::error::Error,
+        "server cannot be reached"
+    );
+    client.refuse(Report::fatal(SqlState::CONNECTION_FAILURE, error.to_string())).await
 }
 
 /// Takes the session off the count if its login does not come to an end.

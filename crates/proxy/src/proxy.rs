@@ -16,10 +16,11 @@ use wire::sqlstate::SqlState;
 
 use crate::app::App;
 use crate::config::ProxyConfig;
-use crate::engine::{Clock, Command, EngineHandle, Want};
+use crate::engine::{Clock, Command, EngineHandle, PoolView, Want};
 use crate::listener;
 use crate::metrics::{Metrics, write_metric};
 use crate::mover::Mover;
+use crate::pool::keeper;
 use crate::session::{Session, SessionView};
 
 /// A client's cancel key: the pid that it knows, and the secret.
@@ -85,16 +86,26 @@ impl Shared {
         named.or_else(|| self.apps.iter().find(|app| app.serves(database))).cloned()
     }
 
-    fn engine_of(&self, id: u64) -> usize {
-        let count = u64::try_from(self.engines.len()).unwrap_or(1).max(1);
-        usize::try_from(id % count).unwrap_or(0)
+    /// Sessions that share servers are in one engine.
+    fn engine_of(&self, session: &Session) -> usize {
+        let own = || self.apps.iter().position(|app| Arc::ptr_eq(app, &session.app)).unwrap_or(0);
+        let number = match &session.sharing {
+            Some(_) => own(),
+            None => usize::try_from(session.id).unwrap_or(0),
+        };
+        number % self.engines.len().max(1)
+    }
+
+    /// The pid that a client is told who has no server yet. Linux has none so large.
+    pub(crate) fn own_pid(&self, id: u64) -> i32 {
+        0x4000_0000 | i32::try_from(id & 0x3fff_ffff).unwrap_or(0)
     }
 
     /// A session begins: its cancel key works from now on.
     pub(crate) fn begin(&self, mut session: Box<Session>) {
         self.metrics.logins.fetch_add(1, Ordering::Relaxed);
         let key = (session.client_pid, session.client_secret.clone());
-        let engine = self.engine_of(session.id);
+        let engine = self.engine_of(&session);
         session.place.key = Some(key.clone());
         self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key, (session.id, engine));
         self.give(session);
@@ -102,7 +113,7 @@ impl Shared {
 
     /// Gives a session to its engine.
     pub(crate) fn give(&self, session: Box<Session>) {
-        if let Some(engine) = self.engines.get(self.engine_of(session.id)) {
+        if let Some(engine) = self.engines.get(self.engine_of(&session)) {
             engine.add(session);
         }
     }
@@ -134,6 +145,16 @@ impl Shared {
         }
         views.sort_by_key(|view| view.id);
         views
+    }
+}
+
+impl Shared {
+    pub(crate) async fn pools(&self) -> Vec<PoolView> {
+        let mut pools = Vec::new();
+        for engine in &self.engines {
+            pools.extend(engine.pools().await);
+        }
+        pools
     }
 }
 
@@ -210,6 +231,14 @@ impl Proxy {
                 .map_err(|source| StartError::Listen { address: *address, source })?;
             addresses.extend(listener.local_addr());
             listeners.push(tokio::spawn(listener::run(listener, shared.clone())));
+        }
+        let (jobs, incoming) = tokio::sync::mpsc::unbounded_channel();
+        for engine in &shared.engines {
+            engine.set_keeper(jobs.clone());
+        }
+        listeners.push(tokio::spawn(keeper::run(shared.clone(), incoming)));
+        for app in shared.apps.iter().filter(|app| app.pool.is_some()) {
+            listeners.push(tokio::spawn(keeper::watch(app.clone())));
         }
         let began = Instant::now();
         listeners.push(tokio::spawn(async move {

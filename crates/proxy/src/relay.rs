@@ -4,17 +4,18 @@
 //! for more, or for the end of a hold. Only what a move must know is looked at.
 
 use model::session::inspect::OVERLAP;
-use model::session::protocol::Note;
+use model::session::protocol::{Fate, Note};
 use thiserror::Error;
 use wire::backend::{self, Backend, TxStatus};
 use wire::frame::{FrameError, HEADER_LEN, Header, Step};
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
+use crate::pool::sharing::Turn;
 use crate::session::Session;
 
 /// A statement up to this length is looked at as a whole; a longer one while it passes.
-const INSPECT_LEN_MAX: usize = 32 * 1024;
+pub(crate) const INSPECT_LEN_MAX: usize = 32 * 1024;
 /// A message of the server that must be seen whole, such as a parameter, is waited for up to this length.
 const WHOLE_LEN_MAX: usize = 64 * 1024;
 /// The longest unnamed statement that is kept for a move.
@@ -27,6 +28,25 @@ pub struct LongText {
     tail: Vec<u8>,
     /// It is an unnamed Parse, whose text is kept.
     keep: bool,
+}
+
+/// A change to bytes on their way: at this place so many are left out, and others are put in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Edit {
+    pub at: usize,
+    pub skip: usize,
+    pub insert: Vec<u8>,
+}
+
+/// What passes of `bytes`, with the edits made in it, which are in order.
+pub fn edited(bytes: &[u8], edits: &[Edit], out: &mut Vec<u8>) {
+    let mut at = 0;
+    for edit in edits {
+        out.extend_from_slice(bytes.get(at..edit.at).unwrap_or_default());
+        out.extend_from_slice(&edit.insert);
+        at = edit.at + edit.skip;
+    }
+    out.extend_from_slice(bytes.get(at..).unwrap_or_default());
 }
 
 /// What to do after some bytes.
@@ -76,8 +96,14 @@ impl Session {
                         break;
                     }
                     let body = rest.get(HEADER_LEN..).unwrap_or_default();
-                    if !self.on_client_message(header, rest, body) {
-                        break;
+                    let turn = match self.sharing {
+                        None => Turn::Pass,
+                        Some(_) => self.on_shared_message(header, at, body),
+                    };
+                    match turn {
+                        Turn::Wait => break,
+                        Turn::Pass if !self.on_client_message(header, rest, body) => break,
+                        Turn::Pass | Turn::Done => (),
                     }
                     self.client.scanner.enter(header);
                     at += HEADER_LEN;
@@ -178,7 +204,7 @@ impl Session {
     pub fn on_server_bytes(&mut self, bytes: &mut [u8]) -> Result<usize, Fault> {
         let mut at = 0;
         loop {
-            if self.server.scanner.at_boundary() {
+            if self.server.scanner.at_boundary() && !self.protocol.runs_own() {
                 at += wire::frame::data_len(bytes.get(at..).unwrap_or_default());
             }
             let rest = bytes.get_mut(at..).unwrap_or_default();
@@ -187,11 +213,28 @@ impl Session {
                 Step::Body(len) => {
                     self.server.scanner.pass(len);
                     at += len;
+                    if self.sharing.is_some() {
+                        self.after_shared_answer(0, at);
+                    }
                 }
                 Step::Frame(header) => {
                     let body_len = usize_of(header.body_len);
                     let body = rest.get_mut(HEADER_LEN..).unwrap_or_default();
                     let whole = body.len() >= body_len;
+                    if self.protocol.runs_own() && header.tag != b'A' {
+                        if !whole {
+                            break;
+                        }
+                        self.on_own_answer(header.tag, body.get(..body_len).unwrap_or_default());
+                        self.edits.push(Edit {
+                            at,
+                            skip: HEADER_LEN + body_len,
+                            insert: Vec::new(),
+                        });
+                        at += HEADER_LEN + body_len;
+                        continue;
+                    }
+                    let mut fate = Fate::Pass;
                     match header.tag {
                         b'Z' | b'S' | b'C' | b'A' | b'E' if !whole && body_len <= WHOLE_LEN_MAX => {
                             break;
@@ -214,6 +257,7 @@ impl Session {
                             {
                                 (self.has_prepared, self.restyled) = (false, false);
                             }
+                            self.on_shared_tag(body.get(..body_len).unwrap_or_default());
                             self.protocol.on_backend(b'C', None);
                         }
                         b'E' => {
@@ -221,16 +265,53 @@ impl Session {
                             self.server_said_why |= fatal;
                             self.protocol.on_backend_error(state);
                         }
-                        tag => self.protocol.on_backend(tag, None),
+                        tag => fate = self.protocol.on_backend(tag, None),
                     }
                     self.server.scanner.enter(header);
                     let len = body_len.min(rest.len() - HEADER_LEN);
                     self.server.scanner.pass(len);
+                    if fate == Fate::Keep {
+                        // These have no body.
+                        self.edits.push(Edit { at, skip: HEADER_LEN + len, insert: Vec::new() });
+                    }
                     at += HEADER_LEN + len;
+                    if self.sharing.is_some() {
+                        self.after_shared_answer(header.tag, at);
+                    }
                 }
             }
         }
         Ok(at)
+    }
+
+    /// Part of the answer to a query of ours.
+    #[cold]
+    fn on_own_answer(&mut self, tag: u8, body: &[u8]) {
+        let status = body.first().and_then(|byte| TxStatus::from_byte(*byte));
+        self.protocol.on_backend(tag, status.filter(|_| tag == b'Z'));
+        let Some(sharing) = &mut self.sharing else { return };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match backend::read(tag, body) {
+            Ok(Backend::ParameterStatus { name, value }) => {
+                let now = sharing.here.params.get_or_insert_with(|| self.params.clone());
+                let mut now = (**now).clone();
+                now.insert(text(name), text(value));
+                sharing.here.params = Some(self.app.share(now));
+            }
+            Ok(Backend::Error(fields)) => {
+                tracing::error!(
+                    session = self.id,
+                    error = fields.message(),
+                    "a state cannot be given to a server"
+                );
+            }
+            _ if tag == b'Z' => {
+                if let Some(now) = sharing.here.params.take() {
+                    self.tell_params(&now);
+                }
+            }
+            _ => (),
+        }
     }
 
     #[cold]

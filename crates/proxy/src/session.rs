@@ -1,7 +1,7 @@
 //! The session as a value, with its two sockets. It is in exactly one place at a time.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -16,13 +16,15 @@ use wire::frame::{Scanner, Side};
 use wire::scram::Credential;
 
 use crate::app::{App, Cell, Params};
+use crate::pool::Sharing;
 use crate::proxy::Place;
-use crate::relay::LongText;
+use crate::relay::{Edit, LongText};
 
 /// One of a session's two connections.
 #[derive(Debug)]
 pub struct Leg {
-    pub fd: OwnedFd,
+    /// None while the session shares servers with others and is attached to none.
+    pub fd: Option<OwnedFd>,
     pub is_unix: bool,
     pub tls: Option<Box<Record>>,
     /// Received ciphertext that is not a whole record.
@@ -42,7 +44,7 @@ pub struct Leg {
 impl Leg {
     pub fn new(parts: Parts, carry: Vec<u8>, side: Side) -> Leg {
         Leg {
-            fd: parts.fd,
+            fd: Some(parts.fd),
             is_unix: parts.is_unix,
             tls: parts.tls,
             cipher: parts.cipher,
@@ -52,6 +54,38 @@ impl Leg {
             scanner: Scanner::new(side),
             readable: true,
             eof: false,
+        }
+    }
+
+    /// The server's side of a session that is attached to none.
+    pub fn vacant() -> Leg {
+        Leg {
+            fd: None,
+            is_unix: false,
+            tls: None,
+            cipher: Vec::new(),
+            carry: Vec::new(),
+            out: Vec::new(),
+            sent: 0,
+            scanner: Scanner::new(Side::Backend),
+            readable: false,
+            eof: false,
+        }
+    }
+
+    pub fn is_vacant(&self) -> bool {
+        self.fd.is_none()
+    }
+
+    /// The descriptor for system calls, which refuse the one of a vacant leg.
+    pub fn raw(&self) -> RawFd {
+        self.fd.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    /// Ends the connection in one direction or both.
+    pub fn shut_down(&self, how: std::net::Shutdown) {
+        if let Some(fd) = &self.fd {
+            let _ = socket2::SockRef::from(fd).shutdown(how);
         }
     }
 
@@ -141,6 +175,10 @@ pub struct Session {
     pub held_since: Option<std::time::Instant>,
     /// Its place among the clients, and its cancel key.
     pub place: Place,
+    /// It shares servers with others.
+    pub sharing: Option<Box<Sharing>>,
+    /// Changes to the bytes that were looked at last.
+    pub edits: Vec<Edit>,
 }
 
 impl Session {
@@ -176,6 +214,11 @@ impl Session {
             && !self.server.has_out()
     }
 
+    /// It stands on no server, and there is nothing of it anywhere but here.
+    pub fn is_detached(&self) -> bool {
+        self.server.is_vacant()
+    }
+
     pub fn cancels_under_way(&self) -> bool {
         self.cancels.load(Ordering::Acquire) > 0
     }
@@ -202,7 +245,8 @@ impl Drop for Session {
 /// Sends what the socket takes without waiting. An error shows at the next read.
 pub fn write_some(leg: &mut Leg) {
     while leg.has_out() {
-        let socket = socket2::SockRef::from(&leg.fd);
+        let Some(fd) = &leg.fd else { return };
+        let socket = socket2::SockRef::from(fd);
         match socket.send(leg.out.get(leg.sent..).unwrap_or_default()) {
             Ok(0) | Err(_) => return,
             Ok(len) => leg.sent += len,
@@ -243,6 +287,9 @@ pub struct SessionView {
     pub requests: u64,
     pub moves: u32,
     pub pins: Vec<String>,
+    /// How it shares servers: `shared`, `waits`, or why it keeps one. Empty if it does not.
+    #[serde(default)]
+    pub pool: String,
 }
 
 impl SessionView {
@@ -270,7 +317,11 @@ impl Session {
             client: self.identity.peer.clone(),
             tls: self.identity.tls,
             cell: self.cell.name.clone(),
-            server: self.cell.target.address.to_string(),
+            server: if self.is_detached() {
+                String::new()
+            } else {
+                self.cell.target.address.to_string()
+            },
             backend_pid: self.backend_pid,
             state: self.protocol.occupation().to_owned(),
             connected_s: u64::from(now.saturating_sub(self.connected_at)),
@@ -280,14 +331,14 @@ impl Session {
             requests: self.requests,
             moves: self.moves,
             pins: self.known_pins().iter().map(Pin::to_string).collect(),
+            pool: match self.sharing.as_deref() {
+                None => String::new(),
+                Some(Sharing { keeps: Some(keeps), .. }) => {
+                    format!("keeps its server: {}", keeps.why)
+                }
+                Some(Sharing { waits_since: Some(_), .. }) => "waits".into(),
+                Some(_) => "shared".into(),
+            },
         }
-    }
-
-    pub fn client_fd(&self) -> i32 {
-        self.client.fd.as_raw_fd()
-    }
-
-    pub fn server_fd(&self) -> i32 {
-        self.server.fd.as_raw_fd()
     }
 }

@@ -276,6 +276,14 @@ pub fn parameter_status(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
     });
 }
 
+pub fn parse_complete(out: &mut Vec<u8>) {
+    message(out, b'1', |_| ());
+}
+
+pub fn close_complete(out: &mut Vec<u8>) {
+    message(out, b'3', |_| ());
+}
+
 pub fn key_data(out: &mut Vec<u8>, pid: i32, secret: &[u8]) {
     message(out, b'K', |out| {
         out.extend_from_slice(&pid.to_be_bytes());

@@ -139,6 +139,7 @@ pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
                 format!("{} s", v.idle_s),
                 v.moves.to_string(),
                 v.pins.join("; "),
+                v.pool,
             ]
         })
         .collect();
@@ -154,6 +155,7 @@ pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
         "idle",
         "moves",
         "pins",
+        "pool",
     ];
     table(&header, &rows);
     Ok(ExitCode::SUCCESS)

@@ -14,7 +14,7 @@ use pg::instance::{self, Instance};
 use pg::stream::Keepalive;
 use pg::{Address, Target};
 use proxy::ProxyConfig;
-use proxy::config::{AUTH_QUERY, AppConfig, AuthConfig, Limits, MoveLimits};
+use proxy::config::{AUTH_QUERY, AppConfig, AuthConfig, Limits, MoveLimits, PoolLimits};
 use thiserror::Error;
 use tls::config::ClientCert;
 use tls::{ClientTls, ServerTls, SslMode, SslNegotiation};
@@ -279,6 +279,31 @@ fn read_moves(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> MoveLimits 
     }
 }
 
+/// `pool = "transaction"` and its limits.
+fn read_pool(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<PoolLimits> {
+    let default = PoolLimits::default();
+    let modes = ["session", "transaction"];
+    let shares = table.choice(mistakes, "pool", &modes, |text| match text {
+        "session" => Some(false),
+        "transaction" => Some(true),
+        _ => None,
+    });
+    let keys = ["pool_size", "pool_kept_max", "pool_wait_max"];
+    if shares != Some(true)
+        && let Some(key) = keys.iter().find(|key| table.has(key))
+    {
+        mistakes.add(table.span_of(key), format!("`app.{key}` needs `pool = \"transaction\"`"));
+    }
+    let mut count = |key, range: std::ops::Range<u64>, default: usize| {
+        let read = table.number(mistakes, key, range);
+        read.and_then(|number| usize::try_from(number).ok()).unwrap_or(default)
+    };
+    let size = count("pool_size", 1..100_001, default.size);
+    let kept_max = count("pool_kept_max", 0..100_001, default.kept_max);
+    let wait_max = table.duration(mistakes, "pool_wait_max").unwrap_or(default.wait_max);
+    (shares == Some(true)).then_some(PoolLimits { size, kept_max, wait_max })
+}
+
 fn read_app(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
@@ -288,6 +313,7 @@ fn read_app(
     let name = table.required_text(mistakes, "name");
     let databases = table.texts(mistakes, "databases").unwrap_or_default();
     let moves = read_moves(table, mistakes);
+    let pool = read_pool(table, mistakes);
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -346,7 +372,7 @@ fn read_app(
         cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
     let databases =
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
-    let app = AppConfig { name, databases, moves, cells: targets, auth, admin };
+    let app = AppConfig { name, databases, moves, pool, cells: targets, auth, admin };
     Some((app, AppServers { first_active, cells }))
 }
 

@@ -28,6 +28,9 @@ pub(crate) struct DemoArgs {
     /// Client sessions of the workload.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u16).range(0..=2000))]
     sessions: u16,
+    /// Let sessions share so many server connections.
+    #[arg(long, value_name = "SIZE")]
+    pool: Option<u16>,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     bindir: Option<PathBuf>,
@@ -84,6 +87,7 @@ pub(crate) struct Demo {
     remove: bool,
     instances: Vec<Instance>,
     ports: Vec<u16>,
+    pool: Option<u16>,
     running: Option<Running>,
 }
 
@@ -95,8 +99,8 @@ impl Demo {
         )?;
         let (dir, remove) = directory(args.dir.as_deref())?;
         let run_as = unprivileged(&dir)?;
-        let mut demo =
-            Demo { dir, remove, instances: Vec::new(), ports: Vec::new(), running: None };
+        let (instances, ports) = (Vec::new(), Vec::new());
+        let mut demo = Demo { dir, remove, instances, ports, pool: args.pool, running: None };
         // From here on whatever was started is stopped, also if something fails.
         match Box::pin(demo.start_all(&bin_dir, run_as, args.sessions)).await {
             Ok(()) => Ok(demo),
@@ -180,6 +184,9 @@ impl Demo {
              [[app]]\nname = \"{APP}\"\nauth = \"trust\"\nsslmode = \"disable\"\n",
             self.dir.join("state").display()
         );
+        if let Some(size) = self.pool {
+            text.push_str(&format!("pool = \"transaction\"\npool_size = {size}\n"));
+        }
         for (at, cell) in CELLS.iter().enumerate() {
             let options: Vec<String> =
                 self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();

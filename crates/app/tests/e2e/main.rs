@@ -13,5 +13,6 @@ mod kinds;
 mod login;
 mod moves;
 mod pins;
+mod pools;
 mod single;
 mod twins;

@@ -56,7 +56,12 @@ impl Installation {
         Installation::start_with(name, &[])
     }
 
-    pub(crate) fn start_with(name: &str, env: &[(&str, &str)]) -> Installation {
+    /// Its sessions share so many server connections.
+    pub(crate) fn start_pooled(name: &str, size: u16) -> Installation {
+        Installation::start_with(name, &["--pool", &size.to_string()])
+    }
+
+    fn start_with(name: &str, args: &[&str]) -> Installation {
         let dir = std::env::temp_dir().join(format!("holdfast-e2e-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         let mut command = Command::new(HOLDFAST);
@@ -68,7 +73,7 @@ impl Installation {
         let child = command
             .args(["--no-tour", "--sessions", "0", "--dir"])
             .arg(&dir)
-            .envs(env.iter().copied())
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()

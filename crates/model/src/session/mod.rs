@@ -6,6 +6,8 @@
 //! - [`facts`]: what is the same for all sessions of a database, asked once.
 //! - [`capture`]: the questions put to the server, and the snapshot read from the answers.
 //! - [`snapshot`]: the captured state, and what differs between two of them.
+//! - [`names`]: the names of prepared statements, where servers have others.
+//! - [`landscape`], [`footprint`]: what names stand for, and what a statement may leave in its session.
 //! - [`statement`]: whether the text of a statement prepares it again.
 //! - [`replay`]: the statements that make a fresh server session equal to a snapshot.
 //! - [`pin`]: why a session cannot be moved, in words.
@@ -13,7 +15,10 @@
 pub mod capture;
 pub mod cursor;
 pub mod facts;
+pub mod footprint;
 pub mod inspect;
+pub mod landscape;
+pub mod names;
 pub mod pin;
 pub mod protocol;
 pub mod replay;
@@ -22,6 +27,7 @@ pub mod statement;
 pub mod temporary;
 
 pub use facts::Facts;
+pub use landscape::Landscape;
 pub use pin::Pin;
 pub use protocol::Protocol;
 pub use snapshot::Snapshot;

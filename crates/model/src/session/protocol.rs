@@ -29,6 +29,52 @@ enum Request {
     CloseUnnamed,
     /// CopyDone or CopyFail, which end a COPY FROM STDIN and are not answered themselves.
     CopyEnd,
+    /// Requests of ours, whose answers are not for the client.
+    OwnQuery,
+    OwnParse,
+    OwnClose,
+    /// Requests of the client that were not passed on: we answer them once it is their turn.
+    GivenParse,
+    GivenClose,
+}
+
+impl Request {
+    /// It changes the name of a prepared statement, or a server's statements, see [`super::names`].
+    fn is_about_names(self) -> bool {
+        use Request::{GivenClose, GivenParse, OwnParse, ParseNamed};
+        matches!(self, ParseNamed | OwnParse | GivenParse | GivenClose)
+    }
+}
+
+/// What becomes of a message of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    Pass,
+    /// It answers a request of ours.
+    Keep,
+}
+
+/// What we answer in the server's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Given {
+    ParseComplete,
+    CloseComplete,
+}
+
+/// A request of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    Query,
+    Parse,
+    /// Of the unnamed statement.
+    Close,
+}
+
+/// What became of requests that change names: so many were answered, then so many skipped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Named {
+    pub answered: usize,
+    pub skipped: usize,
 }
 
 /// What the server keeps under the empty statement name.
@@ -76,6 +122,9 @@ pub struct Protocol {
     query_unread: bool,
     /// The open transaction has savepoints, so a failed one can still go on.
     savepoints: bool,
+    named: Named,
+    /// A query of ours was refused.
+    own_refused: bool,
 }
 
 impl Default for Protocol {
@@ -98,7 +147,63 @@ impl Protocol {
             out_of_step: false,
             query_unread: false,
             savepoints: false,
+            named: Named::default(),
+            own_refused: false,
         }
+    }
+
+    /// A request of ours is passed on. The client's wait until a query of ours is answered.
+    pub fn on_own(&mut self, own: Own) {
+        self.requests.push_back(match own {
+            Own::Query => Request::OwnQuery,
+            Own::Parse => Request::OwnParse,
+            Own::Close => Request::OwnClose,
+        });
+        self.batch_open |= own != Own::Query;
+    }
+
+    /// A request of the client is not passed on, because its answer is known. The batch is open all the same.
+    pub fn on_given(&mut self, given: Given) {
+        self.requests.push_back(match given {
+            Given::ParseComplete => Request::GivenParse,
+            Given::CloseComplete => Request::GivenClose,
+        });
+        self.batch_open = true;
+    }
+
+    /// The answer that is to be given now, if it is the turn of one.
+    #[inline]
+    pub fn next_given(&mut self) -> Option<Given> {
+        let given = match self.requests.front()? {
+            Request::GivenParse => Given::ParseComplete,
+            Request::GivenClose => Given::CloseComplete,
+            _ => return None,
+        };
+        self.requests.pop_front();
+        self.named.answered += 1;
+        Some(given)
+    }
+
+    /// What has become of requests about names since this was asked last.
+    #[inline]
+    pub fn take_named(&mut self) -> Named {
+        std::mem::take(&mut self.named)
+    }
+
+    /// A query of ours is running.
+    #[inline]
+    pub fn runs_own(&self) -> bool {
+        self.requests.front() == Some(&Request::OwnQuery)
+    }
+
+    /// A query of ours was refused: nothing of the client may follow it.
+    pub fn own_refused(&self) -> bool {
+        self.own_refused
+    }
+
+    /// The server ignores what it is sent up to the next Sync.
+    pub fn is_skipping(&self) -> bool {
+        self.skipping
     }
 
     /// Nothing is under way and no transaction is open that could still do anything: the session may be taken from
@@ -240,9 +345,43 @@ impl Protocol {
         if request == Request::ParseUnnamed { Note::KeepUnnamed } else { Note::Nothing }
     }
 
-    /// A message of the server is passed on. `status` is the byte of a ReadyForQuery.
+    /// A message of the server arrives. `status` is the byte of a ReadyForQuery.
     #[inline]
-    pub fn on_backend(&mut self, tag: u8, status: Option<TxStatus>) {
+    pub fn on_backend(&mut self, tag: u8, status: Option<TxStatus>) -> Fate {
+        match self.requests.front() {
+            // A notification is never ours.
+            Some(Request::OwnQuery) if tag != b'A' => {
+                self.on_own_answer(tag, status);
+                return Fate::Keep;
+            }
+            Some(Request::OwnParse) if tag == b'1' => {
+                self.answered();
+                return Fate::Keep;
+            }
+            Some(Request::OwnClose) if tag == b'3' => {
+                self.answered();
+                return Fate::Keep;
+            }
+            _ => (),
+        }
+        self.on_answer(tag, status);
+        Fate::Pass
+    }
+
+    #[cold]
+    fn on_own_answer(&mut self, tag: u8, status: Option<TxStatus>) {
+        match tag {
+            b'E' => self.own_refused = true,
+            b'Z' => {
+                self.answered();
+                self.take_status(status);
+            }
+            _ => (),
+        }
+    }
+
+    #[inline]
+    fn on_answer(&mut self, tag: u8, status: Option<TxStatus>) {
         // Rows, notices, parameters and notifications answer nothing by themselves.
         if matches!(tag, b'D' | b'd' | b'N' | b'S' | b'A' | b't' | b'c' | b'K' | b'V') {
             return;
@@ -301,7 +440,10 @@ impl Protocol {
     /// carried out at all, so the unnamed statement before it lives on (`exec_parse_message` drops it only once
     /// the message is read).
     #[inline]
-    pub fn on_backend_error(&mut self, state: Option<SqlState>) {
+    pub fn on_backend_error(&mut self, state: Option<SqlState>) -> Fate {
+        if self.runs_own() {
+            return self.on_backend(b'E', None);
+        }
         self.on_error(match state {
             Some(
                 SqlState::CHARACTER_NOT_IN_REPERTOIRE
@@ -310,10 +452,12 @@ impl Protocol {
             ) => ErrorOrigin::Message,
             _ => ErrorOrigin::Statement,
         });
+        Fate::Pass
     }
 
     fn answered(&mut self) {
-        self.requests.pop_front();
+        let answered = self.requests.pop_front();
+        self.named.answered += usize::from(answered.is_some_and(Request::is_about_names));
     }
 
     /// Ends of a COPY that was none are read and ignored.
@@ -419,6 +563,7 @@ impl Protocol {
             self.doubtful += before - self.requests.len();
         }
         while let Some(request) = self.requests.pop_front() {
+            self.named.skipped += usize::from(request.is_about_names());
             match request {
                 Request::Sync => {
                     self.requests.push_front(Request::Sync);

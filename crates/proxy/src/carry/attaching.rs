@@ -159,6 +159,9 @@ impl Session {
         // Every statement was prepared anew, under the settings of now.
         (self.restyled, self.unnamed_restyled) = (false, false);
         self.stilled = Vec::new();
+        if let Some(sharing) = &mut self.sharing {
+            sharing.here.unnamed = Default::default();
+        }
         self.client.push(&aside);
         self.tell_params(&params);
         Ok(old)

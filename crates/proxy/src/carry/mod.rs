@@ -22,7 +22,7 @@ use wire::frontend;
 
 pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
-pub(crate) use reading::{capture, hear_out};
+pub(crate) use reading::{capture, fresh, hear_out};
 pub(crate) use restoring::{Model, Prepared, ensure, prepare, rehearse};
 
 use restoring::run_steps;
@@ -73,10 +73,28 @@ async fn open_failed(connection: &mut Connection) -> Result<(), QueryError> {
     }
 }
 
+/// Lets go of the prepared statements of other sessions that have shared the session's server.
+pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> {
+    let Some(sharing) = &mut session.sharing else { return Ok(()) };
+    let foreign = sharing.take_foreign();
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    let mut connection = borrow(session).await?;
+    let mut out = Vec::new();
+    for statement in foreign {
+        frontend::close(&mut out, frontend::Target::Statement(&statement.name));
+    }
+    frontend::sync(&mut out);
+    let result = exchange(&mut connection, &out).await;
+    give_back(session, connection, result.is_ok()).await?;
+    result.map(drop).map_err(|error| Reason::ServerLost { error: model::chain(&error) })
+}
+
 fn socket_of(session: &mut Session) -> std::io::Result<Connection> {
     let server = &mut session.server;
     let parts = Parts {
-        fd: server.fd.try_clone()?,
+        fd: server.fd.as_ref().ok_or(std::io::ErrorKind::NotConnected)?.try_clone()?,
         is_unix: server.is_unix,
         tls: server.tls.take(),
         cipher: std::mem::take(&mut server.cipher),
@@ -101,7 +119,7 @@ fn socket_of(session: &mut Session) -> std::io::Result<Connection> {
 /// Ends the server connection, because what it would send next is an answer to us. The engine then tells the
 /// client that its server is gone, which is true: better than somebody else's answers.
 pub(crate) fn cut(session: &mut Session) {
-    let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Both);
+    session.server.shut_down(std::net::Shutdown::Both);
     session.server.carry.clear();
     // What has arrived already is not for the client either.
     session.server_gone = true;

@@ -110,6 +110,7 @@ pub(crate) async fn capture(
     facts: &Facts,
     alone: bool,
 ) -> Result<Captured, Reason> {
+    super::forget_foreign(session).await?;
     let mut connection = borrow(session).await?;
     let identity = session.identity.clone();
     let kind = Kind::of(session, &identity, facts, alone);
@@ -183,6 +184,19 @@ pub(crate) async fn capture(
         Unnamed::Absent => (),
     }
     Ok(captured)
+}
+
+/// What a fresh login gives, of which nobody has used anything.
+pub(crate) async fn fresh(
+    connection: &mut Connection,
+    identity: &Identity,
+    facts: &Facts,
+    limits: MoveLimits,
+) -> Result<Snapshot, Reason> {
+    let custom = BTreeSet::new();
+    let model = Model { identity, custom: &custom, limits, here: facts, there: facts };
+    let captured = Kind::of_model(&model).capture(connection, facts).await.map_err(failed)?;
+    Ok(captured.snapshot)
 }
 
 /// Whether everything that was asked was answered, if only by an error.

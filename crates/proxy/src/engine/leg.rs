@@ -1,7 +1,6 @@
 //! Reading and writing one of a session's two sockets, in the clear or under TLS, without waiting.
 
 use std::io;
-use std::os::fd::AsRawFd;
 
 use tls::Opened;
 
@@ -18,17 +17,24 @@ pub(super) struct Buffers {
     pub(super) plain: Vec<u8>,
     pub(super) cipher: Vec<u8>,
     pub(super) sealed: Vec<u8>,
+    /// Where bytes are put together that are not passed on as they came.
+    pub(super) scratch: Vec<u8>,
 }
 
 impl Buffers {
     pub(super) fn new() -> Buffers {
-        Buffers { plain: vec![0; BUFFER_LEN], cipher: vec![0; BUFFER_LEN], sealed: Vec::new() }
+        Buffers {
+            plain: vec![0; BUFFER_LEN],
+            cipher: vec![0; BUFFER_LEN],
+            sealed: Vec::new(),
+            scratch: Vec::new(),
+        }
     }
 }
 
 pub(super) fn flush(leg: &mut Leg) -> io::Result<()> {
     while leg.has_out() {
-        match sys::send(leg.fd.as_raw_fd(), leg.out.get(leg.sent..).unwrap_or_default()) {
+        match sys::send(leg.raw(), leg.out.get(leg.sent..).unwrap_or_default()) {
             Ok(len) => leg.sent += len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
@@ -50,9 +56,10 @@ pub(super) fn fill(
     let carried = leg.carry.len();
     plain.get_mut(..carried).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.carry);
     let room = plain.get_mut(carried..).unwrap_or_default();
+    let fd = leg.raw();
     let Some(tls) = &mut leg.tls else {
         let room = room.get_mut(..READ_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
-        return match sys::receive(leg.fd.as_raw_fd(), room) {
+        return match sys::receive(fd, room) {
             Ok(0) => Ok((carried, true)),
             Ok(len) => {
                 // A peer that has closed is read until it says so: no edge comes for that any more.
@@ -70,7 +77,7 @@ pub(super) fn fill(
     cipher.get_mut(..kept).ok_or(io::ErrorKind::OutOfMemory)?.copy_from_slice(&leg.cipher);
     let into = cipher.get_mut(kept..kept + READ_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
     let mut closed = false;
-    let received = match sys::receive(leg.fd.as_raw_fd(), into) {
+    let received = match sys::receive(fd, into) {
         Ok(0) => {
             closed = true;
             0
@@ -143,7 +150,7 @@ pub(super) fn pass_on(leg: &mut Leg, bytes: &[u8], sealed: &mut Vec<u8>) -> io::
     };
     let mut sent = 0;
     if !leg.has_out() {
-        sent = match sys::send(leg.fd.as_raw_fd(), bytes) {
+        sent = match sys::send(leg.raw(), bytes) {
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             Err(error) => return Err(error),

@@ -7,16 +7,22 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
 use wire::backend::Report;
 
 use crate::app::{App, Cell};
+use crate::pool::keeper::Job;
+use crate::pool::{Pool, Server};
 use crate::session::{Session, SessionView};
 
+pub use lending::PoolView;
+
 mod leg;
+mod lending;
 mod poll;
+mod pooling;
 #[allow(unsafe_code)]
 mod sys;
 
@@ -55,6 +61,9 @@ pub(crate) enum Command {
     /// Forward a cancel request if something is running.
     Cancel(u64, oneshot::Sender<Option<CancelTo>>),
     Views(oneshot::Sender<Vec<SessionView>>),
+    Pools(oneshot::Sender<Vec<PoolView>>),
+    /// A server that was asked for, or why it cannot be opened.
+    Opened(Arc<Pool>, Result<Box<Server>, String>),
     Stop,
 }
 
@@ -73,6 +82,8 @@ pub struct EngineHandle {
     queue: Mutex<VecDeque<Command>>,
     wake: OwnedFd,
     pub counters: Counters,
+    /// Who opens servers and looks at sessions.
+    keeper: OnceLock<mpsc::UnboundedSender<Job>>,
 }
 
 impl EngineHandle {
@@ -86,8 +97,12 @@ impl EngineHandle {
         clock: Clock,
     ) -> io::Result<(Arc<EngineHandle>, std::thread::JoinHandle<()>)> {
         let wake = sys::eventfd()?;
-        let handle =
-            Arc::new(EngineHandle { queue: Mutex::default(), wake, counters: Counters::default() });
+        let handle = Arc::new(EngineHandle {
+            queue: Mutex::default(),
+            wake,
+            counters: Counters::default(),
+            keeper: OnceLock::new(),
+        });
         let poll = poll::Engine::new(handle.clone(), idle_timeout_s, clock)?;
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || poll.run())?;
         Ok((handle, thread))
@@ -104,6 +119,17 @@ impl EngineHandle {
 
     pub(crate) fn take(&self) -> VecDeque<Command> {
         std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_keeper(&self, keeper: mpsc::UnboundedSender<Job>) {
+        // It is set once, before there is a session.
+        let _ = self.keeper.set(keeper);
+    }
+
+    pub async fn pools(&self) -> Vec<PoolView> {
+        let (tx, rx) = oneshot::channel();
+        self.send(Command::Pools(tx));
+        rx.await.unwrap_or_default()
     }
 
     pub async fn views(&self) -> Vec<SessionView> {

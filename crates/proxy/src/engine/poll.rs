@@ -10,10 +10,11 @@ use wire::backend::Report;
 use wire::sqlstate::SqlState;
 
 use super::leg::{BUFFER_LEN, Buffers, fill, flush, keep, pass_on};
+use super::lending::Lending;
 use super::sys::{self, Epoll, Event};
 use super::{CancelTo, Clock, Command, EngineHandle, Out, Want};
 use crate::app::App;
-use crate::relay::Fault;
+use crate::relay::{Fault, edited};
 use crate::session::{Session, terminate, write_some};
 
 /// Turns of one session before the others have theirs.
@@ -21,6 +22,8 @@ const TURNS_MAX: usize = 4;
 /// Between looks at idle sessions.
 const TICK_MS: i32 = 1_000;
 const WAKE: u64 = u64::MAX;
+/// Tokens of servers that are shared.
+pub(super) const POOLED: u64 = 1 << 63;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Side {
@@ -28,33 +31,35 @@ enum Side {
     Server,
 }
 
-struct Slot {
-    session: Box<Session>,
+pub(super) struct Slot {
+    pub(super) session: Box<Session>,
     /// Who wants the session.
     out: Option<Out>,
     /// It is in the list of sessions that have more to do.
-    queued: bool,
+    pub(super) queued: bool,
 }
 
 pub(super) struct Engine {
-    handle: Arc<EngineHandle>,
-    epoll: Epoll,
-    slots: Vec<Option<Slot>>,
+    pub(super) handle: Arc<EngineHandle>,
+    pub(super) epoll: Epoll,
+    pub(super) slots: Vec<Option<Slot>>,
     /// Generations tell an event of a session from one of its successor in the same slot.
     generations: Vec<u32>,
     free: Vec<usize>,
     by_id: HashMap<u64, usize>,
-    ready: Vec<usize>,
-    buffers: Buffers,
+    pub(super) ready: Vec<usize>,
+    pub(super) buffers: Buffers,
     idle_timeout_s: u32,
     clock: Clock,
     last_tick: u32,
     /// Applications whose sessions are wanted, those included that come in later.
     wants: Vec<(Arc<App>, Out)>,
+    /// Servers that sessions share.
+    pub(super) lending: Lending,
 }
 
 /// Why a session leaves the engine.
-enum End {
+pub(super) enum End {
     Client,
     Server,
     Fault(Fault),
@@ -87,6 +92,7 @@ impl Engine {
             clock,
             last_tick: 0,
             wants: Vec::new(),
+            lending: Lending::default(),
         })
     }
 
@@ -121,6 +127,9 @@ impl Engine {
     }
 
     fn on_event(&mut self, event: Event) {
+        if event.token & POOLED != 0 {
+            return self.on_server_event(event);
+        }
         let slot = usize::try_from(event.token >> 32).unwrap_or(usize::MAX);
         let generation = u32::try_from(event.token >> 1 & 0x7fff_ffff).unwrap_or(0);
         if self.generations.get(slot).is_none_or(|current| current & 0x7fff_ffff != generation) {
@@ -146,11 +155,13 @@ impl Engine {
             Command::Want(want, out) => {
                 if let Want::App(app) = &want {
                     self.wants.push((app.clone(), out.clone()));
+                    self.give_up_idle(app);
                 }
                 for slot in self.matching(&want) {
                     if let Some(Some(entry)) = self.slots.get_mut(slot) {
                         entry.session.wanted = true;
                         entry.out = Some(out.clone());
+                        self.settle(slot);
                         self.hand_out(slot);
                     }
                 }
@@ -200,6 +211,8 @@ impl Engine {
                     self.slots.iter().flatten().map(|entry| entry.session.view(now)).collect();
                 let _ = reply.send(views);
             }
+            Command::Pools(reply) => drop(reply.send(self.lending.views())),
+            Command::Opened(pool, result) => self.on_opened(&pool, result),
             Command::Stop => return false,
         }
         true
@@ -219,21 +232,26 @@ impl Engine {
         }
     }
 
-    fn add(&mut self, mut session: Box<Session>) {
+    pub(super) fn add(&mut self, mut session: Box<Session>) {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.generations.push(0);
             self.slots.len() - 1
         });
         session.client.readable = true;
-        session.server.readable = !session.server_gone;
+        session.server.readable = !session.server_gone && !session.is_detached();
         session.carry_waits = true;
         session.active_at = self.clock.seconds();
         let generation = self.generations.get(slot).copied().unwrap_or(0);
-        let registered =
-            self.epoll.add(session.client_fd(), token(slot, generation, Side::Client)).and_then(
-                |()| self.epoll.add(session.server_fd(), token(slot, generation, Side::Server)),
-            );
+        let of_server = match self.admit(&mut session, slot) {
+            Some(token) => token,
+            None => token(slot, generation, Side::Server),
+        };
+        let mut registered =
+            self.epoll.add(session.client.raw(), token(slot, generation, Side::Client));
+        if !session.is_detached() {
+            registered = registered.and_then(|()| self.epoll.add(session.server.raw(), of_server));
+        }
         self.by_id.insert(session.id, slot);
         let out = self
             .wants
@@ -252,10 +270,11 @@ impl Engine {
     }
 
     /// Takes a session out of its slot and its sockets out of epoll.
-    fn take_out(&mut self, slot: usize) -> Option<Slot> {
-        let entry = self.slots.get_mut(slot)?.take()?;
-        self.epoll.remove(entry.session.client_fd());
-        self.epoll.remove(entry.session.server_fd());
+    pub(super) fn take_out(&mut self, slot: usize) -> Option<Slot> {
+        let mut entry = self.slots.get_mut(slot)?.take()?;
+        self.dismiss(&mut entry.session);
+        self.epoll.remove(entry.session.client.raw());
+        self.epoll.remove(entry.session.server.raw());
         self.by_id.remove(&entry.session.id);
         if let Some(generation) = self.generations.get_mut(slot) {
             *generation = generation.wrapping_add(1);
@@ -286,10 +305,16 @@ impl Engine {
 
     fn tick(&mut self) {
         let now = self.clock.seconds();
-        if self.idle_timeout_s == 0 || now == self.last_tick {
+        if now == self.last_tick {
             return;
         }
         self.last_tick = now;
+        if !self.lending.is_empty() {
+            self.tick_pools();
+        }
+        if self.idle_timeout_s == 0 {
+            return;
+        }
         for slot in 0..self.slots.len() {
             let Some(Some(entry)) = self.slots.get(slot) else { continue };
             let session = &entry.session;
@@ -309,7 +334,7 @@ impl Engine {
     }
 
     /// Moves what can be moved for one session, then lets the others have their turn.
-    fn drive(&mut self, slot: usize) {
+    pub(super) fn drive(&mut self, slot: usize) {
         let now = self.clock.seconds();
         let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
         let session = &mut *entry.session;
@@ -334,7 +359,11 @@ impl Engine {
                     entry.queued = true;
                     self.ready.push(slot);
                 }
-                if entry.session.wanted {
+                let (shares, wanted) = (entry.session.sharing.is_some(), entry.session.wanted);
+                if shares {
+                    self.settle(slot);
+                }
+                if wanted {
                     self.hand_out(slot);
                 }
             }
@@ -342,7 +371,7 @@ impl Engine {
         }
     }
 
-    fn end(&mut self, slot: usize, end: End) {
+    pub(super) fn end(&mut self, slot: usize, end: End) {
         let Some(mut entry) = self.take_out(slot) else { return };
         let session = &mut entry.session;
         let counters = &self.handle.counters;
@@ -419,8 +448,15 @@ fn turn(session: &mut Session, buffers: &mut Buffers) -> Result<bool, End> {
             from_client(session, buffers, Source::Carry)?;
         }
         if session.client_gone && !session.server.has_out() && session.client.carry.is_empty() {
+            if session.is_detached() {
+                return Err(End::Client);
+            }
             say_goodbye(session);
         }
+    }
+    if session.client.has_out() && session.sharing.is_some() {
+        // What we have answered in the server's place.
+        flush(&mut session.client).map_err(|_| End::Client)?;
     }
     let more_client = !session.server.has_out() && may_read(session);
     let more_server = session.server.readable && !session.client.has_out() && !session.server_gone;
@@ -430,6 +466,7 @@ fn turn(session: &mut Session, buffers: &mut Buffers) -> Result<bool, End> {
 /// The client is not read once it has said goodbye, and while much of what it sent before has to wait.
 fn may_read(session: &Session) -> bool {
     let waits = session.client.carry.len() >= BUFFER_LEN / 2
+        || session.sharing.as_ref().is_some_and(|sharing| sharing.needs)
         || (session.wanted && session.is_at_safe_point());
     session.client.readable && !session.client_gone && !waits
 }
@@ -438,7 +475,7 @@ fn may_read(session: &Session) -> bool {
 fn say_goodbye(session: &mut Session) {
     if !session.goodbye_said {
         session.goodbye_said = true;
-        let _ = socket2::SockRef::from(&session.server.fd).shutdown(std::net::Shutdown::Write);
+        session.server.shut_down(std::net::Shutdown::Write);
     }
 }
 
@@ -461,7 +498,7 @@ enum Source {
 }
 
 fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> Result<(), End> {
-    let Buffers { plain, cipher, sealed } = buffers;
+    let Buffers { plain, cipher, sealed, scratch } = buffers;
     let (filled, closed) = match source {
         Source::Socket => {
             fill(&mut session.client, plain, cipher, sealed).map_err(|_| End::Client)?
@@ -475,13 +512,25 @@ fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> 
     };
     session.carry_waits = false;
     let bytes = plain.get(..filled).unwrap_or_default();
+    session.edits.clear();
     let pass = session.on_client_bytes(bytes);
     let pass = pass.map_err(End::Fault)?;
     session.bytes_in += u64::try_from(pass.len).unwrap_or(0);
     keep(&mut session.client.carry, bytes.get(pass.len..).unwrap_or_default());
-    let passed = pass_on(&mut session.server, bytes.get(..pass.len).unwrap_or_default(), sealed);
+    let passing = bytes.get(..pass.len).unwrap_or_default();
+    let passed = if session.is_detached() {
+        // At most a goodbye.
+        Ok(())
+    } else if session.edits.is_empty() {
+        pass_on(&mut session.server, passing, sealed)
+    } else {
+        scratch.clear();
+        edited(passing, &session.edits, scratch);
+        pass_on(&mut session.server, scratch, sealed)
+    };
     written(session, passed);
-    if closed && session.wanted && !session.client.carry.is_empty() {
+    let waits = session.wanted || session.sharing.as_ref().is_some_and(|sharing| sharing.needs);
+    if closed && waits && !session.client.carry.is_empty() {
         // It goes as soon as what it sent may pass.
         session.client.readable = false;
         return Ok(());
@@ -494,15 +543,23 @@ fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> 
 }
 
 fn from_server(session: &mut Session, buffers: &mut Buffers) -> Result<(), End> {
-    let Buffers { plain, cipher, sealed } = buffers;
+    let Buffers { plain, cipher, sealed, scratch } = buffers;
     let (filled, closed) = fill(&mut session.server, plain, cipher, sealed).map_err(End::Lost)?;
     let bytes = plain.get_mut(..filled).unwrap_or_default();
+    session.edits.clear();
     let len = session.on_server_bytes(bytes).map_err(End::Fault)?;
     session.bytes_out += u64::try_from(len).unwrap_or(0);
     session.carry_waits = true;
     keep(&mut session.server.carry, bytes.get(len..).unwrap_or_default());
-    pass_on(&mut session.client, bytes.get(..len).unwrap_or_default(), sealed)
-        .map_err(|_| End::Client)?;
+    let passing = bytes.get(..len).unwrap_or_default();
+    let passed = if session.edits.is_empty() {
+        pass_on(&mut session.client, passing, sealed)
+    } else {
+        scratch.clear();
+        edited(passing, &session.edits, scratch);
+        pass_on(&mut session.client, scratch, sealed)
+    };
+    passed.map_err(|_| End::Client)?;
     if closed {
         // What a slow client has not taken yet is still its due.
         session.server_gone = true;

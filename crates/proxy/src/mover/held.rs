@@ -17,6 +17,9 @@ const CANCEL_WAIT: Duration = Duration::from_secs(1);
 
 /// Reads a session that has just been held.
 pub(super) async fn read_held(session: &mut Session, app: &App) -> Read {
+    if session.is_detached() {
+        return Read::Ready(Box::default());
+    }
     let deadline = Instant::now() + CANCEL_WAIT;
     while session.cancels_under_way() && Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
@@ -46,6 +49,9 @@ pub(super) async fn capture_one(
 ) -> Result<(), Vec<Reason>> {
     let one = |reason: Reason| vec![reason];
     let session = &mut held.session;
+    if session.is_detached() {
+        return Ok(());
+    }
     let database = &session.identity.database;
     let here = app.facts(&session.cell, database).map_err(one)?;
     let there = app.facts(cell, database).map_err(one)?;
@@ -87,6 +93,12 @@ pub(super) async fn capture_one(
 
 pub(super) async fn attach_one(held: &mut Held, app: &App, cell: Arc<Cell>) -> Result<Leg, Reason> {
     let failed = |error: &str| Reason::Failed { error: error.into() };
+    if held.session.is_detached() {
+        // It is attached where there is a free server, when it needs one.
+        held.session.cell = cell;
+        held.session.moves += 1;
+        return Ok(Leg::vacant());
+    }
     let prepared = app
         .take_prepared(held.session.id)
         .ok_or_else(|| failed("it has no copy on the other server"))?;

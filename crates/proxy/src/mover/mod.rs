@@ -253,7 +253,11 @@ impl Mover {
         let held =
             self.holdings.get(app).map(|holding| holding.sessions.as_slice()).unwrap_or_default();
         Report {
-            backends: held.iter().map(|held| held.session.backend_pid).collect(),
+            backends: held
+                .iter()
+                .filter(|held| !held.session.is_detached())
+                .map(|held| held.session.backend_pid)
+                .collect(),
             ..Report::default()
         }
     }

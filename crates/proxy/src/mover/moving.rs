@@ -130,6 +130,13 @@ pub(super) async fn take(
 /// Puts a held session on a fresh connection of `cell`. After an error it stands where it stood.
 async fn swap_one(session: &mut Session, app: &App, cell: Arc<Cell>) -> Result<(), Vec<Reason>> {
     let one = |reason: Reason| vec![reason];
+    if session.is_detached() {
+        if app.active().is_some_and(|active| Arc::ptr_eq(&active, &cell)) {
+            return Ok(());
+        }
+        let error = "it shares the server connections of the active cell".into();
+        return Err(one(Reason::Failed { error }));
+    }
     let database = session.identity.database.clone();
     let here = app.facts(&session.cell, &database).map_err(one)?;
     let there = app.facts(&cell, &database).map_err(one)?;

@@ -44,6 +44,10 @@ pub(super) async fn prepare_one(
     wait: Duration,
 ) -> Result<(), Option<Blocker>> {
     let mut session = take(shared, id, Instant::now() + wait).await?;
+    if session.is_detached() {
+        shared.give(session);
+        return Ok(());
+    }
     let here = app.facts(&session.cell, &session.identity.database);
     let captured = match &here {
         Ok(here) => carry::capture(&mut session, here, false).await.map(|mut captured| {

@@ -1,0 +1,229 @@
+//! Sessions that share server connections, a transaction at a time.
+
+use std::collections::BTreeSet;
+
+use pg::Connection;
+use wire::frontend::{self, Target};
+
+use crate::support::{Installation, extended, run, shown, value};
+
+const PID: &str = "SELECT pg_backend_pid()";
+
+async fn console(installation: &Installation) -> Connection {
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let more = [("database", "holdfast")];
+    crate::support::login(installation.facts.port, "postgres", None, tls, &more).await.unwrap()
+}
+
+/// How the only session of `name` shares servers.
+async fn pool_of(installation: &Installation, name: &str) -> String {
+    let rows = console(installation).await.query("SHOW SESSIONS").await.unwrap();
+    let answer = rows.into_iter().next().unwrap();
+    let row = answer.rows.into_iter().find(|row| row[4].as_deref() == Some(name)).unwrap();
+    row.last().unwrap().clone().unwrap_or_default()
+}
+
+async fn named(installation: &Installation, name: &str) -> Connection {
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let more = [("application_name", name)];
+    crate::support::login(installation.facts.port, "postgres", None, tls, &more).await.unwrap()
+}
+
+#[tokio::test]
+async fn many_sessions_share_few_servers() {
+    let installation = Installation::start_pooled("pool-many", 3);
+    let mut sessions = Vec::new();
+    for _ in 0..20 {
+        sessions.push(installation.connect().await);
+    }
+    let mut pids = BTreeSet::new();
+    for round in 0..5 {
+        for session in &mut sessions {
+            pids.insert(value(session, PID).await);
+            assert_eq!(
+                value(session, &format!("SELECT {round} + 1")).await,
+                (round + 1).to_string()
+            );
+        }
+    }
+    assert!(pids.len() <= 3, "{pids:?}");
+    // Transactions keep a server each, the others wait in line.
+    let [a, b, c, d, ..] = sessions.as_mut_slice() else { panic!() };
+    for one in [&mut *a, &mut *b, &mut *c] {
+        run(one, "BEGIN").await;
+    }
+    let waiting = tokio::spawn({
+        let mut out = Vec::new();
+        frontend::query(&mut out, b"SELECT 7");
+        let mut other = installation.connect().await;
+        async move {
+            other.send(&out).await.unwrap();
+            other.answers().await.unwrap().remove(0).rows.remove(0).remove(0)
+        }
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    assert!(!waiting.is_finished());
+    run(a, "COMMIT").await;
+    assert_eq!(waiting.await.unwrap().as_deref(), Some("7"));
+    for one in [b, c] {
+        run(one, "ROLLBACK").await;
+    }
+    assert_eq!(value(d, "SELECT 1").await, "1");
+}
+
+/// What one session does is there for itself, and not for others.
+#[tokio::test]
+async fn state_stays_with_its_session() {
+    let installation = Installation::start_pooled("pool-state", 2);
+    let mut one = named(&installation, "one").await;
+    let mut other = named(&installation, "other").await;
+    let kinds = [
+        ("SET statement_timeout = '77s'", "SHOW statement_timeout"),
+        ("SET app.user_id = '7'", "SELECT current_setting('app.user_id', true)"),
+        ("SELECT set_config('app.x', 'y', false)", "SELECT current_setting('app.x', true)"),
+        ("BEGIN; SET LOCAL app.z = 'y'; COMMIT", "SELECT current_setting('app.z', true) IS NULL"),
+        ("CREATE TEMP TABLE t AS SELECT 7 AS n", "SELECT to_regclass('t') IS NULL"),
+        (
+            "SELECT pg_advisory_lock(7)",
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+        ),
+        ("LISTEN a", "SELECT string_agg(c, ',') FROM pg_listening_channels() c"),
+        (
+            "PREPARE p AS SELECT 7",
+            "SELECT string_agg(name, ',') FROM pg_prepared_statements WHERE from_sql",
+        ),
+        (
+            "DECLARE c CURSOR WITH HOLD FOR SELECT 1",
+            "SELECT string_agg(name, ',') FROM pg_cursors WHERE is_holdable",
+        ),
+        (
+            "CREATE TABLE IF NOT EXISTS counted (n serial); INSERT INTO counted DEFAULT VALUES",
+            "SELECT currval('counted_n_seq')",
+        ),
+        ("SET ROLE pg_monitor", "SELECT current_user"),
+    ];
+    let mut fresh = installation.direct("a").await;
+    for (set_up, look) in kinds {
+        run(&mut one, set_up).await;
+        let own = value(&mut one, look).await;
+        // Whoever shares a server sees what a fresh login sees.
+        let expected = fresh.value(look).await.map_err(|error| error.to_string());
+        for _ in 0..3 {
+            assert_eq!(value(&mut one, look).await, own, "{set_up}");
+            let seen = other.value(look).await.map_err(|error| error.to_string());
+            assert_eq!(seen, expected, "{set_up}");
+        }
+    }
+    let shown = pool_of(&installation, "one").await;
+    assert!(shown.starts_with("keeps its server"), "{shown}");
+}
+
+/// A session whose settings alone are its own shares servers again, which are given them.
+#[tokio::test]
+async fn settings_go_with_their_session() {
+    let installation = Installation::start_pooled("pool-settings", 2);
+    let mut one = named(&installation, "one").await;
+    let mut other = named(&installation, "one").await;
+    run(&mut one, "SET work_mem = '7MB'; SET TimeZone = 'Asia/Tokyo'; SET app.x = 'y'").await;
+    run(&mut other, "SET app.x = 'z'").await;
+    for _ in 0..5 {
+        assert_eq!(value(&mut one, "SHOW work_mem").await, "7MB");
+        assert_eq!(value(&mut other, "SHOW work_mem").await, "4MB");
+        assert_eq!(value(&mut one, "SELECT current_setting('app.x')").await, "y");
+        assert_eq!(value(&mut other, "SELECT current_setting('app.x')").await, "z");
+        assert_eq!(value(&mut one, "SHOW TimeZone").await, "Asia/Tokyo");
+    }
+    assert_eq!(one.params["TimeZone"], "Asia/Tokyo");
+    assert_ne!(other.params["TimeZone"], "Asia/Tokyo");
+    let rows = console(&installation).await.query("SHOW SESSIONS").await.unwrap();
+    let shown: Vec<_> = rows[0].rows.iter().map(|row| row.last().unwrap().clone()).collect();
+    assert!(shown.iter().all(|pool| pool.as_deref() == Some("shared")), "{shown:?}");
+}
+
+/// Prepared statements of the protocol are there wherever the session is attached.
+#[tokio::test]
+async fn prepared_statements_go_with_their_session() {
+    let installation = Installation::start_pooled("pool-prepared", 3);
+    let mut sessions = Vec::new();
+    for n in 0..6 {
+        let mut session = installation.connect().await;
+        let mut out = Vec::new();
+        frontend::parse(&mut out, b"same", b"SELECT $1::int + 1", &[]);
+        frontend::parse(&mut out, b"own", format!("SELECT $1::int + {n}").as_bytes(), &[]);
+        frontend::sync(&mut out);
+        extended(&mut session, &out).await;
+        sessions.push(session);
+    }
+    for _ in 0..4 {
+        for (n, session) in sessions.iter_mut().enumerate() {
+            for (name, expected) in [("same", 42), ("own", 41 + n)] {
+                let mut out = Vec::new();
+                frontend::describe(&mut out, Target::Statement(name.as_bytes()));
+                frontend::bind_text(&mut out, b"", name.as_bytes(), &[Some(b"41")]);
+                frontend::execute(&mut out, b"", 0);
+                frontend::sync(&mut out);
+                assert_eq!(extended(session, &out).await, [Some(expected.to_string())]);
+            }
+        }
+    }
+    // A name that is taken is refused, one that is closed can be taken again, and deallocated ones are gone.
+    let session = &mut sessions[0];
+    let parse = |name: &[u8], sql: &[u8]| {
+        let mut out = Vec::new();
+        frontend::parse(&mut out, name, sql, &[]);
+        frontend::sync(&mut out);
+        out
+    };
+    session.send(&parse(b"same", b"SELECT 1")).await.unwrap();
+    let error = session.answers().await.unwrap_err();
+    assert_eq!(error.sqlstate().unwrap().to_string(), "42P05", "{error}");
+    let mut out = Vec::new();
+    frontend::close(&mut out, Target::Statement(b"same"));
+    out.extend(parse(b"same", b"SELECT 'other'"));
+    extended(session, &out).await;
+    run(session, "DEALLOCATE own").await;
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"own", &[]);
+    frontend::sync(&mut out);
+    session.send(&out).await.unwrap();
+    let error = session.answers().await.unwrap_err();
+    assert_eq!(error.sqlstate().unwrap().to_string(), "26000", "{error}");
+    run(session, "DEALLOCATE ALL").await;
+    extended(session, &parse(b"same", b"SELECT 'third'")).await;
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"same", &[]);
+    frontend::execute(&mut out, b"", 0);
+    frontend::sync(&mut out);
+    assert_eq!(extended(session, &out).await, [Some("third".to_owned())]);
+}
+
+/// Sessions that are attached to no server go with a switchover as others do.
+#[tokio::test]
+async fn a_switchover_takes_them_along() {
+    let installation = Installation::start_pooled("pool-switch", 2);
+    let mut sessions = Vec::new();
+    for _ in 0..10 {
+        sessions.push(installation.connect().await);
+    }
+    run(&mut sessions[0], "SET work_mem = '7MB'").await;
+    run(&mut sessions[1], "CREATE TEMP TABLE t AS SELECT 7 AS n").await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"p", b"SELECT 8", &[]);
+    frontend::sync(&mut out);
+    extended(&mut sessions[2], &out).await;
+    let text = installation.switch_to("b");
+    assert!(text.contains("10 sessions"), "{text}");
+    assert_eq!(value(&mut sessions[0], "SHOW work_mem").await, "7MB");
+    assert_eq!(value(&mut sessions[1], "SELECT n FROM t").await, "7");
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"p", &[]);
+    frontend::execute(&mut out, b"", 0);
+    frontend::sync(&mut out);
+    assert_eq!(extended(&mut sessions[2], &out).await, [Some("8".to_owned())]);
+    for session in &mut sessions {
+        let port = value(session, "SELECT inet_server_port()").await;
+        assert_eq!(port, installation.facts.servers["b"].to_string());
+    }
+    let output = installation.holdfast(&["sessions", "shop"]);
+    assert!(shown(&output).contains("shared"), "{}", shown(&output));
+}

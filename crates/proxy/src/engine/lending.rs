@@ -1,0 +1,354 @@
+//! Which server goes to which session. A pool's servers are lent to one session at a time, the rest of the time they
+//! are idle; sessions that find none wait in line.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::app::App;
+use crate::pool::{Pool, Server, State, same_state, transition};
+
+/// A server's place in the table, for as long as its connection lasts.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) pool: u64,
+    /// The slot of the session that it is lent to.
+    pub(super) lent_to: Option<usize>,
+    /// While it is lent to nobody.
+    pub(super) idle: Option<Box<Server>>,
+    /// The session keeps it.
+    pub(super) is_kept: bool,
+}
+
+/// A pool as its engine sees it.
+#[derive(Debug)]
+struct InLine {
+    app: Arc<App>,
+    pool: Arc<Pool>,
+    /// The one that was idle last is lent first: the others may become superfluous.
+    idle: Vec<usize>,
+    /// Slots and the ids of the sessions there.
+    waiting: VecDeque<(usize, u64)>,
+    opening: usize,
+    /// Why the last server could not be opened.
+    failure: Option<String>,
+}
+
+/// What a session that needs a server gets.
+#[derive(Debug)]
+pub(super) enum Lent {
+    /// This one, after these statements if there are any.
+    Server(usize, Box<Server>, Option<String>),
+    /// It waits in line; so many servers are to be opened.
+    Wait,
+}
+
+/// What has to be done besides.
+#[derive(Debug, Default)]
+pub(super) struct Chores {
+    pub(super) open: Vec<(Arc<App>, Arc<Pool>)>,
+    /// Servers that nobody needs any more.
+    pub(super) close: Vec<(usize, Box<Server>)>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Lending {
+    entries: Vec<Option<Entry>>,
+    /// Generations tell an event of a server from one of its successor in the same place.
+    generations: Vec<u32>,
+    free: Vec<usize>,
+    pools: HashMap<u64, InLine>,
+}
+
+/// How many servers of an application there are.
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    shared: usize,
+    kept: usize,
+}
+
+impl Lending {
+    pub(super) fn generation(&self, at: usize) -> u32 {
+        self.generations.get(at).copied().unwrap_or(0)
+    }
+
+    pub(super) fn entry(&mut self, at: usize) -> Option<&mut Entry> {
+        self.entries.get_mut(at)?.as_mut()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pools.is_empty()
+    }
+
+    fn line(&mut self, app: &Arc<App>, pool: &Arc<Pool>) -> &mut InLine {
+        self.pools.entry(pool.id).or_insert_with(|| InLine {
+            app: app.clone(),
+            pool: pool.clone(),
+            idle: Vec::new(),
+            waiting: VecDeque::new(),
+            opening: 0,
+            failure: None,
+        })
+    }
+
+    /// Takes a server into the table that a session has brought, or that is to be idle.
+    pub(super) fn admit(
+        &mut self,
+        app: &Arc<App>,
+        pool: &Arc<Pool>,
+        lent_to: Option<usize>,
+    ) -> usize {
+        self.line(app, pool);
+        let at = self.free.pop().unwrap_or_else(|| {
+            self.entries.push(None);
+            self.generations.push(0);
+            self.entries.len() - 1
+        });
+        let entry = Entry { pool: pool.id, lent_to, idle: None, is_kept: false };
+        if let Some(place) = self.entries.get_mut(at) {
+            *place = Some(entry);
+        }
+        at
+    }
+
+    /// Forgets a server, which is closed or goes with its session.
+    pub(super) fn dismiss(&mut self, at: usize) -> Option<Box<Server>> {
+        let entry = self.entries.get_mut(at)?.take()?;
+        if let Some(generation) = self.generations.get_mut(at) {
+            *generation = generation.wrapping_add(1);
+        }
+        self.free.push(at);
+        if let Some(line) = self.pools.get_mut(&entry.pool) {
+            line.idle.retain(|idle| *idle != at);
+        }
+        entry.idle
+    }
+
+    fn count(&self, app: &Arc<App>) -> Count {
+        let mut count = Count::default();
+        let of_app =
+            |pool: &u64| self.pools.get(pool).is_some_and(|line| Arc::ptr_eq(&line.app, app));
+        for entry in self.entries.iter().flatten().filter(|entry| of_app(&entry.pool)) {
+            if entry.is_kept { count.kept += 1 } else { count.shared += 1 }
+        }
+        let lines = self.pools.values().filter(|line| Arc::ptr_eq(&line.app, app));
+        count.shared += lines.map(|line| line.opening).sum::<usize>();
+        count
+    }
+
+    /// Gives the session in `slot` a server, or a place in line.
+    pub(super) fn ask(
+        &mut self,
+        app: &Arc<App>,
+        pool: &Arc<Pool>,
+        state: &State,
+        (slot, id): (usize, u64),
+        chores: &mut Chores,
+    ) -> Lent {
+        let line = self.line(app, pool);
+        // Those who wait have come before.
+        if line.waiting.is_empty()
+            && let Some((at, text)) = self.fitting(pool, state)
+            && let Some(server) = self.take_idle(at, slot)
+        {
+            return Lent::Server(at, server, text);
+        }
+        self.line(app, pool).waiting.push_back((slot, id));
+        self.provide(app, pool, chores);
+        Lent::Wait
+    }
+
+    /// An idle server that is in `state`, or can be brought there.
+    fn fitting(&self, pool: &Pool, state: &State) -> Option<(usize, Option<String>)> {
+        let line = self.pools.get(&pool.id)?;
+        let idle = |at: &usize| self.entries.get(*at)?.as_ref()?.idle.as_deref();
+        let is_same =
+            |at: &&usize| idle(at).is_some_and(|server| same_state(&server.here.state, state));
+        if let Some(at) = line.idle.iter().rev().find(is_same) {
+            return Some((*at, None));
+        }
+        line.idle.iter().rev().find_map(|at| {
+            let server = idle(at)?;
+            let welcome = pool.welcome(&server.cell)?;
+            Some((*at, Some(transition(&server.here.state, state, &welcome)?)))
+        })
+    }
+
+    fn take_idle(&mut self, at: usize, slot: usize) -> Option<Box<Server>> {
+        let entry = self.entry(at)?;
+        let server = entry.idle.take()?;
+        (entry.lent_to, entry.is_kept) = (Some(slot), false);
+        let pool = entry.pool;
+        if let Some(line) = self.pools.get_mut(&pool) {
+            line.idle.retain(|idle| *idle != at);
+        }
+        Some(server)
+    }
+
+    /// Sees to it that servers are opened for those who wait, as far as the limits go. If they do not go that far, an
+    /// idle server that does not fit makes room.
+    pub(super) fn provide(&mut self, app: &Arc<App>, pool: &Arc<Pool>, chores: &mut Chores) {
+        let Some(limits) = app.pool else { return };
+        let (needed, failed) = match self.pools.get(&pool.id) {
+            Some(line) => (line.waiting.len(), line.failure.is_some()),
+            None => return,
+        };
+        // After a failure one is tried at a time.
+        let at_once = if failed { 1 } else { needed };
+        while self.pools.get(&pool.id).is_some_and(|line| line.opening < at_once) {
+            let count = self.count(app);
+            let total_max = limits.size + limits.kept_max;
+            if count.shared >= limits.size || count.shared + count.kept >= total_max {
+                let Some(at) = self.superfluous(app, pool) else { return };
+                if let Some(server) = self.dismiss(at) {
+                    chores.close.push((at, server));
+                }
+            }
+            self.line(app, pool).opening += 1;
+            chores.open.push((app.clone(), pool.clone()));
+        }
+    }
+
+    /// An idle server that nobody waits for: of another pool, or in a state that those who wait have no use for.
+    fn superfluous(&self, app: &Arc<App>, pool: &Pool) -> Option<usize> {
+        let others = self.pools.values().filter(|line| Arc::ptr_eq(&line.app, app));
+        let others = others.filter(|line| line.pool.id != pool.id && line.waiting.is_empty());
+        let mut idle = others.filter_map(|line| line.idle.first().copied());
+        idle.next().or_else(|| self.pools.get(&pool.id)?.idle.first().copied())
+    }
+
+    /// A server is free. It goes to whoever waits first, or is kept idle. If it cannot be what the first needs, another
+    /// is opened in its place.
+    pub(super) fn put_back(
+        &mut self,
+        at: usize,
+        server: Box<Server>,
+        state_of: impl Fn(usize, u64) -> Option<State>,
+        chores: &mut Chores,
+    ) -> Option<(usize, Box<Server>, Option<String>)> {
+        let pool = self.entry(at)?.pool;
+        let line = self.pools.get_mut(&pool)?;
+        line.failure = None;
+        let first = loop {
+            let Some((slot, id)) = line.waiting.pop_front() else { break None };
+            // One that has ended, or is held, has left the line.
+            if let Some(state) = state_of(slot, id) {
+                break Some((slot, id, state));
+            }
+        };
+        let Some((slot, id, state)) = first else {
+            line.idle.push(at);
+            let entry = self.entry(at)?;
+            (entry.lent_to, entry.is_kept) = (None, false);
+            entry.idle = Some(server);
+            return None;
+        };
+        let text = if same_state(&server.here.state, &state) {
+            Some(None)
+        } else {
+            let welcome = line.pool.welcome(&server.cell);
+            welcome.and_then(|welcome| transition(&server.here.state, &state, &welcome)).map(Some)
+        };
+        match text {
+            Some(text) => {
+                let entry = self.entry(at)?;
+                (entry.lent_to, entry.is_kept) = (Some(slot), false);
+                Some((slot, server, text))
+            }
+            None => {
+                line.waiting.push_front((slot, id));
+                let (app, pool) = (line.app.clone(), line.pool.clone());
+                self.dismiss(at);
+                chores.close.push((at, server));
+                self.provide(&app, &pool, chores);
+                None
+            }
+        }
+    }
+
+    /// A server was to be opened, and that has ended. Gives the application if the pool is known.
+    pub(super) fn opened(
+        &mut self,
+        pool: u64,
+        failure: Option<String>,
+    ) -> Option<(Arc<App>, Arc<Pool>)> {
+        let line = self.pools.get_mut(&pool)?;
+        line.opening = line.opening.saturating_sub(1);
+        line.failure = failure;
+        Some((line.app.clone(), line.pool.clone()))
+    }
+
+    /// Those who wait, with why servers cannot be opened.
+    pub(super) fn waiting(&self) -> Vec<(usize, u64, Option<String>)> {
+        let lines = self.pools.values();
+        let of_line = |line: &InLine| -> Vec<_> {
+            line.waiting.iter().map(|(slot, id)| (*slot, *id, line.failure.clone())).collect()
+        };
+        lines.flat_map(of_line).collect()
+    }
+
+    pub(super) fn leave_line(&mut self, pool: u64, id: u64) {
+        if let Some(line) = self.pools.get_mut(&pool) {
+            line.waiting.retain(|(_, waits)| *waits != id);
+        }
+    }
+
+    /// Tries again for those who still wait.
+    pub(super) fn retry(&mut self, chores: &mut Chores) {
+        let lines: Vec<_> = self
+            .pools
+            .values()
+            .filter(|line| !line.waiting.is_empty() && line.opening == 0)
+            .map(|line| (line.app.clone(), line.pool.clone()))
+            .collect();
+        for (app, pool) in lines {
+            if app.active().is_some() {
+                self.provide(&app, &pool, chores);
+            }
+        }
+    }
+
+    /// Idle servers of an application, which are given up.
+    pub(super) fn give_up_idle(&mut self, app: &Arc<App>) -> Vec<(usize, Box<Server>)> {
+        let lines = self.pools.values().filter(|line| Arc::ptr_eq(&line.app, app));
+        let idle: Vec<usize> = lines.flat_map(|line| line.idle.iter().copied()).collect();
+        idle.into_iter().filter_map(|at| Some((at, self.dismiss(at)?))).collect()
+    }
+
+    /// For tables: application, user, database, and servers that are idle, lent, kept and being opened, and sessions
+    /// that wait.
+    pub(super) fn views(&self) -> Vec<PoolView> {
+        let view = |(id, line): (&u64, &InLine)| {
+            let of_pool = self.entries.iter().flatten().filter(|entry| entry.pool == *id);
+            let (kept, lent): (Vec<_>, Vec<_>) =
+                of_pool.filter(|entry| entry.lent_to.is_some()).partition(|entry| entry.is_kept);
+            PoolView {
+                app: line.app.name.clone(),
+                user: line.pool.user.clone(),
+                database: line.pool.database.name.clone(),
+                idle: line.idle.len(),
+                lent: lent.len(),
+                kept: kept.len(),
+                opening: line.opening,
+                waiting: line.waiting.len(),
+                failure: line.failure.clone().unwrap_or_default(),
+            }
+        };
+        let mut views: Vec<PoolView> = self.pools.iter().map(view).collect();
+        views.sort_by(|a, b| (&a.app, &a.database, &a.user).cmp(&(&b.app, &b.database, &b.user)));
+        views
+    }
+}
+
+/// A pool, for tables.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct PoolView {
+    pub app: String,
+    pub user: String,
+    pub database: String,
+    pub idle: usize,
+    pub lent: usize,
+    pub kept: usize,
+    pub opening: usize,
+    pub waiting: usize,
+    pub failure: String,
+}

@@ -1,0 +1,396 @@
+//! Attaching sessions that share servers, and detaching them again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::session::footprint::Leaves;
+use model::session::protocol::{Own, Unnamed};
+use wire::backend::{Backend, Report};
+use wire::frame::{HEADER_LEN, Side};
+use wire::frontend;
+use wire::sqlstate::SqlState;
+
+use super::leg::{fill, flush};
+use super::lending::{Chores, Lent};
+use super::poll::{Engine, POOLED, Slot};
+use super::sys::Event;
+use crate::app::App;
+use crate::pool::keeper::Job;
+use crate::pool::{Keeps, Pool, Server, State};
+use crate::session::{Leg, Session, terminate};
+
+/// Between two looks at a session that keeps its server, at first and at most; it doubles with each look.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
+const LOOK_DOUBLINGS_MAX: u32 = 6;
+
+fn server_token(at: usize, generation: u32) -> u64 {
+    POOLED | u64::try_from(at).unwrap_or(0) << 32 | u64::from(generation & 0x7fff_ffff) << 1
+}
+
+impl Engine {
+    /// A session comes in. If it shares servers and has brought one, that is in the table from now on.
+    pub(super) fn admit(&mut self, session: &mut Session, slot: usize) -> Option<u64> {
+        let app = session.app.clone();
+        let sharing = session.sharing.as_mut()?;
+        (sharing.needs, sharing.waits_since) = (false, None);
+        if session.server.is_vacant() {
+            return None;
+        }
+        let at = self.lending.admit(&app, &sharing.pool, Some(slot));
+        sharing.lent = Some(at);
+        if let Some(entry) = self.lending.entry(at) {
+            entry.is_kept = sharing.keeps.is_some();
+        }
+        Some(server_token(at, self.lending.generation(at)))
+    }
+
+    /// A session leaves, and its server with it.
+    pub(super) fn dismiss(&mut self, session: &mut Session) {
+        let Some(sharing) = session.sharing.as_mut() else { return };
+        match sharing.lent.take() {
+            Some(at) => drop(self.lending.dismiss(at)),
+            None => self.lending.leave_line(sharing.pool.id, session.id),
+        }
+        (sharing.needs, sharing.waits_since) = (false, None);
+    }
+
+    pub(super) fn on_server_event(&mut self, event: Event) {
+        let at = usize::try_from((event.token & !POOLED) >> 32).unwrap_or(usize::MAX);
+        let generation = u32::try_from(event.token >> 1 & 0x7fff_ffff).unwrap_or(0);
+        if self.lending.generation(at) & 0x7fff_ffff != generation {
+            return;
+        }
+        let Some(entry) = self.lending.entry(at) else { return };
+        if let Some(slot) = entry.lent_to {
+            let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
+            entry.session.server.readable |= event.readable;
+            entry.session.server.eof |= event.closing;
+            if !entry.queued {
+                entry.queued = true;
+                self.ready.push(slot);
+            }
+            return;
+        }
+        let Some(server) = &mut entry.idle else { return };
+        server.leg.readable |= event.readable;
+        server.leg.eof |= event.closing;
+        let buffers = &mut self.buffers;
+        if !hear_idle(server, &mut buffers.plain, &mut buffers.cipher, &mut buffers.sealed)
+            && let Some(server) = self.lending.dismiss(at)
+        {
+            tracing::debug!(pid = server.pid, "an idle server connection has ended");
+            self.epoll.remove(server.leg.raw());
+        }
+    }
+
+    /// Attaches or detaches the session in `slot` if it is time to.
+    pub(super) fn settle(&mut self, slot: usize) {
+        let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
+        let Some(sharing) = &mut session.sharing else { return };
+        if session.server.is_vacant() {
+            if sharing.needs && sharing.waits_since.is_none() && !session.wanted {
+                sharing.waits_since = Some(Instant::now());
+                self.ask(slot);
+            }
+            return;
+        }
+        if session.protocol.own_refused() {
+            let report = Report::fatal(
+                SqlState::ADMIN_SHUTDOWN,
+                "terminating connection due to administrator command",
+            )
+            .detail("the session's settings could not be given to another server")
+            .hint("connect again; the session's settings are lost");
+            if let Some(entry) = self.take_out(slot) {
+                entry.session.tell_and_end(&report);
+            }
+            return;
+        }
+        if let Some(at) = sharing.lent
+            && let Some(entry) = self.lending.entry(at)
+        {
+            entry.is_kept = sharing.keeps.is_some();
+        }
+        if !may_be_detached(session) {
+            return;
+        }
+        match keeps(session) {
+            None => self.detach(slot),
+            Some((true, pause)) if !session.wanted => {
+                let sharing = session.sharing.as_deref();
+                let due = sharing
+                    .and_then(|sharing| sharing.looked_at)
+                    .is_none_or(|at| at.elapsed() >= pause);
+                if due {
+                    self.look(slot);
+                }
+            }
+            Some(_) => (),
+        }
+    }
+
+    /// Has somebody look at what a session has left on its server.
+    fn look(&mut self, slot: usize) {
+        let Some(mut entry) = self.take_out(slot) else { return };
+        if let Some(sharing) = &mut entry.session.sharing {
+            sharing.looks += 1;
+            sharing.looked_at = Some(Instant::now());
+        }
+        let Some(keeper) = self.handle.keeper.get() else { return };
+        if let Err(error) = keeper.send(Job::Look(entry.session))
+            && let Job::Look(session) = error.0
+        {
+            // The proxy is stopping.
+            drop(session);
+        }
+    }
+
+    fn ask(&mut self, slot: usize) {
+        let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
+        let Some(sharing) = &session.sharing else { return };
+        let (app, pool, state, id) =
+            (session.app.clone(), sharing.pool.clone(), sharing.state.clone(), session.id);
+        let mut chores = Chores::default();
+        let lent = self.lending.ask(&app, &pool, &state, (slot, id), &mut chores);
+        self.do_chores(chores);
+        if let Lent::Server(at, server, text) = lent {
+            self.attach(slot, at, server, text);
+        }
+    }
+
+    fn do_chores(&mut self, chores: Chores) {
+        for (_, mut server) in chores.close {
+            self.epoll.remove(server.leg.raw());
+            terminate(&mut server.leg);
+        }
+        for (app, pool) in chores.open {
+            let Some(keeper) = self.handle.keeper.get() else { return };
+            let _ = keeper.send(Job::Open { app, pool, engine: self.handle.clone() });
+        }
+    }
+
+    /// Puts the session in `slot` on a server. What it has sent goes on once the statements in `text` have run.
+    fn attach(&mut self, slot: usize, at: usize, server: Box<Server>, text: Option<String>) {
+        let Some(Some(entry)) = self.slots.get_mut(slot) else {
+            self.give_back(at, server);
+            return;
+        };
+        let session = &mut *entry.session;
+        let Some(sharing) = &mut session.sharing else { return };
+        let Server { leg, pid, secret, cell, mut here } = *server;
+        session.server = leg;
+        (session.backend_pid, session.backend_secret, session.cell) = (pid, secret, cell);
+        (sharing.needs, sharing.waits_since, sharing.lent) = (false, None, Some(at));
+        here.state = sharing.state.clone();
+        here.unnamed = Default::default();
+        let params = here.params.take();
+        sharing.here = here;
+        match text.filter(|text| !text.is_empty()) {
+            Some(text) => {
+                let mut out = Vec::new();
+                frontend::query(&mut out, text.as_bytes());
+                session.server.push(&out);
+                session.protocol.on_own(Own::Query);
+                sharing.here.params = params;
+                if flush(&mut session.server).is_err() {
+                    session.server.readable = true;
+                }
+            }
+            None => {
+                if let Some(params) = params
+                    && !Arc::ptr_eq(&params, &session.params)
+                {
+                    session.tell_params(&params);
+                }
+            }
+        }
+        session.carry_waits = true;
+        session.client.readable = true;
+        if !entry.queued {
+            entry.queued = true;
+            self.ready.push(slot);
+        }
+    }
+
+    /// Takes the session in `slot` from its server, which is free from now on.
+    fn detach(&mut self, slot: usize) {
+        let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
+        let Some(sharing) = &mut session.sharing else { return };
+        let Some(at) = sharing.lent.take() else { return };
+        let mut here = std::mem::take(&mut sharing.here);
+        here.params = Some(session.params.clone());
+        let server = Box::new(Server {
+            leg: std::mem::replace(&mut session.server, Leg::vacant()),
+            pid: std::mem::take(&mut session.backend_pid),
+            secret: std::mem::take(&mut session.backend_secret),
+            cell: session.cell.clone(),
+            here,
+        });
+        let serves = session.app.active().is_some_and(|cell| Arc::ptr_eq(&cell, &server.cell));
+        if serves && !server.here.is_worn() && !server.leg.eof {
+            self.give_back(at, server);
+        } else {
+            let (app, pool) = (session.app.clone(), sharing.pool.clone());
+            self.discard(at, server);
+            let mut chores = Chores::default();
+            self.lending.provide(&app, &pool, &mut chores);
+            self.do_chores(chores);
+        }
+    }
+
+    /// A server is free.
+    fn give_back(&mut self, at: usize, server: Box<Server>) {
+        let slots = &self.slots;
+        let state_of = |slot: usize, id: u64| -> Option<State> {
+            let session = &slots.get(slot)?.as_ref()?.session;
+            let sharing = session.sharing.as_deref().filter(|sharing| sharing.needs)?;
+            (session.id == id && !session.wanted).then(|| sharing.state.clone())
+        };
+        let mut chores = Chores::default();
+        let next = self.lending.put_back(at, server, state_of, &mut chores);
+        self.do_chores(chores);
+        if let Some((slot, server, text)) = next {
+            self.attach(slot, at, server, text);
+        }
+    }
+
+    fn discard(&mut self, at: usize, mut server: Box<Server>) {
+        self.epoll.remove(server.leg.raw());
+        self.lending.dismiss(at);
+        terminate(&mut server.leg);
+    }
+
+    /// The sessions of an application are to be held: servers that nobody uses are of no use any more.
+    pub(super) fn give_up_idle(&mut self, app: &Arc<App>) {
+        let close = self.lending.give_up_idle(app);
+        self.do_chores(Chores { close, ..Chores::default() });
+    }
+
+    /// A server was opened, or could not be.
+    pub(super) fn on_opened(&mut self, pool: &Arc<Pool>, result: Result<Box<Server>, String>) {
+        let failure = result.as_ref().err().cloned();
+        let Some((app, pool)) = self.lending.opened(pool.id, failure) else { return };
+        let Ok(mut server) = result else { return };
+        if !app.active().is_some_and(|cell| Arc::ptr_eq(&cell, &server.cell)) {
+            terminate(&mut server.leg);
+            return;
+        }
+        let at = self.lending.admit(&app, &pool, None);
+        let token = server_token(at, self.lending.generation(at));
+        if let Err(error) = self.epoll.add(server.leg.raw(), token) {
+            tracing::warn!(%error, "a server connection cannot be watched");
+            self.lending.dismiss(at);
+            return;
+        }
+        self.give_back(at, server);
+    }
+
+    /// What time brings: sessions that have waited too long, and others that may be looked at by now.
+    pub(super) fn tick_pools(&mut self) {
+        let now = Instant::now();
+        for (slot, id, failure) in self.lending.waiting() {
+            let Some(Some(Slot { session, .. })) = self.slots.get(slot) else { continue };
+            let Some(limits) = session.app.pool.filter(|_| session.id == id) else { continue };
+            let since = session.sharing.as_ref().and_then(|sharing| sharing.waits_since);
+            // Nobody is told while an application is held.
+            let is_late = since.is_some_and(|since| now.duration_since(since) >= limits.wait_max);
+            if !is_late || session.wanted {
+                continue;
+            }
+            let state = if failure.is_some() {
+                SqlState::CANNOT_CONNECT_NOW
+            } else {
+                SqlState::TOO_MANY_CONNECTIONS
+            };
+            let detail = failure.unwrap_or_else(|| {
+                format!(
+                    "the application may have {} shared server connections, and {} that sessions keep",
+                    limits.size, limits.kept_max
+                )
+            });
+            let report =
+                Report::fatal(state, format!("no server connection within {:?}", limits.wait_max))
+                    .detail(detail)
+                    .hint("SHOW POOLS in the admin database shows who has them; see `pool_size`");
+            if let Some(entry) = self.take_out(slot) {
+                entry.session.tell_and_end(&report);
+            }
+        }
+        let mut chores = Chores::default();
+        self.lending.retry(&mut chores);
+        self.do_chores(chores);
+        for slot in 0..self.slots.len() {
+            let attached =
+                |slot: &Slot| slot.session.sharing.is_some() && !slot.session.is_detached();
+            if self.slots.get(slot).and_then(Option::as_ref).is_some_and(attached) {
+                self.settle(slot);
+            }
+        }
+    }
+}
+
+/// Nothing is under way that hangs on the server.
+fn may_be_detached(session: &Session) -> bool {
+    session.protocol.is_idle()
+        && session.is_at_safe_point()
+        && !session.protocol.is_doubtful()
+        && session.client.carry.is_empty()
+        && !session.client_gone
+        && !session.server_gone
+        && !session.cancels_under_way()
+}
+
+/// Whether the session keeps its server: if so, whether that is new, and how long a look at it has to wait.
+fn keeps(session: &mut Session) -> Option<(bool, Duration)> {
+    let lost_text = match session.protocol.unnamed() {
+        Unnamed::Absent => false,
+        Unnamed::Last => session.unnamed_too_long || session.unnamed_restyled,
+        Unnamed::Earlier => true,
+    };
+    let sharing = session.sharing.as_mut()?;
+    if sharing.keeps.is_none() && (lost_text || session.restyled) {
+        let why = if lost_text {
+            "its unnamed statement cannot be prepared again"
+        } else {
+            "its statements were prepared under other settings"
+        };
+        let keeps = Keeps { leaves: Leaves::Settings, why: why.into(), is_new: false };
+        sharing.keeps = Some(keeps);
+    }
+    let keeps = sharing.keeps.as_ref()?;
+    let pause = LOOK_PAUSE * 2_u32.pow(sharing.looks.min(LOOK_DOUBLINGS_MAX));
+    Some((keeps.is_new, pause))
+}
+
+/// Reads what an idle server says by itself. False if it is of no use any more.
+fn hear_idle(
+    server: &mut Server,
+    plain: &mut [u8],
+    cipher: &mut [u8],
+    sealed: &mut Vec<u8>,
+) -> bool {
+    while server.leg.readable {
+        let Ok((filled, closed)) = fill(&mut server.leg, plain, cipher, sealed) else {
+            return false;
+        };
+        let mut rest = plain.get(..filled).unwrap_or_default();
+        while let Ok(Some((tag, body, len))) = wire::frame::whole(Side::Backend, rest) {
+            match (tag, wire::backend::read(tag, body)) {
+                (b'S', Ok(Backend::ParameterStatus { name, value })) => {
+                    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                    let mut params = server.here.params.as_deref().cloned().unwrap_or_default();
+                    params.insert(text(name), text(value));
+                    server.here.params = Some(Arc::new(params));
+                }
+                (b'N', _) => (),
+                _ => return false,
+            }
+            rest = rest.get(len.max(HEADER_LEN)..).unwrap_or_default();
+        }
+        // Part of a message: it is simpler to take another server than to wait for its end.
+        if closed || !rest.is_empty() {
+            return false;
+        }
+    }
+    true
+}

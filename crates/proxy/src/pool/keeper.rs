@@ -1,0 +1,258 @@
+//! Opens servers for pools, looks at what sessions have left on theirs, and learns what names stand for.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::session::footprint::Leaves;
+use model::session::{Landscape, Snapshot, landscape};
+use pg::admin::{Admin, AdminLogin};
+use pg::connect::Login;
+use pg::connection::Connection;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+use wire::frame::Side;
+
+use super::{Beyond, Database, Here, Keeps, Pool, Server, Welcome, lock};
+use crate::app::{App, Cell};
+use crate::carry;
+use crate::engine::{Command, EngineHandle};
+use crate::proxy::Shared;
+use crate::session::{Identity, Leg, Session};
+
+/// What an engine has done for it.
+pub(crate) enum Job {
+    /// Open a server.
+    Open { app: Arc<App>, pool: Arc<Pool>, engine: Arc<EngineHandle> },
+    /// Look at what a session has left.
+    Look(Box<Session>),
+}
+
+/// Servers that are opened, and sessions that are looked at, at the same time.
+const AT_ONCE: usize = 16;
+/// Between two questions whether anything was defined anew.
+const CHANGED_PAUSE: Duration = Duration::from_secs(1);
+/// What was learned for looks holds for so long.
+const FACTS_AGE_MAX: Duration = Duration::from_secs(5);
+
+/// Runs until the task is dropped.
+pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<Job>) {
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    while let Some(job) = jobs.recv().await {
+        let (shared, places) = (shared.clone(), places.clone());
+        tokio::spawn(async move {
+            let _place = places.acquire_owned().await;
+            match job {
+                Job::Open { app, pool, engine } => {
+                    let result = open(&app, &pool).await;
+                    if let Err(error) = &result {
+                        tracing::warn!(
+                            app = app.name,
+                            error,
+                            "a server connection cannot be opened"
+                        );
+                    }
+                    engine.send(Command::Opened(pool, result));
+                }
+                Job::Look(session) => look(&shared, session).await,
+            }
+        });
+    }
+}
+
+async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, String> {
+    let cell = app.active().ok_or("the application is held")?;
+    let identity = pool.identity().ok_or("nobody has logged in")?;
+    let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
+    let mut connection = cell.target.login(&login).await.map_err(|error| model::chain(&error))?;
+    let welcome = {
+        let _one = pool.welcoming.lock().await;
+        pool.learn(app, &cell, &identity, &mut connection).await?
+    };
+    let params = app.share(std::mem::take(&mut connection.params));
+    let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret).into());
+    let (stream, unread) = connection.into_stream();
+    let leg =
+        Leg::new(stream.into_parts().map_err(|error| error.to_string())?, unread, Side::Backend);
+    let here = Here { params: Some(params), ..Here::default() };
+    Ok(Box::new(Server { leg, pid, secret, cell: welcome.cell.clone(), here }))
+}
+
+impl Pool {
+    /// Finds out what a fresh login gives, which `connection` is, unless that is known. The caller is [the only
+    /// one](Pool::welcoming).
+    ///
+    /// # Errors
+    /// The server does not answer as it should, in words.
+    pub(crate) async fn learn(
+        &self,
+        app: &App,
+        cell: &Arc<Cell>,
+        identity: &Identity,
+        connection: &mut Connection,
+    ) -> Result<Arc<Welcome>, String> {
+        if let Some(known) = self.welcome(cell) {
+            return Ok(known);
+        }
+        let facts = app
+            .learn_facts(cell, &self.database.name)
+            .await
+            .map_err(|reason| reason.to_string())?;
+        if self.database.landscape().is_none() {
+            renew(app, cell, &self.database, &mut None).await?;
+        }
+        let fresh = carry::fresh(connection, identity, &facts, app.moves)
+            .await
+            .map_err(|reason| reason.to_string())?;
+        let params = app.share(connection.params.clone());
+        let welcome = Arc::new(Welcome { cell: cell.clone(), params, facts, fresh });
+        lock(&self.known).welcome = Some(welcome.clone());
+        Ok(welcome)
+    }
+}
+
+/// Learns what names stand for, if anything has changed.
+async fn renew(
+    app: &App,
+    cell: &Cell,
+    database: &Database,
+    kept: &mut Option<Admin>,
+) -> Result<(), String> {
+    let say = |error: &dyn std::error::Error| model::chain(error);
+    let before = lock(&database.state).redefined;
+    let ask = async {
+        let mut admin = match kept.take() {
+            Some(admin) => admin,
+            None => {
+                let login = AdminLogin { database: database.name.clone(), ..app.admin.clone() };
+                Admin::connect(&cell.target, &login).await.map_err(|error| say(&error))?
+            }
+        };
+        let rows = admin.rows(landscape::CHANGED_QUESTION).await.map_err(|error| say(&error))?;
+        let mark = rows.into_iter().flatten().flatten().next().unwrap_or_default();
+        if !lock(&database.state).is_at(&mark) {
+            let rows = admin.rows(landscape::QUESTION).await.map_err(|error| say(&error))?;
+            let learned = Landscape::read(&rows).map_err(|error| error.to_string())?;
+            let mut state = lock(&database.state);
+            (state.landscape, state.mark) = (Some(Arc::new(learned)), mark);
+            // Something may have been defined while it was learned.
+            state.is_stale = state.redefined != before;
+        }
+        *kept = Some(admin);
+        Ok(())
+    };
+    let wait_max = app.moves.answer_timeout;
+    timeout(wait_max, ask).await.unwrap_or_else(|_| Err(format!("no answer within {wait_max:?}")))
+}
+
+/// Asks every second, and whenever a session has defined something, what names stand for by now.
+pub(crate) async fn watch(app: Arc<App>) {
+    let mut kept: HashMap<(String, String), Option<Admin>> = HashMap::new();
+    loop {
+        let _ = timeout(CHANGED_PAUSE, app.pools.changed.notified()).await;
+        let Some(cell) = app.active() else {
+            kept.clear();
+            continue;
+        };
+        kept.retain(|(of_cell, _), _| *of_cell == cell.name);
+        for database in app.pools.databases() {
+            let admin = kept.entry((cell.name.clone(), database.name.clone())).or_default();
+            if let Err(error) = renew(&app, &cell, &database, admin).await {
+                // Nothing is known of what may have been defined since.
+                lock(&database.state).is_stale = true;
+                tracing::warn!(
+                    app = app.name,
+                    database = database.name,
+                    error,
+                    "names cannot be learned"
+                );
+            }
+        }
+    }
+}
+
+/// Looks at what a session has left on its server, and gives it back to its engine.
+async fn look(shared: &Shared, mut session: Box<Session>) {
+    let found = find(&mut session).await;
+    if let Some(sharing) = &mut session.sharing {
+        match found {
+            Ok(state) => {
+                sharing.here.state = state.clone();
+                sharing.state = state;
+                sharing.keeps = None;
+            }
+            Err(why) => {
+                sharing.keeps = Some(Keeps { leaves: Leaves::Something, why, is_new: false })
+            }
+        }
+    }
+    shared.give(session);
+}
+
+/// What the session has beyond a login, if that can be given to other servers; otherwise why not.
+async fn find(session: &mut Session) -> Result<super::State, String> {
+    let sharing = session.sharing.as_ref().ok_or("it does not share servers")?;
+    let pool = sharing.pool.clone();
+    let welcome = pool.welcome(&session.cell).ok_or("nothing is known of its server")?;
+    let facts = pool.recent_facts(&session.app, &session.cell).await?;
+    carry::forget_foreign(session).await.map_err(|reason| reason.to_string())?;
+    let mut captured =
+        carry::capture(session, &facts, true).await.map_err(|reason| reason.to_string())?;
+    captured.complete(&facts, session.backend_pid);
+    if let Some(pin) = captured.pins.first().or(captured.snapshot.may_have_unnamed.as_ref()) {
+        return Err(pin.to_string());
+    }
+    let snapshot = captured.snapshot;
+    let names = session.sharing.as_ref().map(|sharing| sharing.server_names()).unwrap_or_default();
+    if let Some(name) = snapshot.prepared.keys().find(|name| !names.contains(name.as_bytes())) {
+        return Err(format!("it has prepared `{name}`"));
+    }
+    let rest = Snapshot {
+        settings: Default::default(),
+        custom: Default::default(),
+        prepared: Default::default(),
+        beneath: None,
+        setting_bytes: None,
+        may_have_unnamed: None,
+        session_user: String::new(),
+        role: String::new(),
+        ..snapshot.clone()
+    };
+    let kinds = [
+        ("temporary objects", !rest.temporary.is_empty()),
+        ("cursors", !rest.cursors.is_empty()),
+        ("advisory locks", !rest.locks.is_empty()),
+        ("channels that it listens to", !rest.channels.is_empty()),
+        ("values of sequences", !rest.sequences.is_empty() || rest.last_value.is_some()),
+    ];
+    if let Some((what, _)) = kinds.iter().find(|(_, is_there)| *is_there) {
+        return Err(format!("it has {what}"));
+    }
+    if rest != Snapshot::default() {
+        return Err("it has what is not known to be nothing".into());
+    }
+    Ok(pool.state(Beyond::of(&snapshot), &welcome.fresh))
+}
+
+impl Pool {
+    /// What is the same for all sessions, not older than a few seconds.
+    async fn recent_facts(
+        &self,
+        app: &App,
+        cell: &Cell,
+    ) -> Result<Arc<model::session::Facts>, String> {
+        let mut recent = self.recent.lock().await;
+        if let Some((at, name, facts)) = &*recent
+            && at.elapsed() < FACTS_AGE_MAX
+            && *name == cell.name
+        {
+            return Ok(facts.clone());
+        }
+        let facts = app
+            .learn_facts(cell, &self.database.name)
+            .await
+            .map_err(|reason| reason.to_string())?;
+        *recent = Some((Instant::now(), cell.name.clone(), facts.clone()));
+        Ok(facts)
+    }
+}
