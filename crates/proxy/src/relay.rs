@@ -234,7 +234,7 @@ impl Session {
                         at += HEADER_LEN + body_len;
                         continue;
                     }
-                    let mut fate = Fate::Pass;
+                    let (mut fate, mut insert) = (Fate::Pass, None);
                     match header.tag {
                         b'Z' | b'S' | b'C' | b'A' | b'E' if !whole && body_len <= WHOLE_LEN_MAX => {
                             break;
@@ -261,8 +261,12 @@ impl Session {
                             self.protocol.on_backend(b'C', None);
                         }
                         b'E' => {
-                            let (fatal, state) = read_error(body.get(..body_len).unwrap_or(body));
+                            let body = body.get(..body_len).unwrap_or(body);
+                            let (fatal, state) = read_error(body);
                             self.server_said_why |= fatal;
+                            if whole && self.sharing.is_some() {
+                                insert = self.as_client_names(body);
+                            }
                             self.protocol.on_backend_error(state);
                         }
                         tag => fate = self.protocol.on_backend(tag, None),
@@ -273,6 +277,9 @@ impl Session {
                     if fate == Fate::Keep {
                         // These have no body.
                         self.edits.push(Edit { at, skip: HEADER_LEN + len, insert: Vec::new() });
+                    }
+                    if let Some(insert) = insert {
+                        self.edits.push(Edit { at, skip: HEADER_LEN + len, insert });
                     }
                     at += HEADER_LEN + len;
                     if self.sharing.is_some() {

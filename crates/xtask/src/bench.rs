@@ -112,13 +112,14 @@ impl Holdfast {
         server: u16,
         auth: &str,
         more: &str,
+        of_app: &str,
     ) -> Result<Holdfast, String> {
         let _ = std::fs::remove_dir_all(dir);
         std::fs::create_dir_all(dir).map_err(|error| error.to_string())?;
         let (port, api, other) = (free_port()?, free_port()?, free_port()?);
         let config = format!(
             "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nclients_max = 9000\n{more}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
-             state_dir = \"{}/state\"\n[[app]]\nname = \"bench\"\nauth = \"{auth}\"\nsslmode = \"disable\"\n\
+             state_dir = \"{}/state\"\n[[app]]\nname = \"bench\"\nauth = \"{auth}\"\nsslmode = \"disable\"\n{of_app}\n\
              [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:{server}\"\nactive = true\n\
              [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:{other}\"\n",
             dir.display()
@@ -137,13 +138,14 @@ impl Holdfast {
         Ok(proxy)
     }
 
-    fn pgbouncer(dir: &Path, server: u16) -> Result<Holdfast, String> {
+    /// `mode` is `session` or `transaction`, with so many server connections.
+    fn pgbouncer(dir: &Path, server: u16, mode: &str, size: u16) -> Result<Holdfast, String> {
         let _ = std::fs::remove_dir_all(dir);
         std::fs::create_dir_all(dir).map_err(|error| error.to_string())?;
         let port = free_port()?;
         let config = format!(
             "[databases]\n* = host=127.0.0.1 port={server}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
-             auth_type = trust\nauth_file = {dir}/users\npool_mode = session\ndefault_pool_size = 150\n\
+             auth_type = trust\nauth_file = {dir}/users\npool_mode = {mode}\ndefault_pool_size = {size}\n\
              max_client_conn = 12000\nlog_connections = 0\nlog_disconnections = 0\nlogfile = {dir}/log\n\
              unix_socket_dir =\nignore_startup_parameters = extra_float_digits\n",
             dir = dir.display()
@@ -211,9 +213,10 @@ pub(crate) fn run(args: &[String]) -> Done {
         Some("bulk") => bulk(&binary),
         Some("idle") => idle(&binary),
         Some("login") => login(&binary),
+        Some("pool") => pool(&binary, args.get(1..).unwrap_or_default()),
         Some("pause") => pause(&binary, args.get(1).map_or("100", String::as_str)),
         Some(other) => {
-            Err(format!("`{other}` cannot be measured: pgbench, bulk, idle, login or pause"))
+            Err(format!("`{other}` cannot be measured: pgbench, pool, bulk, idle, login or pause"))
         }
     }
 }
@@ -230,7 +233,7 @@ struct Sample {
 fn sample(
     port: u16,
     proxy: Option<&Holdfast>,
-    mode: &str,
+    kind: &[&str],
     clients: usize,
     seconds: u64,
     dir: &Path,
@@ -240,7 +243,8 @@ fn sample(
     let threads = clients.min(2).to_string();
     let text = output(
         Command::new(format!("{BIN}/pgbench"))
-            .args(["-S", "-n", "-h", "127.0.0.1", "-U", "postgres", "-M", mode])
+            .args(["-n", "-h", "127.0.0.1", "-U", "postgres"])
+            .args(kind)
             .args([
                 "-p",
                 &port.to_string(),
@@ -299,8 +303,8 @@ fn pgbench(binary: &Path, args: &[String]) -> Done {
     let init =
         ["-i", "-q", "-s", "10", "-h", "127.0.0.1", "-U", "postgres", "-p", &port, "postgres"];
     output(Command::new(format!("{BIN}/pgbench")).args(init))?;
-    let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "")?;
-    let pgbouncer = Holdfast::pgbouncer(&dir.join("pgbouncer"), cluster.port)?;
+    let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "", "")?;
+    let pgbouncer = Holdfast::pgbouncer(&dir.join("pgbouncer"), cluster.port, "session", 150)?;
     let contestants = [
         ("direct", cluster.port, None),
         ("pgbouncer", pgbouncer.port, Some(&pgbouncer)),
@@ -316,10 +320,14 @@ fn pgbench(binary: &Path, args: &[String]) -> Done {
             for round in 0..ROUNDS {
                 for at in 0..contestants.len() {
                     let (name, port, proxy) = &contestants[(round + at) % contestants.len()];
-                    samples
-                        .entry(name)
-                        .or_default()
-                        .push(sample(*port, *proxy, mode, clients, seconds, &dir)?);
+                    samples.entry(name).or_default().push(sample(
+                        *port,
+                        *proxy,
+                        &["-S", "-M", mode],
+                        clients,
+                        seconds,
+                        &dir,
+                    )?);
                 }
             }
             let of = |name: &str, read: fn(&Sample) -> f64| {
@@ -336,6 +344,67 @@ fn pgbench(binary: &Path, args: &[String]) -> Done {
                     of(name, |s| s.average_ms),
                 );
             }
+        }
+    }
+    Ok(())
+}
+
+/// Clients that share 20 server connections, a transaction at a time, beside pgbouncer doing the same. It cannot
+/// prepare statements there. pgbench waits for each answer to a Parse with all of its clients, those included that
+/// have the servers, so transactions of several statements cannot be measured with it when they are prepared.
+fn pool(binary: &Path, args: &[String]) -> Done {
+    const SIZE: u16 = 20;
+    let number = |at: usize| args.get(at).and_then(|text| text.parse().ok());
+    let (seconds, clients) = (number(0).unwrap_or(4), number(1).unwrap_or(2_000));
+    let clients = usize::try_from(clients).unwrap_or(1);
+    let dir = scratch().join("bench");
+    let cluster = Cluster::start(&dir.join("cluster"), "-c synchronous_commit=off")?;
+    let port = cluster.port.to_string();
+    let init =
+        ["-i", "-q", "-s", "50", "-h", "127.0.0.1", "-U", "postgres", "-p", &port, "postgres"];
+    output(Command::new(format!("{BIN}/pgbench")).args(init))?;
+    let limits = format!("pool = \"transaction\"\npool_size = {SIZE}");
+    let holdfast =
+        Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "", &limits)?;
+    let pgbouncer = Holdfast::pgbouncer(&dir.join("pgbouncer"), cluster.port, "transaction", SIZE)?;
+    let contestants =
+        [("pgbouncer", pgbouncer.port, &pgbouncer), ("holdfast", holdfast.port, &holdfast)];
+    println!(
+        "{clients} clients on {SIZE} server connections, {ROUNDS} rounds of {seconds} s, in rotation; medians"
+    );
+    println!(
+        "kind              contestant      tps  /pgbouncer  cpu s/100k  /pgbouncer   p99 ms  avg ms"
+    );
+    let kinds: [(&str, &[&str]); 4] = [
+        ("select simple", &["-S", "-M", "simple"]),
+        ("select extended", &["-S", "-M", "extended"]),
+        ("select prepared", &["-S", "-M", "prepared"]),
+        ("tpcb simple", &["-M", "simple"]),
+    ];
+    for (name, kind) in kinds {
+        let mut samples: BTreeMap<&str, Vec<Sample>> = BTreeMap::new();
+        for round in 0..ROUNDS {
+            for at in 0..contestants.len() {
+                let (who, port, proxy) = contestants[(round + at) % contestants.len()];
+                if who == "pgbouncer" && name.ends_with("prepared") {
+                    continue;
+                }
+                let sample = sample(port, Some(proxy), kind, clients, seconds, &dir)?;
+                samples.entry(who).or_default().push(sample);
+            }
+        }
+        let of = |who: &str, read: fn(&Sample) -> f64| {
+            median(samples.get(who).into_iter().flatten().map(read).collect())
+        };
+        for (who, ..) in contestants.iter().filter(|(who, ..)| samples.contains_key(who)) {
+            let (tps, cpu) = (of(who, |s| s.tps), of(who, |s| s.cpu_per_100k));
+            println!(
+                "{name:<17} {who:<10} {tps:>8.0} {:>11.2} {cpu:>11.2} {:>11.2} {:>8.1} {:>7.2}",
+                tps / of("pgbouncer", |s| s.tps),
+                cpu / of("pgbouncer", |s| s.cpu_per_100k),
+                of(who, |s| s.p99_ms),
+                of(who, |s| s.average_ms),
+            );
         }
     }
     Ok(())
@@ -367,8 +436,8 @@ fn psql(port: u16, sql: &str) -> Command {
 fn bulk(binary: &Path) -> Done {
     let dir = scratch().join("bench");
     let cluster = Cluster::start(&dir.join("cluster"), "")?;
-    let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "")?;
-    let pgbouncer = Holdfast::pgbouncer(&dir.join("pgbouncer"), cluster.port)?;
+    let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "", "")?;
+    let pgbouncer = Holdfast::pgbouncer(&dir.join("pgbouncer"), cluster.port, "session", 150)?;
     let set_up = "CREATE UNLOGGED TABLE wide AS SELECT i, repeat('x', 1000) AS t FROM generate_series(1, 200000) i; \
         CREATE UNLOGGED TABLE narrow AS SELECT i, repeat('y', 90) AS t FROM generate_series(1, 2000000) i; \
         CREATE UNLOGGED TABLE empty (i int, t text)";
@@ -423,7 +492,7 @@ fn idle(binary: &Path) -> Done {
     let dir = scratch().join("bench");
     let cluster =
         Cluster::start(&dir.join("cluster"), "-c max_connections=5200 -c shared_buffers=128MB")?;
-    let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "")?;
+    let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, "trust", "", "")?;
     let warm: Vec<TcpStream> =
         (0..50).map(|_| raw_login(holdfast.port)).collect::<Result<_, _>>()?;
     let before = holdfast.rss();
@@ -469,7 +538,7 @@ fn login(binary: &Path) -> Done {
     let cluster = Cluster::start(&dir.join("cluster"), "")?;
     output(&mut psql(cluster.port, "CREATE ROLE app LOGIN PASSWORD 'sesame'"))?;
     for auth in ["trust", "scram"] {
-        let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, auth, "")?;
+        let holdfast = Holdfast::start(binary, &dir.join("holdfast"), cluster.port, auth, "", "")?;
         let (before, count) = (holdfast.cpu(), 1_000);
         let text = output(
             Command::new(format!("{BIN}/pgbench"))

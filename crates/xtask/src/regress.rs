@@ -116,7 +116,7 @@ pub(crate) fn run() -> Done {
     crate::bench::open_to_all(&source)?;
     let binary = build_release()?;
     let mut verdicts = Vec::new();
-    for name in ["direct", "proxy"] {
+    for name in ["direct", "proxy", "pool"] {
         // Each on a fresh cluster: the suite counts objects and OIDs.
         let cluster = Cluster::start(&scratch().join("regress/cluster"), "")?;
         let proxy = Holdfast::start(
@@ -125,6 +125,8 @@ pub(crate) fn run() -> Done {
             cluster.port,
             "trust",
             "",
+            // Fewer than there are tests at a time.
+            if name == "pool" { "pool = \"transaction\"\npool_size = 6" } else { "" },
         )?;
         let port = if name == "direct" { cluster.port } else { proxy.port };
         let verdict = run_suite(&source, port, name)?;
@@ -132,7 +134,7 @@ pub(crate) fn run() -> Done {
         verdicts.push(verdict);
     }
     match verdicts.as_slice() {
-        [direct, proxy] if direct == proxy => Ok(()),
+        [direct, proxy, pool] if direct == proxy && direct == pool => Ok(()),
         _ => Err("the proxy gives other results than the server".into()),
     }
 }

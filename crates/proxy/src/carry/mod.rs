@@ -22,7 +22,7 @@ use wire::frontend;
 
 pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
-pub(crate) use reading::{capture, fresh, hear_out};
+pub(crate) use reading::{capture, fresh, hear_out, look};
 pub(crate) use restoring::{Model, Prepared, ensure, prepare, rehearse};
 
 use restoring::run_steps;

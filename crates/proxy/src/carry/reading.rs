@@ -37,6 +37,8 @@ pub(super) struct Kind<'a> {
     pub(super) limits: MoveLimits,
     /// The configuration of the server that the session comes from.
     pub(super) reference: &'a Facts,
+    /// Whether there are temporary objects is enough, they are not to be carried.
+    pub(super) brief: bool,
 }
 
 impl<'a> Kind<'a> {
@@ -54,6 +56,7 @@ impl<'a> Kind<'a> {
             beneath: session.beneath.is_none(),
             limits: session.app.moves,
             reference: facts,
+            brief: false,
         }
     }
 
@@ -62,7 +65,7 @@ impl<'a> Kind<'a> {
         connection: &mut Connection,
         facts: &Facts,
     ) -> Result<Captured, QueryError> {
-        capture_on(connection, &self.subject(connection, facts)).await
+        capture_on(connection, &self.subject(connection, facts), self.brief).await
     }
 
     pub(super) fn subject<'b>(&'b self, connection: &Connection, facts: &'b Facts) -> Subject<'b> {
@@ -93,6 +96,7 @@ impl<'a> Kind<'a> {
             beneath: false,
             limits: model.limits,
             reference: model.here,
+            brief: false,
         }
     }
 
@@ -110,10 +114,24 @@ pub(crate) async fn capture(
     facts: &Facts,
     alone: bool,
 ) -> Result<Captured, Reason> {
+    read(session, facts, alone, false).await
+}
+
+/// The same, only to find out whether there is anything that must be carried.
+pub(crate) async fn look(session: &mut Session, facts: &Facts) -> Result<Captured, Reason> {
+    read(session, facts, true, true).await
+}
+
+async fn read(
+    session: &mut Session,
+    facts: &Facts,
+    alone: bool,
+    brief: bool,
+) -> Result<Captured, Reason> {
     super::forget_foreign(session).await?;
     let mut connection = borrow(session).await?;
     let identity = session.identity.clone();
-    let kind = Kind::of(session, &identity, facts, alone);
+    let kind = Kind { brief, ..Kind::of(session, &identity, facts, alone) };
     if session.protocol.is_doubtful() {
         if let Err(error) = end_doubt(&mut connection).await {
             give_back(session, connection, false).await?;
@@ -247,6 +265,7 @@ pub(crate) async fn hear_out(session: &mut Session, snapshot: &mut Snapshot) -> 
 async fn capture_on(
     connection: &mut Connection,
     subject: &Subject<'_>,
+    brief: bool,
 ) -> Result<Captured, QueryError> {
     let mut out = Vec::new();
     for (question, params) in &capture::questions(subject).0 {
@@ -279,7 +298,7 @@ async fn capture_on(
     let rows = |at: usize| answers.get(at).map(|answer| answer.rows.as_slice()).unwrap_or_default();
     let mut captured = capture::read(subject, rows, &infos).map_err(unreadable)?;
     if captured.temporary_schema != 0 && !subject.in_recovery {
-        read_temporary(connection, subject, &mut captured).await?;
+        read_temporary(connection, subject, &mut captured, brief).await?;
     }
     Ok(captured)
 }
@@ -312,6 +331,7 @@ async fn read_temporary(
     connection: &mut Connection,
     subject: &Subject<'_>,
     captured: &mut Captured,
+    brief: bool,
 ) -> Result<(), QueryError> {
     let rows_of = |answer: Option<Answer>| answer.unwrap_or_default().rows;
     let answers = ask_aside(connection, subject, BEGIN_READ, &[temporary::QUESTION.into()]).await?;
@@ -329,7 +349,7 @@ async fn read_temporary(
         pins.push(Pin::TooLarge { what, size, max });
     }
     let mut unclear = BTreeSet::new();
-    let can_be_carried = pins.is_empty();
+    let can_be_carried = pins.is_empty() && !brief;
     if can_be_carried && !found.tables.is_empty() {
         let answers =
             ask_aside(connection, subject, BEGIN_WRITE, &[temporary::PROBE.into()]).await?;

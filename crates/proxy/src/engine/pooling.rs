@@ -19,7 +19,9 @@ use crate::pool::keeper::Job;
 use crate::pool::{Keeps, Pool, Server, State};
 use crate::session::{Leg, Session, terminate};
 
-/// Between two looks at a session that keeps its server, at first and at most; it doubles with each look.
+/// So many looks at a session come at once: clients set something when they begin. From then on there are pauses, each
+/// twice as long as the one before.
+const LOOKS_AT_ONCE: u32 = 4;
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
 const LOOK_DOUBLINGS_MAX: u32 = 6;
 
@@ -358,7 +360,10 @@ fn keeps(session: &mut Session) -> Option<(bool, Duration)> {
         sharing.keeps = Some(keeps);
     }
     let keeps = sharing.keeps.as_ref()?;
-    let pause = LOOK_PAUSE * 2_u32.pow(sharing.looks.min(LOOK_DOUBLINGS_MAX));
+    let pause = match sharing.looks.checked_sub(LOOKS_AT_ONCE) {
+        None => Duration::ZERO,
+        Some(more) => LOOK_PAUSE * 2_u32.pow(more.min(LOOK_DOUBLINGS_MAX)),
+    };
     Some((keeps.is_new, pause))
 }
 

@@ -8,7 +8,7 @@ use model::session::footprint::Leaves;
 use model::session::{Landscape, Snapshot, landscape};
 use pg::admin::{Admin, AdminLogin};
 use pg::connect::Login;
-use pg::connection::Connection;
+use pg::connection::{Connection, QueryError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use wire::frame::Side;
@@ -30,6 +30,7 @@ pub(crate) enum Job {
 
 /// Servers that are opened, and sessions that are looked at, at the same time.
 const AT_ONCE: usize = 16;
+const LEARN_TRIES: usize = 4;
 /// Between two questions whether anything was defined anew.
 const CHANGED_PAUSE: Duration = Duration::from_secs(1);
 /// What was learned for looks holds for so long.
@@ -79,8 +80,8 @@ async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, String> {
 }
 
 impl Pool {
-    /// Finds out what a fresh login gives, which `connection` is, unless that is known. The caller is [the only
-    /// one](Pool::welcoming).
+    /// Makes `connection`, a fresh login, what every server of the pool is, and finds out what that gives, unless it is
+    /// known. The caller is [the only one](Pool::welcoming).
     ///
     /// # Errors
     /// The server does not answer as it should, in words.
@@ -91,6 +92,12 @@ impl Pool {
         identity: &Identity,
         connection: &mut Connection,
     ) -> Result<Arc<Welcome>, String> {
+        // A look at a session loads this library, whose settings are there from then on: so they always are. Where the
+        // language is missing, they never are.
+        match connection.rows("DO LANGUAGE plpgsql 'BEGIN END'").await {
+            Ok(_) | Err(QueryError::Server { .. }) => (),
+            Err(error) => return Err(model::chain(&error)),
+        }
         if let Some(known) = self.welcome(cell) {
             return Ok(known);
         }
@@ -131,7 +138,13 @@ async fn renew(
         let rows = admin.rows(landscape::CHANGED_QUESTION).await.map_err(|error| say(&error))?;
         let mark = rows.into_iter().flatten().flatten().next().unwrap_or_default();
         if !lock(&database.state).is_at(&mark) {
-            let rows = admin.rows(landscape::QUESTION).await.map_err(|error| say(&error))?;
+            let mut rows = admin.rows(landscape::QUESTION).await;
+            for _ in 1..LEARN_TRIES {
+                // Something was dropped while it was described.
+                let Err(QueryError::Server { .. }) = rows else { break };
+                rows = admin.rows(landscape::QUESTION).await;
+            }
+            let rows = rows.map_err(|error| say(&error))?;
             let learned = Landscape::read(&rows).map_err(|error| error.to_string())?;
             let mut state = lock(&database.state);
             (state.landscape, state.mark) = (Some(Arc::new(learned)), mark);
@@ -196,8 +209,7 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
     let welcome = pool.welcome(&session.cell).ok_or("nothing is known of its server")?;
     let facts = pool.recent_facts(&session.app, &session.cell).await?;
     carry::forget_foreign(session).await.map_err(|reason| reason.to_string())?;
-    let mut captured =
-        carry::capture(session, &facts, true).await.map_err(|reason| reason.to_string())?;
+    let mut captured = carry::look(session, &facts).await.map_err(|reason| reason.to_string())?;
     captured.complete(&facts, session.backend_pid);
     if let Some(pin) = captured.pins.first().or(captured.snapshot.may_have_unnamed.as_ref()) {
         return Err(pin.to_string());

@@ -357,6 +357,9 @@ pub struct Sharing {
     pub redefines: bool,
     /// The name in a DEALLOCATE that is running.
     pub deallocates: Option<Box<[u8]>>,
+    /// The statement that the client has named last, and its name for it.
+    pub last_named: Option<Arc<Statement>>,
+    pub last_name: Vec<u8>,
 }
 
 /// Why a session keeps its server.
@@ -423,6 +426,8 @@ impl Sharing {
             looked_at: None,
             redefines: false,
             deallocates: None,
+            last_named: None,
+            last_name: Vec::new(),
         }
     }
 

@@ -162,16 +162,15 @@ impl Session {
         let rest = body.get(name.len() + 1..).unwrap_or_default();
         let statement = sharing.pool.statement(rest, &self.params);
         let mut insert = Vec::new();
-        if let Some(before) = sharing.names.find(name).cloned() {
-            // The server refuses a name that is taken, so it is sent one.
-            if !sharing.has(&before) {
-                insert_parse(&mut insert, &before.name, &before.body);
-                self.protocol.on_own(Own::Parse);
-                sharing.names.own(before.clone());
-            }
-            insert_parse(&mut insert, &before.name, rest);
-            sharing.names.parse(name, before, true);
+        if sharing.names.find(name).is_some() {
+            // The server is to refuse a name that is taken, so it is taken there, too.
+            insert_parse(&mut insert, name, b"\0\0\0");
+            self.protocol.on_own(Own::Parse);
+            insert_parse(&mut insert, name, rest);
             self.protocol.on_frontend(b'P', Some(1), None);
+            sharing.names.unknown();
+            sharing.names.unknown();
+            sharing.here.is_tainted = true;
         } else if sharing.has(&statement) && self.protocol.status() != TxStatus::Failed {
             sharing.names.parse(name, statement, false);
             self.protocol.on_given(Given::ParseComplete);
@@ -198,6 +197,7 @@ impl Session {
         if let Some(leaves) = statement.leaves(&sharing.pool.database) {
             sharing.keep(leaves, || shown(statement.sql()));
         }
+        sharing.name(&statement, name);
         let mut insert = Vec::new();
         self.ensure(&statement, &mut insert);
         let rest = body_len - head_len;
@@ -216,8 +216,9 @@ impl Session {
             self.ensure_unnamed(at);
             return Turn::Pass;
         }
-        let known = self.sharing.as_ref().and_then(|sharing| sharing.names.find(name)).cloned();
-        let Some(statement) = known else { return Turn::Pass };
+        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
+        let Some(statement) = sharing.names.find(name).cloned() else { return Turn::Pass };
+        sharing.name(&statement, name);
         let mut insert = Vec::new();
         self.ensure(&statement, &mut insert);
         frontend::describe(&mut insert, Target::Statement(&statement.name));
@@ -292,6 +293,31 @@ impl Session {
         sharing.on_named(self.protocol.take_named());
     }
 
+    /// An error that names a statement as the server knows it, as the client does.
+    #[cold]
+    pub(crate) fn as_client_names(&self, body: &[u8]) -> Option<Vec<u8>> {
+        let sharing = self.sharing.as_deref()?;
+        let statement = sharing.last_named.as_ref()?;
+        let mut rest = body;
+        let mut out = Vec::new();
+        while let Some(at) =
+            rest.windows(statement.name.len()).position(|part| *part == *statement.name)
+        {
+            let (before, after) = rest.split_at(at);
+            out.extend_from_slice(before);
+            out.extend_from_slice(&sharing.last_name);
+            rest = after.get(statement.name.len()..).unwrap_or_default();
+        }
+        if rest.len() == body.len() {
+            return None;
+        }
+        out.extend_from_slice(rest);
+        let mut message = Vec::new();
+        insert_header(&mut message, b'E', out.len());
+        message.extend_from_slice(&out);
+        Some(message)
+    }
+
     /// A message of the server has been counted; what we answer in its place comes behind it, at `end`.
     #[inline]
     pub(crate) fn after_shared_answer(&mut self, tag: u8, end: usize) {
@@ -348,6 +374,13 @@ impl Sharing {
     /// The server has a statement, or will have it by the time it reads what is sent next.
     fn has(&self, statement: &std::sync::Arc<super::Statement>) -> bool {
         self.here.statements.contains(statement) || self.names.is_under_way(statement)
+    }
+
+    /// The client has named a statement.
+    fn name(&mut self, statement: &std::sync::Arc<super::Statement>, name: &[u8]) {
+        self.last_named = Some(statement.clone());
+        self.last_name.clear();
+        self.last_name.extend_from_slice(name);
     }
 
     fn on_unnamed_sent(&mut self) {

@@ -38,7 +38,10 @@ struct Moves {
 
 impl Twins {
     async fn start() -> Twins {
-        let installation = Installation::start("twins");
+        Twins::start_in(Installation::start("twins")).await
+    }
+
+    async fn start_in(installation: Installation) -> Twins {
         let mut admin = installation.direct("a").await;
         for database in ["moved", "twin"] {
             admin.query(&format!("CREATE DATABASE {database}")).await.unwrap();
@@ -103,6 +106,83 @@ impl Twins {
         (moved.params != twin.params)
             .then(|| format!("{shown}moved: {:?}\ntwin: {:?}", moved.params, twin.params))
     }
+}
+
+/// Two sessions that share servers, and a twin of each that has one for itself. Whatever one of them does, the other's
+/// twin has not.
+async fn pooled_difference(
+    installation: &Installation,
+    user: &str,
+    sides: &[Vec<Step>; 2],
+) -> Option<String> {
+    let (mut pooled, mut twins) = (Vec::new(), Vec::new());
+    for _ in 0..2 {
+        pooled.push(connect(installation.facts.port, user, "moved").await);
+        twins.push(connect(installation.facts.servers["a"], user, "twin").await);
+    }
+    for one in pooled.iter_mut().chain(&mut twins) {
+        one.query("DO LANGUAGE plpgsql 'BEGIN END'").await.unwrap();
+    }
+    let mut steps: Vec<(usize, &Step)> = Vec::new();
+    let mut left = [sides[0].iter(), sides[1].iter()];
+    while left.iter().any(|side| side.len() > 0) {
+        for (side, rest) in left.iter_mut().enumerate() {
+            steps.extend(rest.next().map(|step| (side, step)));
+        }
+    }
+    let looks = pooled_looks();
+    steps.extend([0, 1].iter().flat_map(|side| looks.iter().map(move |step| (*side, step))));
+    let mut shown = String::new();
+    for (side, step) in steps {
+        if matches!(step, Step::Move) {
+            continue;
+        }
+        let _ = writeln!(shown, "{side}: {step}");
+        let there = transcript(&mut twins[side], step).await;
+        let here = transcript(&mut pooled[side], step).await;
+        if here != there {
+            return Some(shown + &only_different(&here, &there));
+        }
+    }
+    None
+}
+
+/// Shared statements have names of their own on the server, which only this shows.
+fn pooled_looks() -> Vec<Step> {
+    let mut looks = final_looks();
+    looks.retain(|look| !look.to_string().contains("pg_prepared_statements"));
+    looks
+}
+
+#[tokio::test]
+async fn random_sessions_that_share_servers_answer_as_their_twins_that_do_not() {
+    let installation = Installation::start_pooled("pooled-twins", 2);
+    let twins = Twins::start_in(installation).await;
+    let (from, count) = (env("HOLDFAST_TWINS_SEED").unwrap_or(0), env("HOLDFAST_TWINS"));
+    let mut found = Vec::new();
+    for number in from..from + count.unwrap_or(60) {
+        let mut random = Random::new(number);
+        let user = if random.below(2) == 0 { "postgres" } else { "guest" };
+        let mut sides = [vocabulary::session(&mut random), vocabulary::beside(&mut random)];
+        let Some(first) = pooled_difference(&twins.installation, user, &sides).await else {
+            continue;
+        };
+        for side in 0..2 {
+            let mut at = 0;
+            while at < sides[side].len() {
+                let removed = sides[side].remove(at);
+                if pooled_difference(&twins.installation, user, &sides).await.is_none() {
+                    sides[side].insert(at, removed);
+                    at += 1;
+                }
+            }
+        }
+        let last = pooled_difference(&twins.installation, user, &sides).await;
+        let last = last.unwrap_or_else(|| "it does not differ every time".into());
+        eprintln!("sessions {number} of {user}:\n{last}\nbefore they were made smaller:\n{first}");
+        found.push(number);
+    }
+    assert!(found.is_empty(), "sessions {found:?} differ from their twins");
 }
 
 fn only_different(here: &[String], there: &[String]) -> String {

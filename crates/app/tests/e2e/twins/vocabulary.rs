@@ -311,6 +311,17 @@ pub(super) fn session(random: &mut Random) -> Vec<Step> {
     steps
 }
 
+/// What another session does meanwhile that shares its servers: nothing that would keep the first one waiting, or wake
+/// it at a time that nobody knows.
+pub(super) fn beside(random: &mut Random) -> Vec<Step> {
+    let waits = |step: &Step| match step {
+        Step::Move => true,
+        Step::Send { shown, .. } => shown.contains("advisory_lock") || shown.contains("NOTIFY"),
+    };
+    let len = 3 + random.below(12);
+    (0..len).map(|_| step(random)).filter(|step| !waits(step)).collect()
+}
+
 /// What is looked at in the end: everything that can be seen, and what lies beneath it.
 pub(super) fn final_looks() -> Vec<Step> {
     let settings = "SELECT string_agg(name || '=' || setting, ' ' ORDER BY name) FROM pg_settings \
