@@ -39,6 +39,7 @@ impl Token<'_> {
 }
 
 /// The tokens of a text, without white space and comments.
+#[derive(Debug, Clone)]
 pub struct Tokens<'a> {
     rest: &'a [u8],
 }

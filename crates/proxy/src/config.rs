@@ -83,11 +83,14 @@ pub struct PoolLimits {
     pub kept_max: usize,
     /// The longest wait of a session for a server connection.
     pub wait_max: Duration,
+    /// Sessions that have used sequences keep their server, for `currval` and `lastval`. Otherwise values are forgotten
+    /// at the end of each transaction.
+    pub currval: bool,
 }
 
 impl Default for PoolLimits {
     fn default() -> PoolLimits {
-        PoolLimits { size: 20, kept_max: 100, wait_max: Duration::from_secs(30) }
+        PoolLimits { size: 20, kept_max: 100, wait_max: Duration::from_secs(30), currval: true }
     }
 }
 

@@ -296,9 +296,15 @@ impl Session {
     fn on_own_answer(&mut self, tag: u8, body: &[u8]) {
         let status = body.first().and_then(|byte| TxStatus::from_byte(*byte));
         self.protocol.on_backend(tag, status.filter(|_| tag == b'Z'));
+        let answer = backend::read(tag, body);
+        if let Ok(answer) = &answer
+            && self.on_asked(answer)
+        {
+            return;
+        }
         let Some(sharing) = &mut self.sharing else { return };
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        match backend::read(tag, body) {
+        match answer {
             Ok(Backend::ParameterStatus { name, value }) => {
                 let now = sharing.here.params.get_or_insert_with(|| self.params.clone());
                 let mut now = (**now).clone();

@@ -288,7 +288,7 @@ fn read_pool(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<PoolL
         "transaction" => Some(true),
         _ => None,
     });
-    let keys = ["pool_size", "pool_kept_max", "pool_wait_max"];
+    let keys = ["pool_size", "pool_kept_max", "pool_wait_max", "pool_currval"];
     if shares != Some(true)
         && let Some(key) = keys.iter().find(|key| table.has(key))
     {
@@ -301,7 +301,8 @@ fn read_pool(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<PoolL
     let size = count("pool_size", 1..100_001, default.size);
     let kept_max = count("pool_kept_max", 0..100_001, default.kept_max);
     let wait_max = table.duration(mistakes, "pool_wait_max").unwrap_or(default.wait_max);
-    (shares == Some(true)).then_some(PoolLimits { size, kept_max, wait_max })
+    let currval = table.flag(mistakes, "pool_currval").unwrap_or(default.currval);
+    (shares == Some(true)).then_some(PoolLimits { size, kept_max, wait_max, currval })
 }
 
 fn read_app(

@@ -140,6 +140,74 @@ async fn settings_go_with_their_session() {
     assert!(shown.iter().all(|pool| pool.as_deref() == Some("shared")), "{shown:?}");
 }
 
+/// Settings that are set for a transaction, or plainly, cost no look: nobody keeps a server for them.
+#[tokio::test]
+async fn plain_settings_keep_no_server() {
+    let installation = Installation::start_pooled("pool-plain", 1);
+    let mut one = named(&installation, "app").await;
+    let mut other = named(&installation, "app").await;
+    for tenant in 0..30 {
+        for (session, mine) in [(&mut one, tenant), (&mut other, 100 + tenant)] {
+            let local = format!("BEGIN; SET LOCAL app.tenant = '{mine}'; SELECT 1; COMMIT");
+            run(session, &local).await;
+            assert_eq!(value(session, "SELECT current_setting('app.tenant')").await, "");
+            run(session, &format!("SET search_path = 'tenant{mine}'")).await;
+            run(session, &format!("BEGIN; SET work_mem = '{}MB'; ROLLBACK", tenant + 10)).await;
+            let set = format!("SELECT set_config('app.plain', '{mine}', false)");
+            assert_eq!(value(session, &set).await, mine.to_string());
+        }
+        for (session, mine) in [(&mut one, tenant), (&mut other, 100 + tenant)] {
+            assert_eq!(value(session, "SHOW search_path").await, format!("tenant{mine}"));
+            assert_eq!(value(session, "SHOW work_mem").await, "4MB");
+            assert_eq!(
+                value(session, "SELECT current_setting('app.plain')").await,
+                mine.to_string()
+            );
+        }
+    }
+    // There is one server in all: whoever kept it would have kept the other waiting.
+    let mut pids = BTreeSet::new();
+    for session in [&mut one, &mut other] {
+        pids.insert(value(session, PID).await);
+    }
+    assert_eq!(pids.len(), 1);
+}
+
+/// Values of sequences keep a server, so that `currval` is right; unless the configuration gives them up.
+#[tokio::test]
+async fn values_of_sequences_are_kept_or_forgotten() {
+    let mut installation = Installation::start_pooled("pool-currval", 2);
+    let mut one = named(&installation, "one").await;
+    let mut other = named(&installation, "other").await;
+    run(&mut one, "CREATE TABLE counted (n serial, x text)").await;
+    run(&mut one, "INSERT INTO counted DEFAULT VALUES").await;
+    run(&mut other, "INSERT INTO counted DEFAULT VALUES").await;
+    for (session, expected) in [(&mut one, "1"), (&mut other, "2")] {
+        assert_eq!(value(session, "SELECT currval('counted_n_seq')").await, expected);
+    }
+    let shown = pool_of(&installation, "one").await;
+    assert!(shown.contains("values of sequences") || shown.contains("currval"), "{shown}");
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    let path = installation.config();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text = text.replace("pool_size", "pool_currval = false\npool_size");
+    std::fs::write(&path, text).unwrap();
+    installation.restart(&[]);
+    let mut one = named(&installation, "one").await;
+    let mut other = named(&installation, "other").await;
+    for session in [&mut one, &mut other] {
+        run(session, "INSERT INTO counted DEFAULT VALUES").await;
+        let both = "BEGIN; INSERT INTO counted DEFAULT VALUES; SELECT currval('counted_n_seq') > 0; COMMIT";
+        run(session, both).await;
+        let error = session.value("SELECT currval('counted_n_seq')").await.unwrap_err();
+        assert_eq!(error.sqlstate().unwrap().to_string(), "55000", "{error}");
+    }
+    for name in ["one", "other"] {
+        assert_eq!(pool_of(&installation, name).await, "shared");
+    }
+}
+
 /// Prepared statements of the protocol are there wherever the session is attached.
 #[tokio::test]
 async fn prepared_statements_go_with_their_session() {

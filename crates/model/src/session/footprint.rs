@@ -16,6 +16,69 @@ pub enum Leaves {
     Something,
 }
 
+/// What a text may leave.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Footprint {
+    pub leaves: Option<Leaves>,
+    /// Settings that it sets, besides.
+    pub sets: Vec<Assigned>,
+}
+
+impl Footprint {
+    fn of(leaves: Leaves) -> Footprint {
+        Footprint { leaves: Some(leaves), sets: Vec::new() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.leaves.is_none() && self.sets.is_empty()
+    }
+}
+
+/// A setting that is set, by the name that `pg_settings` gives it. What it is then can be asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assigned {
+    pub name: String,
+    /// Only for its transaction. A custom setting is there from then on, empty.
+    pub is_local: bool,
+}
+
+impl Assigned {
+    pub fn is_custom(&self) -> bool {
+        self.name.contains('.')
+    }
+}
+
+/// Settings whose values SHOW gives as they are, and that change nothing but themselves.
+const PLAIN: [&str; 27] = [
+    "DateStyle",
+    "IntervalStyle",
+    "TimeZone",
+    "application_name",
+    "bytea_output",
+    "client_min_messages",
+    "default_transaction_deferrable",
+    "default_transaction_isolation",
+    "default_transaction_read_only",
+    "enable_hashjoin",
+    "enable_mergejoin",
+    "enable_nestloop",
+    "enable_seqscan",
+    "extra_float_digits",
+    "idle_in_transaction_session_timeout",
+    "jit",
+    "lock_timeout",
+    "maintenance_work_mem",
+    "plan_cache_mode",
+    "row_security",
+    "search_path",
+    "standard_conforming_strings",
+    "statement_timeout",
+    "synchronous_commit",
+    "tcp_user_timeout",
+    "work_mem",
+    "xmloption",
+];
+
 /// Names and keywords that say more than where they stand.
 pub(super) const WORDS: [(&str, Leaves); 5] = [
     ("set_config", Leaves::Settings),
@@ -61,17 +124,17 @@ const NAME_LEN_MAX: usize = 128;
 
 impl Landscape {
     /// What the statements of a text may leave.
-    pub fn of_text(&self, sql: &[u8]) -> Option<Leaves> {
+    pub fn of_text(&self, sql: &[u8]) -> Footprint {
         if self.refused.is_some() {
-            return Some(Leaves::Something);
+            return Footprint::of(Leaves::Something);
         }
-        let mut found = None;
+        let mut found = Footprint::default();
         let mut before = Before::default();
         let mut verb = Verb::None;
         let mut tokens = Tokens::new(sql).peekable();
         while let Some(token) = tokens.next() {
             let leaves = match token.kind {
-                Kind::Unclear => return Some(Leaves::Something),
+                Kind::Unclear => return Footprint::of(Leaves::Something),
                 Kind::Semicolon => {
                     (before, verb) = (Before::default(), Verb::None);
                     continue;
@@ -79,15 +142,23 @@ impl Landscape {
                 Kind::Word | Kind::Quoted => {
                     let mut place = [0; NAME_LEN_MAX];
                     let Some(name) = folded(&token, &mut place) else {
-                        return Some(Leaves::Something);
+                        return Footprint::of(Leaves::Something);
                     };
-                    let meaning = self.meaning(name);
+                    let mut meaning = self.meaning(name);
                     let is_word = token.kind == Kind::Word;
                     let leaves = match verb {
                         Verb::None => {
                             let read = if is_word { Verb::read(name) } else { None };
-                            let Some(read) = read else { return Some(Leaves::Something) };
+                            let Some(read) = read else {
+                                return Footprint::of(Leaves::Something);
+                            };
                             verb = read;
+                            if verb == Verb::Set
+                                && let Some(assigned) = assignment(tokens.clone(), name == b"reset")
+                            {
+                                found.sets.push(assigned);
+                                verb = Verb::Other;
+                            }
                             None
                         }
                         Verb::Set if is_word => {
@@ -112,10 +183,19 @@ impl Landscape {
                         Verb::Explain
                             if is_word && matches!(name, b"execute" | b"create" | b"declare") =>
                         {
-                            return Some(Leaves::Something);
+                            return Footprint::of(Leaves::Something);
                         }
                         Verb::Explain | Verb::Other => word_leaves(name, &before),
                     };
+                    if name == b"set_config"
+                        && meaning.leaves == Some(Leaves::Settings)
+                        && let Some(assigned) = configuration(tokens.clone())
+                    {
+                        meaning.leaves = None;
+                        if assigned.is_custom() || !assigned.is_local {
+                            found.sets.push(assigned);
+                        }
+                    }
                     let calls = tokens.peek().is_some_and(|next| next.is_other(b'('));
                     let unknown = calls && !meaning.is_known && !before.names_something;
                     before = Before::word(name, is_word, meaning, &before);
@@ -125,14 +205,14 @@ impl Landscape {
                 _ => {
                     // A statement may begin with a parenthesis, and nothing else but a word.
                     if verb == Verb::None && !token.is_other(b'(') {
-                        return Some(Leaves::Something);
+                        return Footprint::of(Leaves::Something);
                     }
                     before = Before { names_something: token.is_other(b')'), ..before };
                     before.word = Word::Other;
                     None
                 }
             };
-            found = found.max(leaves);
+            found.leaves = found.leaves.max(leaves);
         }
         found
     }
@@ -169,6 +249,83 @@ impl Landscape {
         }
         found
     }
+}
+
+/// The setting that is set behind SET or RESET, if that is a plain or a custom one.
+fn assignment<'a>(mut tokens: impl Iterator<Item = Token<'a>>, resets: bool) -> Option<Assigned> {
+    let mut first = tokens.next()?;
+    let is_local = first.is_word("local");
+    if is_local || first.is_word("session") {
+        first = tokens.next()?;
+    }
+    let mut name = setting_name(&first)?;
+    let mut next = tokens.next();
+    if name == "time" && next.is_some_and(|token| token.is_word("zone")) {
+        return (!resets).then(|| Assigned { name: "TimeZone".into(), is_local });
+    }
+    while next.is_some_and(|token| token.is_other(b'.')) {
+        name.push('.');
+        name.push_str(&setting_name(&tokens.next()?)?);
+        next = tokens.next();
+    }
+    let ends = match next {
+        None => resets,
+        Some(token) if token.kind == Kind::Semicolon => resets,
+        Some(token) => !resets && (token.is_other(b'=') || token.is_word("to")),
+    };
+    // What is local and not custom leaves nothing; that is told elsewhere.
+    let name =
+        if name.contains('.') { name } else { plain(&name).filter(|_| !is_local)?.to_owned() };
+    ends.then_some(Assigned { name, is_local })
+}
+
+/// The setting that a call of `set_config` sets, if the call tells: its name and whether it is local are literals.
+fn configuration<'a>(mut tokens: impl Iterator<Item = Token<'a>>) -> Option<Assigned> {
+    tokens.next().filter(|token| token.is_other(b'('))?;
+    let name = crate::sql::literal_of(&tokens.next()?)?.to_ascii_lowercase();
+    let (mut depth, mut commas, mut last, mut words) = (1, 0, None, 0);
+    for token in tokens {
+        match token.text {
+            b"(" => depth += 1,
+            b")" => depth -= 1,
+            b"," if depth == 1 => {
+                commas += 1;
+                words = 0;
+                continue;
+            }
+            _ => (),
+        }
+        if depth == 0 {
+            break;
+        }
+        words += 1;
+        if commas == 0 {
+            // A cast would do, but nothing that computes.
+            return None;
+        }
+        last = Some(token);
+    }
+    let last = last.filter(|_| depth == 0 && commas == 2 && words == 1)?;
+    let is_local = match (last.is_word("true"), last.is_word("false")) {
+        (true, _) => true,
+        (_, true) => false,
+        _ => return None,
+    };
+    let custom = name.contains('.') && name.bytes().all(is_plain_byte);
+    let name = if custom { name } else { plain(&name)?.to_owned() };
+    Some(Assigned { name, is_local })
+}
+
+fn is_plain_byte(byte: u8) -> bool {
+    byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'_' | b'.')
+}
+
+fn setting_name(token: &Token<'_>) -> Option<String> {
+    crate::sql::name_of(token).filter(|name| name.bytes().all(is_plain_byte))
+}
+
+fn plain(name: &str) -> Option<&'static str> {
+    PLAIN.into_iter().find(|plain| plain.eq_ignore_ascii_case(name))
 }
 
 /// How a statement begins.
@@ -309,7 +466,34 @@ mod tests {
     }
 
     fn leaves(sql: &str) -> Option<Leaves> {
-        landscape().of_text(sql.as_bytes())
+        let found = landscape().of_text(sql.as_bytes());
+        assert!(found.sets.is_empty(), "{sql}: {found:?}");
+        found.leaves
+    }
+
+    #[test]
+    fn plain_settings_are_named() {
+        let sets = |sql: &str| {
+            let found = landscape().of_text(sql.as_bytes());
+            assert_eq!(found.leaves, None, "{sql}");
+            let shown = |one: &Assigned| {
+                format!("{}{}", if one.is_local { "local " } else { "" }, one.name)
+            };
+            found.sets.iter().map(shown).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(sets("set search_path = a, b"), "search_path");
+        assert_eq!(sets("SET SESSION App.User TO 7; reset datestyle"), "app.user DateStyle");
+        assert_eq!(sets("begin; set local app.user = 7; select 1"), "local app.user");
+        assert_eq!(sets("set local \"app.user\" = 7"), "local app.user");
+        assert_eq!(sets("set local statement_timeout = 7"), "");
+        assert_eq!(sets("set time zone 'UTC'"), "TimeZone");
+        assert_eq!(sets("select set_config('app.x', '1', true)"), "local app.x");
+        assert_eq!(
+            sets(
+                "select set_config('work_mem', lower('1MB'), true), set_config('work_mem', $1, false)"
+            ),
+            "work_mem"
+        );
     }
 
     #[test]
@@ -343,14 +527,17 @@ mod tests {
     #[test]
     fn settings_can_be_given_to_another_server() {
         for sql in [
-            "set search_path = a, b",
             "reset all",
             "set role x",
-            "SET SESSION app.user TO 7",
-            "set local app.user = 7",
-            "set local \"app.user\" = 7",
-            "select set_config('app.x', '1', true)",
-            "select 1; set a = 1",
+            "set session authorization x",
+            "set names 'x'",
+            "set search_path from current",
+            "set local \"App.user\" = 7",
+            "set \"App\".user = 7",
+            "select set_config('app.' || $1, '1', true)",
+            "select set_config('app.x', '1', $1)",
+            "select set_config(n, '1', true) from plain",
+            "select 1; set geqo = 1",
             "update pg_settings set setting = 'x' where name = 'y'",
             "insert into audited values (1)",
             "select * from busy",
@@ -410,6 +597,6 @@ mod tests {
             [row("function", "runs", "begin execute 'x'; end"), row("everywhere", "+++", "runs")];
         let landscape = Landscape::read(&rows).unwrap();
         assert!(landscape.refused.is_some());
-        assert_eq!(landscape.of_text(b"select 1"), Some(Leaves::Something));
+        assert_eq!(landscape.of_text(b"select 1").leaves, Some(Leaves::Something));
     }
 }

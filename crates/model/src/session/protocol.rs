@@ -201,6 +201,11 @@ impl Protocol {
         self.own_refused
     }
 
+    /// What was refused was only a question.
+    pub fn forgive_own(&mut self) {
+        self.own_refused = false;
+    }
+
     /// The server ignores what it is sent up to the next Sync.
     pub fn is_skipping(&self) -> bool {
         self.skipping

@@ -73,17 +73,23 @@ async fn open_failed(connection: &mut Connection) -> Result<(), QueryError> {
     }
 }
 
-/// Lets go of the prepared statements of other sessions that have shared the session's server.
+/// Lets go of the prepared statements of other sessions that have shared the session's server, and of the session's
+/// values of sequences if they are not to be kept.
 pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> {
+    let keeps_values = session.app.pool.is_none_or(|limits| limits.currval);
     let Some(sharing) = &mut session.sharing else { return Ok(()) };
     let foreign = sharing.take_foreign();
-    if foreign.is_empty() {
+    let forgets = !keeps_values && std::mem::take(&mut sharing.has_values);
+    if foreign.is_empty() && !forgets {
         return Ok(());
     }
     let mut connection = borrow(session).await?;
     let mut out = Vec::new();
     for statement in foreign {
         frontend::close(&mut out, frontend::Target::Statement(&statement.name));
+    }
+    if forgets {
+        Connection::add_statement(&mut out, STATEMENT_NAME, "DISCARD SEQUENCES", &[]);
     }
     frontend::sync(&mut out);
     let result = exchange(&mut connection, &out).await;

@@ -117,6 +117,11 @@ impl Engine {
             return;
         }
         match keeps(session) {
+            None if session.ask_before_detached() => {
+                if flush(&mut session.server).is_err() {
+                    session.server.readable = true;
+                }
+            }
             None => self.detach(slot),
             Some((true, pause)) if !session.wanted => {
                 let sharing = session.sharing.as_deref();
@@ -336,7 +341,7 @@ fn may_be_detached(session: &Session) -> bool {
     session.protocol.is_idle()
         && session.is_at_safe_point()
         && !session.protocol.is_doubtful()
-        && session.client.carry.is_empty()
+        && (session.client.carry.is_empty() || session.wanted)
         && !session.client_gone
         && !session.server_gone
         && !session.cancels_under_way()

@@ -188,6 +188,8 @@ pub(crate) async fn watch(app: Arc<App>) {
 async fn look(shared: &Shared, mut session: Box<Session>) {
     let found = find(&mut session).await;
     if let Some(sharing) = &mut session.sharing {
+        // Whatever it was, it is known by now.
+        sharing.assigned.clear();
         match found {
             Ok(state) => {
                 sharing.here.state = state.clone();

@@ -12,17 +12,18 @@
 //! **Architecture Invariant:** a server that is shared holds nothing that a session could see of another, but
 //! prepared statements, whose names no client knows.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use model::session::footprint::Leaves;
+use model::session::footprint::{Footprint, Leaves};
 use model::session::names::Names;
 use model::session::{Facts, Landscape, Snapshot};
 use tokio::sync::Notify;
 
 use crate::app::{Cell, Params};
+use crate::config::PoolLimits;
 use crate::session::{Identity, Leg};
 
 pub(crate) mod keeper;
@@ -32,6 +33,8 @@ pub(crate) mod sharing;
 const STATEMENTS_MAX: usize = 1_000;
 /// Texts, and states, that a pool remembers while nobody uses them.
 const UNUSED_MAX: usize = 1_000;
+/// Settings that a session may set in a transaction without being looked at.
+const ASSIGNED_MAX: usize = 8;
 /// Kinds of sessions that one application may have; more do not share.
 const POOLS_MAX: usize = 1_000;
 
@@ -68,10 +71,10 @@ impl DatabaseState {
 
 impl Database {
     /// What a statement may leave, and why that cannot be told otherwise.
-    fn leaves(&self, sql: &[u8]) -> Option<Leaves> {
+    fn footprint(&self, sql: &[u8]) -> Footprint {
         match self.landscape() {
             Some(landscape) => landscape.of_text(sql),
-            None => Some(Leaves::Something),
+            None => Footprint { leaves: Some(Leaves::Something), sets: Vec::new() },
         }
     }
 
@@ -185,7 +188,7 @@ pub struct Statement {
     /// The body of its Parse behind the name.
     pub body: Box<[u8]>,
     /// What it may leave, by the landscape that told.
-    leaves: Mutex<Option<(Arc<Landscape>, Option<Leaves>)>>,
+    footprint: Mutex<Option<(Arc<Landscape>, Footprint)>>,
 }
 
 impl PartialEq for Statement {
@@ -200,15 +203,15 @@ impl Statement {
         self.body.get(..end.unwrap_or(self.body.len())).unwrap_or_default()
     }
 
-    fn leaves(&self, database: &Database) -> Option<Leaves> {
-        let Some(now) = database.landscape() else { return Some(Leaves::Something) };
-        let mut known = lock(&self.leaves);
+    fn footprint(&self, database: &Database) -> Footprint {
+        let Some(now) = database.landscape() else { return database.footprint(self.sql()) };
+        let mut known = lock(&self.footprint);
         match &*known {
-            Some((landscape, leaves)) if Arc::ptr_eq(landscape, &now) => *leaves,
+            Some((landscape, footprint)) if Arc::ptr_eq(landscape, &now) => footprint.clone(),
             _ => {
-                let leaves = now.of_text(self.sql());
-                *known = Some((now, leaves));
-                leaves
+                let footprint = now.of_text(self.sql());
+                *known = Some((now, footprint.clone()));
+                footprint
             }
         }
     }
@@ -258,9 +261,35 @@ impl Pool {
         let id = self.next_statement.fetch_add(1, Ordering::Relaxed);
         let name = format!("holdfast_{}_{id}", self.id).into_bytes().into();
         let statement =
-            Arc::new(Statement { id, name, body: body.into(), leaves: Mutex::default() });
+            Arc::new(Statement { id, name, body: body.into(), footprint: Mutex::default() });
         known.statements.insert(key, statement.clone());
         statement
+    }
+
+    /// The state that `state` becomes with these settings. None if nothing is known of the cell's server.
+    fn with(
+        &self,
+        state: &State,
+        cell: &Arc<Cell>,
+        told: &[(String, Option<String>)],
+    ) -> Option<State> {
+        let welcome = self.welcome(cell)?;
+        let mut beyond = match state {
+            Some(state) => (**state).clone(),
+            None => Beyond::of(&welcome.fresh),
+        };
+        for (name, value) in told {
+            let configured = welcome.facts.configured.get(name).map(|one| &one.value);
+            let settings =
+                if name.contains('.') { &mut beyond.custom } else { &mut beyond.settings };
+            match value {
+                Some(value) if configured != Some(value) => {
+                    settings.insert(name.clone(), value.clone());
+                }
+                _ => drop(settings.remove(name)),
+            }
+        }
+        Some(self.state(beyond, &welcome.fresh))
     }
 
     /// The one copy of a state.
@@ -357,9 +386,25 @@ pub struct Sharing {
     pub redefines: bool,
     /// The name in a DEALLOCATE that is running.
     pub deallocates: Option<Box<[u8]>>,
+    /// Settings that it may have set since it was attached.
+    pub assigned: Vec<String>,
+    /// It may have values of sequences, which are not kept for it.
+    pub has_values: bool,
+    /// Questions of ours on their way, before it is detached.
+    pub asked: VecDeque<Asked>,
+    pub told: Vec<(String, Option<String>)>,
     /// The statement that the client has named last, and its name for it.
     pub last_named: Option<Arc<Statement>>,
     pub last_name: Vec<u8>,
+}
+
+/// What a session is asked before it is detached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked {
+    /// The value of a setting, and the answer.
+    Setting { name: String, value: Option<String> },
+    /// Something is done, and that is all.
+    Nothing,
 }
 
 /// Why a session keeps its server.
@@ -426,6 +471,10 @@ impl Sharing {
             looked_at: None,
             redefines: false,
             deallocates: None,
+            assigned: Vec::new(),
+            has_values: false,
+            asked: VecDeque::new(),
+            told: Vec::new(),
             last_named: None,
             last_name: Vec::new(),
         }
@@ -441,6 +490,27 @@ impl Sharing {
         let own: HashSet<u64> = self.names.statements().map(|statement| statement.id).collect();
         let foreign = self.here.statements.extract_if(|statement| !own.contains(&statement.id));
         foreign.collect()
+    }
+
+    /// A statement is sent that may leave this.
+    fn leave(&mut self, footprint: Footprint, limits: &PoolLimits, why: impl FnOnce() -> String) {
+        match footprint.leaves {
+            None => (),
+            Some(Leaves::Values) if !limits.currval => self.has_values = true,
+            Some(leaves) => return self.keep(leaves, why),
+        }
+        for assigned in footprint.sets {
+            let known = |state: &Arc<Beyond>| state.custom.contains_key(&assigned.name);
+            if assigned.is_local && self.state.as_ref().is_some_and(known) {
+                continue;
+            }
+            if !self.assigned.contains(&assigned.name) {
+                self.assigned.push(assigned.name);
+            }
+        }
+        if self.assigned.len() > ASSIGNED_MAX {
+            self.keep(Leaves::Settings, why);
+        }
     }
 
     /// From now on it keeps its server, until a look at it.

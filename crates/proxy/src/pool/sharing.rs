@@ -5,11 +5,11 @@ use model::session::footprint::Leaves;
 use model::session::protocol::{Given, Own, Unnamed};
 use model::session::statement;
 use model::sql::{self, Tokens};
-use wire::backend::{self, TxStatus};
+use wire::backend::{self, Backend, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend::{self, Target};
 
-use super::{Sharing, UnnamedHere};
+use super::{Asked, Sharing, UnnamedHere};
 use crate::relay::{Edit, INSPECT_LEN_MAX};
 use crate::session::Session;
 
@@ -95,6 +95,15 @@ impl Session {
                     text.extend_from_slice(&statement.name);
                     text.extend_from_slice(sql.get(end..).unwrap_or_default());
                     let mut insert = Vec::new();
+                    if !sharing.has(&statement) {
+                        // There must be something that can be deallocated.
+                        let mut made = b"PREPARE ".to_vec();
+                        made.extend_from_slice(&statement.name);
+                        made.extend_from_slice(b" AS SELECT 1");
+                        frontend::query(&mut insert, &made);
+                        self.protocol.on_own(Own::Query);
+                        sharing.asked.push_back(Asked::Nothing);
+                    }
                     frontend::query(&mut insert, &text);
                     self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
                     sharing.deallocates = Some(name);
@@ -104,8 +113,9 @@ impl Session {
             }
             None => (),
         }
-        if let Some(leaves) = sharing.pool.database.leaves(sql) {
-            sharing.keep(leaves, || shown(sql));
+        let footprint = sharing.pool.database.footprint(sql);
+        if !footprint.is_empty() {
+            sharing.leave(footprint, &self.app.pool.unwrap_or_default(), || shown(sql));
         }
         Turn::Pass
     }
@@ -136,16 +146,24 @@ impl Session {
                 let mut insert = Vec::new();
                 frontend::parse(&mut insert, b"", &text, &[]);
                 (self.unnamed, self.unnamed_too_long) = (insert.clone(), false);
+                if !sharing.has(&statement) {
+                    let mut before = Vec::new();
+                    insert_parse(&mut before, &statement.name, &statement.body);
+                    sharing.names.own(statement.clone());
+                    self.protocol.on_own(Own::Parse);
+                    insert.splice(0..0, before);
+                }
                 self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
                 sharing.deallocates = Some(name);
                 sharing.on_unnamed_sent();
                 self.protocol.on_frontend(b'P', Some(0), None);
                 return Turn::Done;
             }
-            if deallocation(sql) != Some(Deallocation::All)
-                && let Some(leaves) = sharing.pool.database.leaves(sql)
-            {
-                sharing.keep(leaves, || shown(sql));
+            if deallocation(sql) != Some(Deallocation::All) {
+                let footprint = sharing.pool.database.footprint(sql);
+                if !footprint.is_empty() {
+                    sharing.leave(footprint, &self.app.pool.unwrap_or_default(), || shown(sql));
+                }
             }
             if holds {
                 sharing.keep(Leaves::Something, || "a statement that holds its time".into());
@@ -194,8 +212,10 @@ impl Session {
             return Turn::Pass;
         }
         let Some(statement) = sharing.names.find(name).cloned() else { return Turn::Pass };
-        if let Some(leaves) = statement.leaves(&sharing.pool.database) {
-            sharing.keep(leaves, || shown(statement.sql()));
+        let footprint = statement.footprint(&sharing.pool.database);
+        if !footprint.is_empty() {
+            let limits = self.app.pool.unwrap_or_default();
+            sharing.leave(footprint, &limits, || shown(statement.sql()));
         }
         sharing.name(&statement, name);
         let mut insert = Vec::new();
@@ -346,6 +366,70 @@ impl Session {
         if !insert.is_empty() {
             self.edits.push(Edit { at: end, skip: 0, insert });
         }
+    }
+
+    /// Asks, before the session is detached, for the settings that it has set, and has its values of sequences forgotten.
+    /// False if there is nothing to ask.
+    pub(crate) fn ask_before_detached(&mut self) -> bool {
+        let Some(sharing) = &mut self.sharing else { return false };
+        if !sharing.asked.is_empty() || (sharing.assigned.is_empty() && !sharing.has_values) {
+            return !sharing.asked.is_empty();
+        }
+        let mut out = Vec::new();
+        for name in sharing.assigned.drain(..) {
+            let literal = sql::quote_literal(&name);
+            let text = format!("SELECT pg_catalog.current_setting({literal}, true)");
+            frontend::query(&mut out, text.as_bytes());
+            self.protocol.on_own(Own::Query);
+            sharing.asked.push_back(Asked::Setting { name, value: None });
+        }
+        if std::mem::take(&mut sharing.has_values) {
+            frontend::query(&mut out, b"DISCARD SEQUENCES");
+            self.protocol.on_own(Own::Query);
+            sharing.asked.push_back(Asked::Nothing);
+        }
+        sharing.here.unnamed = UnnamedHere::Foreign;
+        self.server.push(&out);
+        true
+    }
+
+    /// Part of the answer to one of these questions. False if none was asked.
+    pub(crate) fn on_asked(&mut self, answer: &Backend<'_>) -> bool {
+        let Some(sharing) = &mut self.sharing else { return false };
+        match (answer, sharing.asked.front_mut()) {
+            (_, None) | (Backend::ParameterStatus { .. }, _) => return false,
+            (Backend::DataRow(values), Some(Asked::Setting { value, .. })) => {
+                let text = values.first().copied().flatten();
+                let is_utf8 = self.params.get("client_encoding").is_some_and(|name| name == "UTF8");
+                if !is_utf8 && text.is_some_and(|text| !text.is_ascii()) {
+                    sharing.keep(Leaves::Settings, || "a setting in another encoding".into());
+                    return true;
+                }
+                *value = text.map(|text| String::from_utf8_lossy(text).into_owned());
+            }
+            (Backend::Error(_), _) => {
+                self.protocol.forgive_own();
+                sharing.keep(Leaves::Settings, || "a setting cannot be read".into());
+            }
+            (Backend::Ready(_), Some(_)) => {
+                if let Some(Asked::Setting { name, value }) = sharing.asked.pop_front() {
+                    sharing.told.push((name, value));
+                }
+                if sharing.asked.is_empty() && !sharing.told.is_empty() {
+                    let told = std::mem::take(&mut sharing.told);
+                    match sharing.pool.with(&sharing.state, &self.cell, &told) {
+                        Some(state) => {
+                            sharing.here.state = state.clone();
+                            sharing.state = state;
+                        }
+                        None => sharing.keep(Leaves::Settings, || "its settings".into()),
+                    }
+                }
+                return !sharing.asked.is_empty();
+            }
+            _ => (),
+        }
+        true
     }
 
     /// A command has completed.

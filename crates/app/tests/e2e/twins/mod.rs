@@ -138,8 +138,13 @@ async fn pooled_difference(
             continue;
         }
         let _ = writeln!(shown, "{side}: {step}");
-        let there = transcript(&mut twins[side], step).await;
-        let here = transcript(&mut pooled[side], step).await;
+        let mut there = transcript(&mut twins[side], step).await;
+        let mut here = transcript(&mut pooled[side], step).await;
+        if step.to_string().contains("IF EXISTS pg_temp") {
+            // The notice tells whether there has ever been a temporary object; see docs/known-gaps.md.
+            here.retain(|line| !line.starts_with("N "));
+            there.retain(|line| !line.starts_with("N "));
+        }
         if here != there {
             return Some(shown + &only_different(&here, &there));
         }
