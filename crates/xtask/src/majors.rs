@@ -97,7 +97,7 @@ pub(crate) fn run(args: &[String]) -> Done {
         println!("PostgreSQL {}", build.major);
         let mut tests = cargo(&["test", "--package", "app", "--test", "e2e", "--"]);
         tests
-            .args(["moves::", "pins::", "single::", "twins::", "--test-threads=2"])
+            .args(["moves::", "pins::", "pools::", "single::", "twins::", "--test-threads=2"])
             .env("HOLDFAST_TEST_BINDIR", bin_dir);
         if run_program(&mut tests).is_err() {
             failed.push(build.major);
@@ -111,6 +111,8 @@ const BATTERY: &str = "\
 Written by `cargo xtask battery`, which sets each kind up, moves its session and looks at it again. *Alone*: `holdfast move` to a fresh
 connection of the same server while others go on; the figure is how long its client was held, the median of five, in a debug build. *Switched
 over*: with all others, to the other server. *Same*: what the session shows is what it showed before, and a second capture found no difference.
+*In a pool*: between looks other sessions use the servers that it shares with them, and see nothing of it; then all are switched over.
+*Shared*: it went on sharing them; *keeps*: it has kept one for itself.
 
 ";
 
@@ -140,15 +142,22 @@ pub(crate) fn battery() -> Done {
         let rows = lines.iter().map(|line| line.splitn(5, '\t').collect::<Vec<_>>());
         rows.filter(|row| row.first() == Some(&wanted)).collect()
     };
-    text.push_str("## Carried\n| kind | 15 alone | 16 alone | 17 alone | 18 alone | switched over, 15 to 18 |\n| --- | --- | --- | --- | --- | --- |\n");
-    let carried = of("carried");
+    text.push_str("## Carried\n| kind | 15 alone | 16 alone | 17 alone | 18 alone | switched over, 15 to 18 | in a pool, 15 to 18 |\n| --- | --- | --- | --- | --- | --- | --- |\n");
+    let (carried, pooled) = (of("carried"), of("pooled"));
     for row in carried.iter().filter(|row| row.get(2) == Some(&"15")) {
         let same: Vec<&Vec<&str>> =
             carried.iter().filter(|other| other.get(1) == row.get(1)).collect();
         let alone: Vec<&str> = same.iter().filter_map(|row| row.get(3).copied()).collect();
         let switched: Vec<&str> = same.iter().filter_map(|row| row.get(4).copied()).collect();
         let name = row.get(1).copied().unwrap_or_default();
-        text.push_str(&format!("| {name} | {} | {} |\n", alone.join(" | "), switched.join(", ")));
+        let pooled = pooled.iter().filter(|row| row.get(1) == Some(&name));
+        let pooled: Vec<&str> = pooled.filter_map(|row| row.get(3).copied()).collect();
+        text.push_str(&format!(
+            "| {name} | {} | {} | {} |\n",
+            alone.join(" | "),
+            switched.join(", "),
+            pooled.join(", ")
+        ));
     }
     text.push_str("\n## Pinned\nThe session stays where it is and as it is, and this is why. On all majors.\n\n| set up by | reason |\n| --- | --- |\n");
     for row in of("pinned").iter().filter(|row| row.get(2) == Some(&"15")) {

@@ -86,6 +86,9 @@ async fn the_battery() {
         assert!(same && !alone.contains("DIFFERENT"), "{}: {alone}, {switched}", subject.name);
     }
     drop(subjects);
+    for (name, outcome) in crate::pools::every_kind().await {
+        let _ = writeln!(table, "pooled\t{name}\t{major}\t{outcome}");
+    }
     let installation = Installation::start("battery-pins");
     set_up(&installation).await;
     for (sql, reason, _) in PINNED {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use pg::Connection;
 use wire::frontend::{self, Target};
 
+use crate::kinds::{KINDS, ROLES};
 use crate::support::{Installation, extended, run, shown, value};
 
 const PID: &str = "SELECT pg_backend_pid()";
@@ -138,6 +139,60 @@ async fn settings_go_with_their_session() {
     let rows = console(&installation).await.query("SHOW SESSIONS").await.unwrap();
     let shown: Vec<_> = rows[0].rows.iter().map(|row| row.last().unwrap().clone()).collect();
     assert!(shown.iter().all(|pool| pool.as_deref() == Some("shared")), "{shown:?}");
+}
+
+/// Sets every kind of state up in a session of its own, all of them sharing two servers, has others use those, and looks
+/// again, and once more after a switchover. Gives what each does for it.
+pub(crate) async fn every_kind() -> Vec<(&'static str, String)> {
+    let installation = Installation::start_pooled("pool-kinds", 2);
+    run(&mut installation.connect().await, ROLES).await;
+    let mut others = vec![installation.connect().await, installation.connect().await];
+    let mut sessions = Vec::new();
+    for (name, set_up, look) in KINDS {
+        let mut session = installation.connect().await;
+        for sql in *set_up {
+            run(&mut session, sql).await;
+        }
+        let before = value(&mut session, look).await;
+        sessions.push((name, look, before, session));
+    }
+    let mut fresh = installation.direct("a").await;
+    for (name, look, before, session) in &mut sessions {
+        let expected = fresh.value(look).await.map_err(|error| error.to_string());
+        for other in &mut others {
+            let seen = other.value(look).await.map_err(|error| error.to_string());
+            // Of advisory locks and the like everybody sees what all have.
+            assert!(
+                seen == expected || seen.as_ref().ok() != Some(&Some(before.clone())),
+                "{name}: {seen:?}"
+            );
+        }
+        assert_eq!(value(session, look).await, *before, "{name}");
+    }
+    let mut outcomes = Vec::new();
+    let shown = console(&installation).await.query("SHOW SESSIONS").await.unwrap().remove(0);
+    let mut pools: Vec<(u64, String)> = Vec::new();
+    for row in shown.rows {
+        let id = row[0].as_deref().unwrap().parse().unwrap();
+        pools.push((id, row.last().unwrap().clone().unwrap_or_default()));
+    }
+    pools.sort();
+    // The first session has ended; the two others come before.
+    let mine = pools.into_iter().skip(others.len()).map(|(_, pool)| pool);
+    installation.switch_to("b");
+    for ((name, look, before, session), pool) in sessions.iter_mut().zip(mine) {
+        assert_eq!(value(session, look).await, *before, "{name} after a switchover");
+        let shared = pool.is_empty() || pool == "shared";
+        outcomes.push((**name, if shared { "shared".into() } else { "keeps".to_owned() }));
+    }
+    outcomes
+}
+
+#[tokio::test]
+async fn every_kind_of_state_is_its_sessions_own() {
+    let outcomes = every_kind().await;
+    let shared = outcomes.iter().filter(|(_, outcome)| outcome == "shared").count();
+    assert!(shared > 10, "{outcomes:?}");
 }
 
 /// Settings that are set for a transaction, or plainly, cost no look: nobody keeps a server for them.
