@@ -15,7 +15,7 @@ use crate::pool::sharing::Turn;
 use crate::session::Session;
 
 /// A statement up to this length is looked at as a whole; a longer one while it passes.
-pub(crate) const INSPECT_LEN_MAX: usize = 32 * 1024;
+const INSPECT_LEN_MAX: usize = 32 * 1024;
 /// A message of the server that must be seen whole, such as a parameter, is waited for up to this length.
 const WHOLE_LEN_MAX: usize = 64 * 1024;
 /// The longest unnamed statement that is kept for a move.

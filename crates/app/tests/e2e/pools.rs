@@ -350,3 +350,147 @@ async fn a_switchover_takes_them_along() {
     let output = installation.holdfast(&["sessions", "shop"]);
     assert!(shown(&output).contains("shared"), "{}", shown(&output));
 }
+
+/// Whoever loses its server in a transaction is told; whoever has none does not notice.
+#[tokio::test]
+async fn servers_that_end_are_replaced() {
+    let installation = Installation::start_pooled("pool-killed", 2);
+    let mut direct = installation.direct("a").await;
+    let (mut one, mut other) = (installation.connect().await, installation.connect().await);
+    let kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+        WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND application_name <> 'holdfast'";
+    for _ in 0..5 {
+        assert_eq!(value(&mut one, "SELECT 1").await, "1");
+        run(&mut direct, kill).await;
+        // The proxy hears of it by its socket, the sooner the better.
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        assert_eq!(value(&mut other, "SELECT 2").await, "2");
+    }
+    run(&mut one, "BEGIN").await;
+    run(&mut direct, kill).await;
+    assert!(one.query("SELECT 1").await.is_err());
+    assert_eq!(value(&mut other, "SELECT 3").await, "3");
+}
+
+/// A client that goes away in the middle leaves a server that others can use, or none.
+#[tokio::test]
+async fn clients_that_leave_are_in_nobodys_way() {
+    let installation = Installation::start_pooled("pool-left", 1);
+    let mut last = installation.connect().await;
+    let pid = value(&mut last, PID).await;
+    for sql in [
+        "SELECT 1",
+        "BEGIN",
+        "SELECT pg_sleep(0.2)",
+        "COPY orders FROM STDIN",
+        "SELECT 1/0",
+        "LISTEN a",
+    ] {
+        let mut one = installation.connect().await;
+        let mut out = Vec::new();
+        frontend::query(&mut out, sql.as_bytes());
+        one.send(&out).await.unwrap();
+        drop(one);
+        assert_eq!(value(&mut last, "SELECT 2").await, "2", "{sql}");
+    }
+    // In line.
+    run(&mut last, "BEGIN").await;
+    for _ in 0..5 {
+        let mut one = installation.connect().await;
+        let mut out = Vec::new();
+        frontend::query(&mut out, b"SELECT 1");
+        one.send(&out).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    run(&mut last, "COMMIT").await;
+    assert_eq!(value(&mut last, "SELECT 3").await, "3");
+    // One that says goodbye leaves its server as it is.
+    let before = value(&mut last, PID).await;
+    for _ in 0..5 {
+        let mut one = installation.connect().await;
+        let mut out = Vec::new();
+        frontend::query(&mut out, b"SELECT 1");
+        frontend::terminate(&mut out);
+        one.send(&out).await.unwrap();
+        while one.receive().await.is_ok() {}
+    }
+    assert_eq!(value(&mut last, PID).await, before);
+    assert_ne!(pid, before, "one that was in a transaction took it along");
+}
+
+/// A cancel request reaches the statement that its client runs, and no other.
+#[tokio::test]
+async fn cancel_requests_reach_their_own() {
+    let installation = Installation::start_pooled("pool-cancel", 2);
+    let mut sessions = Vec::new();
+    for _ in 0..6 {
+        sessions.push(installation.connect().await);
+    }
+    let address = pg::Address { host: "127.0.0.1".into(), port: installation.facts.port };
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let target = pg::Target {
+        address,
+        tls,
+        keepalive: pg::stream::Keepalive::default(),
+        timeout: std::time::Duration::from_secs(20),
+    };
+    for round in 0..30 {
+        let mut one = sessions.remove(0);
+        let (pid, secret) = (one.pid, one.secret.clone());
+        // Idle, it has nothing to cancel, whoever runs something meanwhile.
+        target.cancel(pid, &secret).await.unwrap();
+        for other in &mut sessions {
+            assert_eq!(value(other, "SELECT 1").await, "1");
+        }
+        let mut out = Vec::new();
+        frontend::query(&mut out, b"SELECT pg_sleep(60)");
+        one.send(&out).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(round % 5)).await;
+        let (cancelled, others) = tokio::join!(
+            async {
+                loop {
+                    target.cancel(pid, &secret).await.unwrap();
+                    let answer = one.answers();
+                    if let Ok(answer) =
+                        tokio::time::timeout(std::time::Duration::from_millis(200), answer).await
+                    {
+                        return answer.unwrap_err();
+                    }
+                }
+            },
+            async {
+                for other in &mut sessions {
+                    assert_eq!(value(other, "SELECT 2").await, "2");
+                }
+            }
+        );
+        let () = others;
+        assert_eq!(cancelled.sqlstate().unwrap().to_string(), "57014", "{cancelled}");
+        sessions.push(one);
+    }
+}
+
+/// Whoever waits for too long is told, and why.
+#[tokio::test]
+async fn the_wait_for_a_server_ends() {
+    let mut installation = Installation::start_pooled("pool-wait", 1);
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    let path = installation.config();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text = text.replace("pool_size", "pool_wait_max = \"1s\"\npool_kept_max = 0\npool_size");
+    std::fs::write(&path, text).unwrap();
+    installation.restart(&[]);
+    let mut one = installation.connect().await;
+    let mut other = installation.connect().await;
+    run(&mut one, "LISTEN a").await;
+    let mut out = Vec::new();
+    frontend::query(&mut out, b"SELECT 1");
+    other.send(&out).await.unwrap();
+    let (state, detail) = crate::support::last_words(&mut other).await;
+    assert_eq!(state.unwrap().to_string(), "53300", "{detail}");
+    assert!(detail.contains("1 shared server connections"), "{detail}");
+    run(&mut one, "UNLISTEN a").await;
+    let mut other = installation.connect().await;
+    assert_eq!(value(&mut other, "SELECT 1").await, "1");
+}

@@ -273,6 +273,11 @@ impl Protocol {
         }
     }
 
+    /// The server waits for data of the client.
+    pub fn is_copying_in(&self) -> bool {
+        self.copy_in
+    }
+
     /// A request is running, so that a cancel request has something to cancel.
     pub fn is_running(&self) -> bool {
         !self.requests.is_empty()

@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::app::App;
+use crate::config::PoolLimits;
 use crate::pool::{Pool, Server, State, same_state, transition};
 
 /// A server's place in the table, for as long as its connection lasts.
@@ -57,13 +58,26 @@ pub(super) struct Lending {
     generations: Vec<u32>,
     free: Vec<usize>,
     pools: HashMap<u64, InLine>,
+    counts: Vec<(Arc<App>, Count)>,
 }
 
-/// How many servers of an application there are.
+/// How many servers of an application there are. Those that are being opened count as shared.
 #[derive(Debug, Clone, Copy, Default)]
 struct Count {
     shared: usize,
     kept: usize,
+}
+
+impl Count {
+    fn of(&mut self, is_kept: bool) -> &mut usize {
+        if is_kept { &mut self.kept } else { &mut self.shared }
+    }
+
+    /// There may be no more. `away` are those of sessions that have left the engine for a while.
+    fn is_full(self, limits: PoolLimits, away: usize) -> bool {
+        let total = self.shared + self.kept + away;
+        self.shared >= limits.size || total >= limits.size + limits.kept_max
+    }
 }
 
 impl Lending {
@@ -98,6 +112,7 @@ impl Lending {
         lent_to: Option<usize>,
     ) -> usize {
         self.line(app, pool);
+        self.count(app).shared += 1;
         let at = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.generations.push(0);
@@ -119,20 +134,43 @@ impl Lending {
         self.free.push(at);
         if let Some(line) = self.pools.get_mut(&entry.pool) {
             line.idle.retain(|idle| *idle != at);
+            let app = line.app.clone();
+            *self.count(&app).of(entry.is_kept) -= 1;
         }
         entry.idle
     }
 
-    fn count(&self, app: &Arc<App>) -> Count {
-        let mut count = Count::default();
-        let of_app =
-            |pool: &u64| self.pools.get(pool).is_some_and(|line| Arc::ptr_eq(&line.app, app));
-        for entry in self.entries.iter().flatten().filter(|entry| of_app(&entry.pool)) {
-            if entry.is_kept { count.kept += 1 } else { count.shared += 1 }
+    /// The session that has a server keeps it, or does so no more.
+    pub(super) fn set_kept(&mut self, at: usize, is_kept: bool) {
+        let Some(entry) = self.entry(at) else { return };
+        let was_kept = std::mem::replace(&mut entry.is_kept, is_kept);
+        let pool = entry.pool;
+        if was_kept != is_kept
+            && let Some(line) = self.pools.get(&pool)
+        {
+            let app = line.app.clone();
+            let count = self.count(&app);
+            *count.of(was_kept) -= 1;
+            *count.of(is_kept) += 1;
         }
-        let lines = self.pools.values().filter(|line| Arc::ptr_eq(&line.app, app));
-        count.shared += lines.map(|line| line.opening).sum::<usize>();
-        count
+    }
+
+    /// There are more servers than may be shared, such as after a look: one that is free is given up.
+    pub(super) fn is_over(&mut self, app: &Arc<App>) -> bool {
+        let count = *self.count(app);
+        let over = |limits: PoolLimits| {
+            count.shared > limits.size || count.shared + count.kept > limits.size + limits.kept_max
+        };
+        app.pool.is_some_and(over)
+    }
+
+    fn count(&mut self, app: &Arc<App>) -> &mut Count {
+        let known = self.counts.iter().position(|(one, _)| Arc::ptr_eq(one, app));
+        let at = known.unwrap_or_else(|| {
+            self.counts.push((app.clone(), Count::default()));
+            self.counts.len() - 1
+        });
+        &mut self.counts[at].1
     }
 
     /// Gives the session in `slot` a server, or a place in line.
@@ -176,7 +214,7 @@ impl Lending {
     fn take_idle(&mut self, at: usize, slot: usize) -> Option<Box<Server>> {
         let entry = self.entry(at)?;
         let server = entry.idle.take()?;
-        (entry.lent_to, entry.is_kept) = (Some(slot), false);
+        entry.lent_to = Some(slot);
         let pool = entry.pool;
         if let Some(line) = self.pools.get_mut(&pool) {
             line.idle.retain(|idle| *idle != at);
@@ -195,15 +233,14 @@ impl Lending {
         // After a failure one is tried at a time.
         let at_once = if failed { 1 } else { needed };
         while self.pools.get(&pool.id).is_some_and(|line| line.opening < at_once) {
-            let count = self.count(app);
-            let total_max = limits.size + limits.kept_max;
-            if count.shared >= limits.size || count.shared + count.kept >= total_max {
+            if self.count(app).is_full(limits, app.pools.away()) {
                 let Some(at) = self.superfluous(app, pool) else { return };
                 if let Some(server) = self.dismiss(at) {
                     chores.close.push((at, server));
                 }
             }
             self.line(app, pool).opening += 1;
+            self.count(app).shared += 1;
             chores.open.push((app.clone(), pool.clone()));
         }
     }
@@ -238,7 +275,7 @@ impl Lending {
         let Some((slot, id, state)) = first else {
             line.idle.push(at);
             let entry = self.entry(at)?;
-            (entry.lent_to, entry.is_kept) = (None, false);
+            entry.lent_to = None;
             entry.idle = Some(server);
             return None;
         };
@@ -251,7 +288,7 @@ impl Lending {
         match text {
             Some(text) => {
                 let entry = self.entry(at)?;
-                (entry.lent_to, entry.is_kept) = (Some(slot), false);
+                entry.lent_to = Some(slot);
                 Some((slot, server, text))
             }
             None => {
@@ -274,7 +311,9 @@ impl Lending {
         let line = self.pools.get_mut(&pool)?;
         line.opening = line.opening.saturating_sub(1);
         line.failure = failure;
-        Some((line.app.clone(), line.pool.clone()))
+        let known = (line.app.clone(), line.pool.clone());
+        self.count(&known.0).shared -= 1;
+        Some(known)
     }
 
     /// Those who wait, with why servers cannot be opened.

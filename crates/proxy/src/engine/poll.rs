@@ -451,7 +451,9 @@ fn turn(session: &mut Session, buffers: &mut Buffers) -> Result<bool, End> {
             if session.is_detached() {
                 return Err(End::Client);
             }
-            say_goodbye(session);
+            if !leaves_its_server(session) {
+                say_goodbye(session);
+            }
         }
     }
     if session.client.has_out() && session.sharing.is_some() {
@@ -477,6 +479,13 @@ fn say_goodbye(session: &mut Session) {
         session.goodbye_said = true;
         session.server.shut_down(std::net::Shutdown::Write);
     }
+}
+
+/// The client has left, and its server can be shared on once it has answered.
+fn leaves_its_server(session: &Session) -> bool {
+    let shares = session.sharing.as_ref().is_some_and(|sharing| sharing.keeps.is_none());
+    let protocol = &session.protocol;
+    shares && (protocol.is_running() && !protocol.is_copying_in() || protocol.is_idle())
 }
 
 /// A server that takes no more may still have said why: it is read to its end before the session ends.

@@ -12,7 +12,7 @@ use wire::sqlstate::SqlState;
 
 use super::leg::{fill, flush};
 use super::lending::{Chores, Lent};
-use super::poll::{Engine, POOLED, Slot};
+use super::poll::{End, Engine, POOLED, Slot};
 use super::sys::Event;
 use crate::app::App;
 use crate::pool::keeper::Job;
@@ -35,14 +35,13 @@ impl Engine {
         let app = session.app.clone();
         let sharing = session.sharing.as_mut()?;
         (sharing.needs, sharing.waits_since) = (false, None);
+        sharing.come_back();
         if session.server.is_vacant() {
             return None;
         }
         let at = self.lending.admit(&app, &sharing.pool, Some(slot));
         sharing.lent = Some(at);
-        if let Some(entry) = self.lending.entry(at) {
-            entry.is_kept = sharing.keeps.is_some();
-        }
+        self.lending.set_kept(at, sharing.keeps.is_some());
         Some(server_token(at, self.lending.generation(at)))
     }
 
@@ -50,7 +49,13 @@ impl Engine {
     pub(super) fn dismiss(&mut self, session: &mut Session) {
         let Some(sharing) = session.sharing.as_mut() else { return };
         match sharing.lent.take() {
-            Some(at) => drop(self.lending.dismiss(at)),
+            Some(at) => {
+                sharing.go_away(&session.app.pools);
+                self.lending.dismiss(at);
+                let mut chores = Chores::default();
+                self.lending.provide(&session.app, &sharing.pool, &mut chores);
+                self.do_chores(chores);
+            }
             None => self.lending.leave_line(sharing.pool.id, session.id),
         }
         (sharing.needs, sharing.waits_since) = (false, None);
@@ -108,10 +113,8 @@ impl Engine {
             }
             return;
         }
-        if let Some(at) = sharing.lent
-            && let Some(entry) = self.lending.entry(at)
-        {
-            entry.is_kept = sharing.keeps.is_some();
+        if let Some(at) = sharing.lent {
+            self.lending.set_kept(at, sharing.keeps.is_some());
         }
         if !may_be_detached(session) {
             return;
@@ -122,8 +125,14 @@ impl Engine {
                     session.server.readable = true;
                 }
             }
-            None => self.detach(slot),
-            Some((true, pause)) if !session.wanted => {
+            None => {
+                let has_left = session.client_gone;
+                self.detach(slot);
+                if has_left {
+                    self.end(slot, End::Client);
+                }
+            }
+            Some((true, pause)) if !session.wanted && !session.client_gone => {
                 let sharing = session.sharing.as_deref();
                 let due = sharing
                     .and_then(|sharing| sharing.looked_at)
@@ -212,7 +221,8 @@ impl Engine {
             }
         }
         session.carry_waits = true;
-        session.client.readable = true;
+        // What was left unread when it had closed.
+        session.client.readable |= session.client.eof;
         if !entry.queued {
             entry.queued = true;
             self.ready.push(slot);
@@ -234,7 +244,8 @@ impl Engine {
             here,
         });
         let serves = session.app.active().is_some_and(|cell| Arc::ptr_eq(&cell, &server.cell));
-        if serves && !server.here.is_worn() && !server.leg.eof {
+        let is_over = self.lending.is_over(&session.app);
+        if serves && !is_over && !server.here.is_worn() && !server.leg.eof {
             self.give_back(at, server);
         } else {
             let (app, pool) = (session.app.clone(), sharing.pool.clone());
@@ -342,7 +353,6 @@ fn may_be_detached(session: &Session) -> bool {
         && session.is_at_safe_point()
         && !session.protocol.is_doubtful()
         && (session.client.carry.is_empty() || session.wanted)
-        && !session.client_gone
         && !session.server_gone
         && !session.cancels_under_way()
 }

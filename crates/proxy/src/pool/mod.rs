@@ -316,6 +316,8 @@ pub struct Pools {
     pools: Mutex<HashMap<PoolKey, Arc<Pool>>>,
     databases: Mutex<HashMap<String, Arc<Database>>>,
     changed: Arc<Notify>,
+    /// Held by each session that has left its engine with its server.
+    away: Arc<()>,
 }
 
 /// The startup parameters, by name: they hold the user and the database.
@@ -354,6 +356,11 @@ impl Pools {
         lock(&self.databases).values().cloned().collect()
     }
 
+    /// Server connections of sessions that have left their engine for a while.
+    pub(crate) fn away(&self) -> usize {
+        Arc::strong_count(&self.away) - 1
+    }
+
     /// Nothing of what was learned of servers holds any more.
     pub fn forget(&self) {
         for pool in lock(&self.pools).values() {
@@ -375,6 +382,8 @@ pub struct Sharing {
     pub here: Here,
     /// The engine's number of that server.
     pub lent: Option<usize>,
+    /// It has left its engine with its server, which counts all the same.
+    away: Option<Arc<()>>,
     /// The client has sent something, and there is no server.
     pub needs: bool,
     /// Since when it waits for one.
@@ -465,6 +474,7 @@ impl Sharing {
             keeps: None,
             here: Here::default(),
             lent: None,
+            away: None,
             needs: false,
             waits_since: None,
             looks: 0,
@@ -511,6 +521,14 @@ impl Sharing {
         if self.assigned.len() > ASSIGNED_MAX {
             self.keep(Leaves::Settings, why);
         }
+    }
+
+    pub(crate) fn go_away(&mut self, pools: &Pools) {
+        self.away = Some(pools.away.clone());
+    }
+
+    pub(crate) fn come_back(&mut self) {
+        self.away = None;
     }
 
     /// From now on it keeps its server, until a look at it.

@@ -10,9 +10,11 @@ use wire::frame::{HEADER_LEN, Header};
 use wire::frontend::{self, Target};
 
 use super::{Asked, Sharing, UnnamedHere};
-use crate::relay::{Edit, INSPECT_LEN_MAX};
+use crate::relay::Edit;
 use crate::session::Session;
 
+/// A statement up to this length is waited for, to be looked at.
+const TEXT_LEN_MAX: usize = 100 * 1024;
 /// Names of portals and statements up to this length are looked for.
 const HEAD_LEN_MAX: usize = 8 * 1024;
 
@@ -35,6 +37,12 @@ impl Session {
     pub(crate) fn on_shared_message(&mut self, header: Header, at: usize, body: &[u8]) -> Turn {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if header.tag == b'X' {
+            let ends = self.protocol.is_running() || self.protocol.is_idle();
+            if sharing.keeps.is_none() && !self.server.is_vacant() && ends {
+                // The server stays.
+                self.edits.push(Edit { at, skip: HEADER_LEN, insert: Vec::new() });
+                return Turn::Done;
+            }
             return Turn::Pass;
         }
         if self.server.is_vacant() {
@@ -51,9 +59,9 @@ impl Session {
         let is_whole = body.len() >= body_len;
         let body = body.get(..body_len).unwrap_or(body);
         match header.tag {
-            b'Q' if !is_whole && body_len <= INSPECT_LEN_MAX => Turn::Wait,
+            b'Q' if !is_whole && body_len <= TEXT_LEN_MAX => Turn::Wait,
             b'Q' => self.on_shared_query(at, body, is_whole),
-            b'P' if !is_whole && body_len <= INSPECT_LEN_MAX => Turn::Wait,
+            b'P' if !is_whole && body_len <= TEXT_LEN_MAX => Turn::Wait,
             b'P' => self.on_shared_parse(at, body, is_whole),
             b'B' if !is_whole && body.len() < HEAD_LEN_MAX => Turn::Wait,
             b'B' => self.on_shared_bind(at, body, body_len),
