@@ -238,7 +238,7 @@ impl Proxy {
         }
         listeners.push(tokio::spawn(keeper::run(shared.clone(), incoming)));
         for app in shared.apps.iter().filter(|app| app.pool.is_some()) {
-            listeners.push(tokio::spawn(keeper::watch(app.clone())));
+            listeners.push(tokio::spawn(keeper::watch(shared.clone(), app.clone())));
         }
         let began = Instant::now();
         listeners.push(tokio::spawn(async move {

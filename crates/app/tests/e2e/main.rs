@@ -5,6 +5,7 @@
 mod support;
 
 mod battery;
+mod between;
 mod crash;
 mod drivers;
 mod faults;

@@ -16,12 +16,16 @@ async fn console(installation: &Installation) -> Connection {
     crate::support::login(installation.facts.port, "postgres", None, tls, &more).await.unwrap()
 }
 
-/// How the only session of `name` shares servers.
+/// How the only session of `name` shares servers. While it is looked at, it is not listed.
 async fn pool_of(installation: &Installation, name: &str) -> String {
-    let rows = console(installation).await.query("SHOW SESSIONS").await.unwrap();
-    let answer = rows.into_iter().next().unwrap();
-    let row = answer.rows.into_iter().find(|row| row[4].as_deref() == Some(name)).unwrap();
-    row.last().unwrap().clone().unwrap_or_default()
+    loop {
+        let rows = console(installation).await.query("SHOW SESSIONS").await.unwrap();
+        let rows = rows.into_iter().next().unwrap().rows;
+        if let Some(row) = rows.into_iter().find(|row| row[4].as_deref() == Some(name)) {
+            return row.last().unwrap().clone().unwrap_or_default();
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
 }
 
 async fn named(installation: &Installation, name: &str) -> Connection {

@@ -61,11 +61,20 @@ impl Installation {
         Installation::start_with(name, &["--pool", &size.to_string()])
     }
 
+    /// On the system's PostgreSQL, whichever the tests are for.
+    pub(crate) fn start_on_system(name: &str) -> Installation {
+        Installation::start_on(name, &[], None)
+    }
+
     fn start_with(name: &str, args: &[&str]) -> Installation {
+        Installation::start_on(name, args, other_bin_dir())
+    }
+
+    fn start_on(name: &str, args: &[&str], bin_dir: Option<PathBuf>) -> Installation {
         let dir = std::env::temp_dir().join(format!("holdfast-e2e-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         let mut command = Command::new(HOLDFAST);
-        if let Some(bin_dir) = other_bin_dir() {
+        if let Some(bin_dir) = bin_dir {
             command.arg("demo").arg("--bindir").arg(bin_dir);
         } else {
             command.arg("demo");

@@ -156,7 +156,10 @@ fn state_question(subject: &Subject<'_>) -> String {
 const BENEATH_QUESTION: &str = "SELECT name, reset_val FROM pg_settings \
     WHERE context IN ('user', 'superuser') AND reset_val IS NOT NULL";
 
-const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text, parameter_types::oid[]::text \
+const STATE_QUESTION: &str = "SELECT 'prepared', name, statement, from_sql::text, \
+    (SELECT coalesce(string_agg(CASE WHEN t < 16384::oid THEN t::text \
+    ELSE regexp_replace(t::regtype::text, '^pg_temp_[0-9]+[.]', 'pg_temp.') END, chr(10) ORDER BY n), '') \
+    FROM unnest(parameter_types::oid[]) WITH ORDINALITY u(t, n)) \
     FROM pg_prepared_statements WHERE name <> '_holdfast capture 7f3a9c41' UNION ALL \
     SELECT 'cursor', name, is_scrollable::text, is_binary::text, NULL FROM pg_cursors WHERE is_holdable UNION ALL \
     SELECT 'channel', c, NULL, NULL, NULL FROM pg_listening_channels() c UNION ALL \
@@ -491,7 +494,7 @@ fn read_row(row: &Row, captured: &mut Captured) -> Result<(), Unreadable> {
             let mut prepared = Prepared {
                 text: text(row, 2)?.to_owned(),
                 from_sql: matches!(text(row, 3)?, "true" | "t"),
-                types: oids(text(row, 4)?).ok_or(Unreadable("parameter types"))?,
+                types: text(row, 4)?.lines().map(str::to_owned).collect(),
             };
             let name = text(row, 1)?.to_owned();
             let why = statement::repeatable(&name, &mut prepared).err().map(str::to_owned);
@@ -522,12 +525,6 @@ pub(super) fn optional(row: &Row, at: usize) -> Option<&str> {
 
 pub(super) fn text(row: &Row, at: usize) -> Result<&str, Unreadable> {
     optional(row, at).ok_or(Unreadable("text in a column"))
-}
-
-/// `{23,25}`
-fn oids(text: &str) -> Option<Vec<u32>> {
-    let inner = text.strip_prefix('{')?.strip_suffix('}')?;
-    inner.split(',').filter(|part| !part.is_empty()).map(|part| part.parse().ok()).collect()
 }
 
 /// Counts how often each lock is held, by letting go of it until it is gone, and takes it again as often.

@@ -6,31 +6,63 @@
 use super::landscape::{Landscape, Meaning};
 use crate::sql::{Kind, Token, Tokens};
 
-/// What may be left, from the least.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Leaves {
+/// What may be left.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Leaves {
     /// Settings, the user and the role: what can be given to another server connection.
-    Settings,
+    pub settings: bool,
     /// Values of sequences, as `currval` and `lastval` give them.
-    Values,
-    Something,
+    pub values: bool,
+    /// Anything.
+    pub something: bool,
+}
+
+impl Leaves {
+    pub const NOTHING: Leaves = Leaves { settings: false, values: false, something: false };
+    pub const SETTINGS: Leaves = Leaves { settings: true, ..Leaves::NOTHING };
+    pub const VALUES: Leaves = Leaves { values: true, ..Leaves::NOTHING };
+    pub const SOMETHING: Leaves = Leaves { something: true, ..Leaves::NOTHING };
+
+    pub fn and(self, other: Leaves) -> Leaves {
+        Leaves {
+            settings: self.settings || other.settings,
+            values: self.values || other.values,
+            something: self.something || other.something,
+        }
+    }
+
+    pub fn is_nothing(self) -> bool {
+        self == Leaves::NOTHING
+    }
 }
 
 /// What a text may leave.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Footprint {
-    pub leaves: Option<Leaves>,
+    pub leaves: Leaves,
     /// Settings that it sets, besides.
     pub sets: Vec<Assigned>,
+    /// It sets something, if only for its transaction.
+    pub sets_any: bool,
+    /// It sets the search path.
+    pub sets_path: bool,
+    /// What it sets may decide how literals are read or constants are computed, which plans of functions remember.
+    pub restyles: bool,
 }
 
 impl Footprint {
-    fn of(leaves: Leaves) -> Footprint {
-        Footprint { leaves: Some(leaves), sets: Vec::new() }
+    pub fn of(leaves: Leaves) -> Footprint {
+        Footprint { leaves, sets: Vec::new(), sets_any: true, sets_path: true, restyles: true }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.leaves.is_none() && self.sets.is_empty()
+        self.leaves.is_nothing() && self.sets.is_empty() && !self.sets_any
+    }
+
+    fn set(&mut self, name: Option<&str>) {
+        self.sets_any = true;
+        self.sets_path |= name.is_none_or(|name| name == "search_path");
+        self.restyles |= name.is_none_or(is_sensitive);
     }
 }
 
@@ -79,13 +111,38 @@ const PLAIN: [&str; 27] = [
     "xmloption",
 ];
 
+/// Settings that no plan depends on, or that the server itself makes plans anew for.
+pub const INSENSITIVE: [&str; 16] = [
+    "application_name",
+    "client_min_messages",
+    "default_transaction_deferrable",
+    "default_transaction_isolation",
+    "default_transaction_read_only",
+    "idle_in_transaction_session_timeout",
+    "idle_session_timeout",
+    "lock_timeout",
+    "maintenance_work_mem",
+    "role",
+    "search_path",
+    "statement_timeout",
+    "synchronous_commit",
+    "tcp_user_timeout",
+    "transaction_timeout",
+    "work_mem",
+];
+
+/// Plans that are kept depend on this setting, by the literals in them.
+pub fn is_sensitive(name: &str) -> bool {
+    !name.contains('.') && !INSENSITIVE.iter().any(|one| one.eq_ignore_ascii_case(name))
+}
+
 /// Names and keywords that say more than where they stand.
 pub(super) const WORDS: [(&str, Leaves); 5] = [
-    ("set_config", Leaves::Settings),
-    ("nextval", Leaves::Values),
-    ("currval", Leaves::Values),
-    ("lastval", Leaves::Values),
-    ("setval", Leaves::Values),
+    ("set_config", Leaves::SETTINGS),
+    ("nextval", Leaves::VALUES),
+    ("currval", Leaves::VALUES),
+    ("lastval", Leaves::VALUES),
+    ("setval", Leaves::VALUES),
 ];
 
 /// The first words of statements that leave nothing by themselves.
@@ -119,14 +176,14 @@ const VERBS: [&str; 27] = [
     "with",
 ];
 
-/// Longest name that is looked up; PostgreSQL cuts names at 63 bytes.
-const NAME_LEN_MAX: usize = 128;
+/// Longest name that is looked up; PostgreSQL cuts longer ones (`NAMEDATALEN`).
+const NAME_LEN_MAX: usize = 63;
 
 impl Landscape {
     /// What the statements of a text may leave.
     pub fn of_text(&self, sql: &[u8]) -> Footprint {
         if self.refused.is_some() {
-            return Footprint::of(Leaves::Something);
+            return Footprint::of(Leaves::SOMETHING);
         }
         let mut found = Footprint::default();
         let mut before = Before::default();
@@ -134,7 +191,7 @@ impl Landscape {
         let mut tokens = Tokens::new(sql).peekable();
         while let Some(token) = tokens.next() {
             let leaves = match token.kind {
-                Kind::Unclear => return Footprint::of(Leaves::Something),
+                Kind::Unclear => return Footprint::of(Leaves::SOMETHING),
                 Kind::Semicolon => {
                     (before, verb) = (Before::default(), Verb::None);
                     continue;
@@ -142,7 +199,7 @@ impl Landscape {
                 Kind::Word | Kind::Quoted => {
                     let mut place = [0; NAME_LEN_MAX];
                     let Some(name) = folded(&token, &mut place) else {
-                        return Footprint::of(Leaves::Something);
+                        return Footprint::of(Leaves::SOMETHING);
                     };
                     let mut meaning = self.meaning(name);
                     let is_word = token.kind == Kind::Word;
@@ -150,48 +207,61 @@ impl Landscape {
                         Verb::None => {
                             let read = if is_word { Verb::read(name) } else { None };
                             let Some(read) = read else {
-                                return Footprint::of(Leaves::Something);
+                                return Footprint::of(Leaves::SOMETHING);
                             };
                             verb = read;
+                            if verb == Verb::Set {
+                                match target(tokens.clone()) {
+                                    Target::Transaction => (),
+                                    Target::Setting(name) => found.set(name.as_deref()),
+                                }
+                            }
                             if verb == Verb::Set
                                 && let Some(assigned) = assignment(tokens.clone(), name == b"reset")
                             {
                                 found.sets.push(assigned);
                                 verb = Verb::Other;
                             }
-                            None
+                            Leaves::NOTHING
                         }
                         Verb::Set if is_word => {
                             verb = Verb::Other;
                             match name {
                                 b"local" => {
                                     verb = Verb::SetLocal;
-                                    None
+                                    Leaves::NOTHING
                                 }
-                                b"transaction" | b"constraints" => None,
-                                _ => Some(Leaves::Settings),
+                                b"transaction" | b"constraints" => Leaves::NOTHING,
+                                _ => Leaves::SETTINGS,
                             }
                         }
-                        Verb::Set => Some(Leaves::Settings),
+                        Verb::Set => Leaves::SETTINGS,
                         // A custom setting stays behind, empty, when its value is gone.
                         Verb::SetLocal => {
                             verb = Verb::Other;
                             let dotted = name.contains(&b'.')
                                 || tokens.peek().is_some_and(|next| next.is_other(b'.'));
-                            dotted.then_some(Leaves::Settings)
+                            if dotted { Leaves::SETTINGS } else { Leaves::NOTHING }
                         }
                         Verb::Explain
                             if is_word && matches!(name, b"execute" | b"create" | b"declare") =>
                         {
-                            return Footprint::of(Leaves::Something);
+                            return Footprint::of(Leaves::SOMETHING);
+                        }
+                        // It makes a table, a temporary one where the search path says so.
+                        Verb::Explain | Verb::Other
+                            if is_word && name == b"into" && before.word != Word::Insert =>
+                        {
+                            Leaves::SOMETHING
                         }
                         Verb::Explain | Verb::Other => word_leaves(name, &before),
                     };
                     if name == b"set_config"
-                        && meaning.leaves == Some(Leaves::Settings)
+                        && meaning.leaves == Leaves::SETTINGS
                         && let Some(assigned) = configuration(tokens.clone())
                     {
-                        meaning.leaves = None;
+                        meaning.leaves = Leaves::NOTHING;
+                        found.set(Some(&assigned.name));
                         if assigned.is_custom() || !assigned.is_local {
                             found.sets.push(assigned);
                         }
@@ -199,47 +269,54 @@ impl Landscape {
                     let calls = tokens.peek().is_some_and(|next| next.is_other(b'('));
                     let unknown = calls && !meaning.is_known && !before.names_something;
                     before = Before::word(name, is_word, meaning, &before);
-                    let unknown = unknown.then_some(Leaves::Something);
-                    leaves.max(meaning.leaves).max(unknown)
+                    let unknown = if unknown { Leaves::SOMETHING } else { Leaves::NOTHING };
+                    leaves.and(meaning.leaves).and(unknown)
                 }
                 _ => {
                     // A statement may begin with a parenthesis, and nothing else but a word.
                     if verb == Verb::None && !token.is_other(b'(') {
-                        return Footprint::of(Leaves::Something);
+                        return Footprint::of(Leaves::SOMETHING);
                     }
                     before = Before { names_something: token.is_other(b')'), ..before };
                     before.word = Word::Other;
-                    None
+                    Leaves::NOTHING
                 }
             };
-            found.leaves = found.leaves.max(leaves);
+            found.leaves = found.leaves.and(leaves);
         }
+        if found.leaves.settings || found.leaves.something {
+            found.set(None);
+        }
+        // Functions that are called under another search path stay as they were compiled there.
+        found.leaves.something |= self.depends_on_path && found.sets_path;
         found
     }
 
     /// What a function's body, or an expression of a relation, may leave where it is run.
-    pub(super) fn of_body(&self, body: &[u8]) -> Option<Leaves> {
-        let mut found = None;
+    pub(super) fn of_body(&self, body: &[u8]) -> Leaves {
+        let mut found = Leaves::NOTHING;
         let mut before = Before { word: Word::Start, ..Before::default() };
         for token in Tokens::new(body) {
             match token.kind {
-                Kind::Unclear => return Some(Leaves::Something),
+                Kind::Unclear => return Leaves::SOMETHING,
                 Kind::Semicolon => before = Before { word: Word::Start, ..Before::default() },
                 Kind::Word | Kind::Quoted => {
                     let mut place = [0; NAME_LEN_MAX];
                     let Some(name) = folded(&token, &mut place) else {
-                        return Some(Leaves::Something);
+                        return Leaves::SOMETHING;
                     };
                     let (meaning, is_word) = (self.meaning(name), token.kind == Kind::Word);
                     let leaves = match name {
-                        _ if !is_word => None,
+                        _ if !is_word => Leaves::NOTHING,
                         b"execute" | b"discard" | b"listen" | b"unlisten" | b"deallocate"
-                        | b"load" => Some(Leaves::Something),
-                        b"prepare" if before.word == Word::Start => Some(Leaves::Something),
-                        b"set" | b"reset" if before.word == Word::Start => Some(Leaves::Settings),
+                        | b"load" | b"create" => Leaves::SOMETHING,
+                        b"prepare" if before.word == Word::Start => Leaves::SOMETHING,
+                        b"set" | b"reset" if before.word == Word::Start => Leaves::SETTINGS,
+                        // An update of it sets.
+                        b"pg_settings" => Leaves::SETTINGS,
                         _ => word_leaves(name, &before),
                     };
-                    found = found.max(leaves).max(meaning.leaves);
+                    found = found.and(leaves).and(meaning.leaves);
                     before = Before::word(name, is_word, meaning, &before);
                 }
                 _ => {
@@ -249,6 +326,28 @@ impl Landscape {
         }
         found
     }
+}
+
+/// What stands behind SET or RESET.
+enum Target {
+    /// Modes of the transaction, or its constraints.
+    Transaction,
+    /// A setting, by the first part of its name; None if it is not told.
+    Setting(Option<String>),
+}
+
+fn target<'a>(mut tokens: impl Iterator<Item = Token<'a>>) -> Target {
+    let mut first = tokens.next();
+    if first.is_some_and(|token| token.is_word("local") || token.is_word("session")) {
+        first = tokens.next();
+    }
+    let Some(first) = first else { return Target::Setting(None) };
+    if first.is_word("transaction") || first.is_word("constraints") {
+        return Target::Transaction;
+    }
+    let dotted = tokens.next().is_some_and(|token| token.is_other(b'.'));
+    let name = crate::sql::name_of(&first);
+    Target::Setting(name.map(|name| if dotted { name + "." } else { name }))
 }
 
 /// The setting that is set behind SET or RESET, if that is a plain or a custom one.
@@ -355,6 +454,8 @@ enum Word {
     Start,
     With,
     Into,
+    /// What is put into is there already.
+    Insert,
     Update,
     #[default]
     Other,
@@ -379,6 +480,7 @@ impl Before {
             b"local" | b"global" | b"or" | b"replace" if before.word == Word::Into => Word::Into,
             b"begin" | b"then" | b"else" | b"loop" => Word::Start,
             b"update" => Word::Update,
+            b"insert" | b"merge" => Word::Insert,
             _ => Word::Other,
         };
         let updates = before.updates || word == Word::Update;
@@ -388,19 +490,38 @@ impl Before {
     }
 }
 
+/// Functions that run what they are told, by what their names begin with.
+const RUNS_SQL: [&[u8]; 11] = [
+    b"connectby",
+    b"crosstab",
+    b"cursor_to_xml",
+    b"database_to_xml",
+    b"dblink",
+    b"query_to_xml",
+    b"schema_to_xml",
+    b"table_to_xml",
+    b"ts_rewrite",
+    b"ts_stat",
+    b"xpath_table",
+];
+
 /// What a word leaves by standing where it stands.
-fn word_leaves(name: &[u8], before: &Before) -> Option<Leaves> {
+fn word_leaves(name: &[u8], before: &Before) -> Leaves {
     match name {
-        b"hold" if before.word == Word::With => Some(Leaves::Something),
-        b"temp" | b"temporary" if before.word == Word::Into => Some(Leaves::Something),
+        b"hold" if before.word == Word::With => Leaves::SOMETHING,
+        b"temp" | b"temporary" if before.word == Word::Into => Leaves::SOMETHING,
         // An update of it sets.
-        b"pg_settings" if before.updates => Some(Leaves::Settings),
+        b"pg_settings" if before.updates => Leaves::SETTINGS,
         // Its rows are those of the server connection.
-        b"pg_prepared_statements" | b"pg_my_temp_schema" => Some(Leaves::Something),
-        _ if name.starts_with(b"pg_temp") || name.starts_with(b"pg_toast_temp") => {
-            Some(Leaves::Something)
+        b"pg_prepared_statements" | b"pg_prepared_statement" | b"pg_my_temp_schema" => {
+            Leaves::SOMETHING
         }
-        _ => None,
+        // They run SQL of their own, or read what is named in a literal.
+        _ if RUNS_SQL.iter().any(|prefix| name.starts_with(prefix)) => Leaves::SOMETHING,
+        _ if name.starts_with(b"pg_temp") || name.starts_with(b"pg_toast_temp") => {
+            Leaves::SOMETHING
+        }
+        _ => Leaves::NOTHING,
     }
 }
 
@@ -459,13 +580,14 @@ mod tests {
             ("function", "calls", "begin perform runs(); end"),
             ("function", "fine", "begin update plain set a = 1; return lower('X'); end"),
             ("function", "tempts", "begin create temp table t (a int); end"),
+            ("function", "both", "begin perform nextval('s'), set_config('a.b', 'c', false); end"),
         ];
         let cell = |text: &str| (!text.is_empty()).then(|| text.to_owned());
         let rows: Vec<_> = rows.iter().map(|(a, b, c)| vec![cell(a), cell(b), cell(c)]).collect();
         Landscape::read(&rows).unwrap()
     }
 
-    fn leaves(sql: &str) -> Option<Leaves> {
+    fn leaves(sql: &str) -> Leaves {
         let found = landscape().of_text(sql.as_bytes());
         assert!(found.sets.is_empty(), "{sql}: {found:?}");
         found.leaves
@@ -475,7 +597,7 @@ mod tests {
     fn plain_settings_are_named() {
         let sets = |sql: &str| {
             let found = landscape().of_text(sql.as_bytes());
-            assert_eq!(found.leaves, None, "{sql}");
+            assert_eq!(found.leaves, Leaves::NOTHING, "{sql}");
             let shown = |one: &Assigned| {
                 format!("{}{}", if one.is_local { "local " } else { "" }, one.name)
             };
@@ -520,7 +642,7 @@ mod tests {
         ] {
             let found = leaves(sql);
             let only_unknown = sql.contains("generate(");
-            assert_eq!(found.is_some(), only_unknown, "{sql}: {found:?}");
+            assert_eq!(!found.is_nothing(), only_unknown, "{sql}: {found:?}");
         }
     }
 
@@ -542,8 +664,28 @@ mod tests {
             "insert into audited values (1)",
             "select * from busy",
         ] {
-            assert_eq!(leaves(sql), Some(Leaves::Settings), "{sql}");
+            assert_eq!(leaves(sql), Leaves::SETTINGS, "{sql}");
         }
+    }
+
+    #[test]
+    fn what_plans_depend_on_is_told() {
+        let found = |sql: &str| {
+            let found = landscape().of_text(sql.as_bytes());
+            (found.sets_any, found.restyles)
+        };
+        assert_eq!(found("select 1; begin; set transaction read only; commit"), (false, false));
+        assert_eq!(found("insert into orders default values"), (false, false));
+        assert_eq!(found("set local search_path = a"), (true, false));
+        assert_eq!(
+            found("set local app.x = a; select set_config('app.y', 'b', true)"),
+            (true, false)
+        );
+        assert_eq!(found("set local datestyle = a"), (true, true));
+        assert_eq!(found("set time zone 'UTC'"), (true, true));
+        assert_eq!(found("select set_config('timezone', 'b', true)"), (true, true));
+        assert_eq!(found("select set_config($1, 'b', true)"), (true, true));
+        assert_eq!(found("insert into audited values (1)"), (true, true));
     }
 
     #[test]
@@ -554,7 +696,7 @@ mod tests {
             "delete from customers",
             "select lastval()",
         ] {
-            assert_eq!(leaves(sql), Some(Leaves::Values), "{sql}");
+            assert_eq!(leaves(sql), Leaves::VALUES, "{sql}");
         }
     }
 
@@ -571,6 +713,9 @@ mod tests {
             "select tempts()",
             "select never_heard_of(1)",
             "select * into temp t from plain",
+            "select a into t from plain",
+            "with a as (select 1) select * into t from a",
+            "select * from pg_prepared_statement()",
             "select * into local temporary t from plain",
             "declare c cursor with hold for select 1",
             "select * from pg_temp.t",
@@ -584,7 +729,15 @@ mod tests {
             "$1",
             "\"select\" 1",
         ] {
-            assert_eq!(leaves(sql), Some(Leaves::Something), "{sql}");
+            assert_eq!(leaves(sql), Leaves::SOMETHING, "{sql}");
+        }
+    }
+
+    #[test]
+    fn one_thing_does_not_hide_another() {
+        let both = Leaves::SETTINGS.and(Leaves::VALUES);
+        for sql in ["set role x; select nextval('s')", "select both()"] {
+            assert_eq!(leaves(sql), both, "{sql}");
         }
     }
 
@@ -597,6 +750,6 @@ mod tests {
             [row("function", "runs", "begin execute 'x'; end"), row("everywhere", "+++", "runs")];
         let landscape = Landscape::read(&rows).unwrap();
         assert!(landscape.refused.is_some());
-        assert_eq!(landscape.of_text(b"select 1").leaves, Some(Leaves::Something));
+        assert_eq!(landscape.of_text(b"select 1").leaves, Leaves::SOMETHING);
     }
 }

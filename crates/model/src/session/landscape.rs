@@ -17,7 +17,7 @@ const TEXTS_LEN_MAX: usize = 64 * 1024 * 1024;
 /// What a word of a statement may stand for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Meaning {
-    pub(super) leaves: Option<Leaves>,
+    pub(super) leaves: Leaves,
     /// A function or relation that is known, or a keyword, before a parenthesis.
     pub(super) is_known: bool,
     /// Behind this keyword an expression begins.
@@ -34,6 +34,9 @@ pub struct Landscape {
     words: Words,
     /// Why every statement may leave something.
     pub refused: Option<String>,
+    /// There are functions whose compiled form depends on the search path: types of their variables are looked up
+    /// once in a session.
+    pub depends_on_path: bool,
 }
 
 /// What Holdfast's own connection is asked, under `search_path = pg_catalog`. A row is a kind, a name and a text:
@@ -41,6 +44,7 @@ pub struct Landscape {
 /// - `volatile`, `known`: functions of PostgreSQL, by whether they may do something.
 /// - `opaque`: a function whose body cannot be read.
 /// - `function`, `relation`: what may be risky, with a text of it.
+/// - `path`: a function whose compiled form depends on the search path.
 /// - `everywhere`: what is used without being named, such as an operator or a cast, with its function's name.
 pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::text AS name, lanname::text AS language, \
      provolatile, proconfig, CASE WHEN prosqlbody IS NULL THEN prosrc ELSE pg_get_function_sqlbody(p.oid) END AS body, \
@@ -52,20 +56,34 @@ pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::tex
      SELECT DISTINCT 'known', proname::text, NULL FROM pg_proc WHERE oid < 16384 AND prokind = 'a' UNION ALL \
      SELECT CASE WHEN language IN ('sql','plpgsql') THEN 'function' \
      WHEN language = 'internal' OR language = 'c' AND (provolatile <> 'v' OR extension IN ('uuid-ossp','pgcrypto',\
-     'hstore','citext','ltree','intarray','cube','earthdistance','fuzzystrmatch','unaccent','tablefunc','btree_gin',\
-     'btree_gist','postgis','vector','pg_stat_statements','postgres_fdw','file_fdw','lo','isn','seg')) THEN 'known' \
+     'hstore','citext','ltree','intarray','cube','earthdistance','fuzzystrmatch','unaccent','btree_gin',\
+     'btree_gist','postgis','vector','pg_stat_statements','postgres_fdw','file_fdw','lo','seg')) THEN 'known' \
      ELSE 'opaque' END, name, CASE WHEN language IN ('sql','plpgsql') THEN body END FROM own UNION ALL \
-     SELECT 'opaque', name, NULL FROM own WHERE EXISTS (SELECT FROM unnest(proconfig) c WHERE c ~ '^[^=]*[.]') UNION ALL \
+     SELECT 'opaque', name, NULL FROM own WHERE EXISTS (SELECT FROM unnest(proconfig) c \
+     WHERE split_part(c, '=', 1) NOT IN ('application_name','client_min_messages','default_transaction_deferrable',\
+     'default_transaction_isolation','default_transaction_read_only','idle_in_transaction_session_timeout','lock_timeout',\
+     'maintenance_work_mem','role','search_path','statement_timeout','synchronous_commit','work_mem')) UNION ALL \
+     SELECT 'opaque', name, NULL FROM own WHERE language = 'sql' AND body ~* $$\\minto\\M$$ \
+     AND body !~* $$\\m(insert|merge)\\s+into\\M$$ UNION ALL \
+     SELECT 'function', p.proname::text, pg_get_expr(p.proargdefaults, 0) FROM pg_proc p \
+     WHERE p.oid >= 16384 AND p.proargdefaults IS NOT NULL UNION ALL \
+     SELECT 'relation', c.relname::text, pg_get_expr(t.partexprs, t.partrelid) FROM pg_partitioned_table t \
+     JOIN pg_class c ON c.oid = t.partrelid WHERE t.partexprs IS NOT NULL UNION ALL \
+     SELECT 'everywhere', p.proname::text, quote_ident(p.proname) FROM pg_amproc a \
+     JOIN pg_proc p ON p.oid = a.amproc WHERE a.oid >= 16384 AND p.oid >= 16384 UNION ALL \
+     SELECT 'path', name, NULL FROM own WHERE language = 'plpgsql' AND body ~* $$%\\s*(row)?type\\M$$ \
+     AND NOT EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%') UNION ALL \
      SELECT 'relation', relname::text, NULL FROM pg_class WHERE relkind IN ('r','v','m','p','f') UNION ALL \
      SELECT 'relation', c.relname::text, pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d \
      JOIN pg_class c ON c.oid = d.adrelid WHERE c.relpersistence <> 't' UNION ALL \
      SELECT 'relation', c.relname::text, 'nextval' FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid \
      WHERE a.attidentity <> '' AND c.relpersistence <> 't' UNION ALL \
-     SELECT 'relation', c.relname::text, p.proname::text FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid \
+     SELECT 'relation', c.relname::text, quote_ident(p.proname) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid \
      JOIN pg_proc p ON p.oid = t.tgfoid WHERE NOT t.tgisinternal UNION ALL \
-     SELECT 'relation', c.relname::text, pg_get_triggerdef(t.oid) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid \
+     SELECT 'relation', c.relname::text, regexp_replace(pg_get_triggerdef(t.oid), \
+     '^CREATE|EXECUTE (FUNCTION|PROCEDURE)', '', 'g') FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid \
      WHERE NOT t.tgisinternal AND t.tgqual IS NOT NULL UNION ALL \
-     SELECT 'relation', c.relname::text, pg_get_ruledef(r.oid) FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class \
+     SELECT 'relation', c.relname::text, regexp_replace(pg_get_ruledef(r.oid), '^CREATE', '') FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class \
      WHERE r.oid >= 16384 UNION ALL \
      SELECT 'relation', c.relname::text, \
      concat_ws(' ', pg_get_expr(p.polqual, p.polrelid), pg_get_expr(p.polwithcheck, p.polrelid)) \
@@ -92,19 +110,38 @@ pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::tex
      SELECT 'everywhere', t.typname::text, quote_ident(p.proname) FROM pg_type t \
      JOIN pg_proc p ON p.oid IN (t.typinput, t.typoutput, t.typreceive, t.typsend) WHERE t.oid >= 16384 \
      AND p.oid >= 16384 UNION ALL \
-     SELECT 'function', a.aggfnoid::regproc::text, quote_ident(p.proname) FROM pg_aggregate a \
-     JOIN pg_proc p ON p.oid IN (a.aggtransfn, a.aggfinalfn, a.aggcombinefn) WHERE a.aggfnoid >= 16384";
+     SELECT 'everywhere', r.rngtypid::regtype::text, quote_ident(p.proname) FROM pg_range r \
+     JOIN pg_proc p ON p.oid IN (r.rngsubdiff, r.rngcanonical) WHERE r.rngtypid >= 16384 UNION ALL \
+     SELECT 'function', f.proname::text, quote_ident(p.proname) FROM pg_aggregate a JOIN pg_proc f ON f.oid = a.aggfnoid \
+     JOIN pg_proc p ON p.oid IN (a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggserialfn, a.aggdeserialfn, a.aggmtransfn, \
+     a.aggminvtransfn, a.aggmfinalfn) WHERE a.aggfnoid >= 16384";
 
 /// A number that changes with anything that [`QUESTION`] reads, nearly always: cheap enough to be asked every second.
-pub const CHANGED_QUESTION: &str = "SELECT concat_ws(',', \
+pub const CHANGED_QUESTION: &str = "WITH lasting AS MATERIALIZED \
+     (SELECT oid FROM pg_class WHERE oid >= 16384 AND relpersistence <> 't') SELECT concat_ws(',', \
      (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_proc WHERE oid >= 16384), \
      (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_trigger), \
      (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_rewrite WHERE oid >= 16384), \
-     (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_attrdef), \
-     (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_constraint WHERE oid >= 16384), \
+     (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_attrdef WHERE adrelid IN (SELECT oid FROM lasting)), \
+     (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_constraint \
+     WHERE conrelid = 0 OR conrelid IN (SELECT oid FROM lasting)), \
      (SELECT concat(count(*), '/', sum(hashtext(xmin::text)::bigint)) FROM pg_policy), \
-     (SELECT count(*) FROM pg_class), (SELECT count(*) FROM pg_attribute WHERE attidentity <> ''), \
-     (SELECT count(*) FROM pg_operator), (SELECT count(*) FROM pg_cast), (SELECT count(*) FROM pg_inherits))";
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_class WHERE oid IN (SELECT oid FROM lasting)), \
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_attribute \
+     WHERE attrelid IN (SELECT oid FROM lasting) AND attnum > 0), \
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_type WHERE oid >= 16384 \
+     AND typnamespace IN (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast_)?temp')), (SELECT concat_ws('/', sum(xmin::text::bigint), count(*)) FROM pg_operator WHERE oid >= 16384), \
+     (SELECT concat_ws('/', sum(xmin::text::bigint), count(*)) FROM pg_cast WHERE oid >= 16384), \
+     (SELECT concat_ws('/', sum(xmin::text::bigint), count(*)) FROM pg_amproc WHERE oid >= 16384), \
+     (SELECT concat_ws('/', sum(xmin::text::bigint), count(*)) FROM pg_inherits WHERE inhrelid IN (SELECT oid FROM lasting)))";
+
+/// Two marks: one that changes when the server reads its configuration anew, and one that changes with roles, their
+/// rights and defaults, and databases. To be asked as [`CHANGED_QUESTION`].
+pub const LOGINS_QUESTION: &str = "SELECT pg_conf_load_time()::text, concat_ws(',', \
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_authid), \
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_auth_members), \
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_db_role_setting), \
+     (SELECT concat(count(*), '/', sum(xmin::text::bigint)) FROM pg_database))";
 
 /// Functions of PostgreSQL that are volatile and leave nothing in the session, by what their names begin with.
 const HARMLESS: [&str; 45] = [
@@ -190,20 +227,19 @@ impl Landscape {
             match kind {
                 "volatile" if !is_harmless(name) => {
                     let own = footprint::WORDS.iter().find(|(word, _)| *word == name);
-                    let leaves = own.map_or(Leaves::Something, |(_, leaves)| *leaves);
-                    landscape.add(name, Some(leaves));
+                    let leaves = own.map_or(Leaves::SOMETHING, |(_, leaves)| *leaves);
+                    landscape.add(name, leaves);
                 }
-                "volatile" | "known" => landscape.add(name, None),
-                "opaque" => landscape.add(name, Some(Leaves::Something)),
+                "volatile" | "known" => landscape.add(name, Leaves::NOTHING),
+                "opaque" => landscape.add(name, Leaves::SOMETHING),
                 "function" | "relation" => {
-                    // A name of aggregates comes with its schema.
-                    let name = if kind == "function" { last_part(name) } else { name };
-                    landscape.add(name, None);
+                    landscape.add(name, Leaves::NOTHING);
                     if !of_object.is_empty() {
                         texts.entry(name).or_default().push(of_object);
                     }
                 }
                 "everywhere" => everywhere.push((name, of_object)),
+                "path" => landscape.depends_on_path = true,
                 _ => return Err(Unreadable("known kind of name")),
             }
         }
@@ -215,7 +251,7 @@ impl Landscape {
         }
         landscape.spread(&texts);
         for (name, of_object) in everywhere {
-            if landscape.of_body(of_object.as_bytes()).is_some() {
+            if !landscape.of_body(of_object.as_bytes()).is_nothing() {
                 landscape
                     .refused
                     .get_or_insert(format!("`{name}` may leave something wherever it is used"));
@@ -234,7 +270,7 @@ impl Landscape {
             landscape.entry(word).begins = true;
         }
         for (word, leaves) in footprint::WORDS {
-            landscape.entry(word).leaves = Some(leaves);
+            landscape.entry(word).leaves = leaves;
         }
         landscape
     }
@@ -243,10 +279,10 @@ impl Landscape {
         self.words.entry(name.as_bytes().into()).or_default()
     }
 
-    fn add(&mut self, name: &str, leaves: Option<Leaves>) {
+    fn add(&mut self, name: &str, leaves: Leaves) {
         let meaning = self.entry(name);
         meaning.is_known = true;
-        meaning.leaves = meaning.leaves.max(leaves);
+        meaning.leaves = meaning.leaves.and(leaves);
     }
 
     /// Makes objects risky whose texts name risky ones, until nothing changes.
@@ -255,8 +291,9 @@ impl Landscape {
             let mut has_changed = false;
             for (name, of_object) in texts {
                 let before = self.meaning(name.as_bytes()).leaves;
-                let found = of_object.iter().filter_map(|text| self.of_body(text.as_bytes())).max();
-                if found > before {
+                let of_texts = of_object.iter().map(|text| self.of_body(text.as_bytes()));
+                let found = of_texts.fold(before, Leaves::and);
+                if found != before {
                     self.entry(name).leaves = found;
                     has_changed = true;
                 }
@@ -276,8 +313,4 @@ impl Landscape {
 fn is_harmless(name: &str) -> bool {
     let begins = |list: &[&str]| list.iter().any(|prefix| name.starts_with(prefix));
     begins(&HARMLESS) && !begins(&NOT_HARMLESS)
-}
-
-fn last_part(name: &str) -> &str {
-    name.rsplit('.').next().unwrap_or(name).trim_matches('"')
 }

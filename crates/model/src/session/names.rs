@@ -63,6 +63,11 @@ impl<T: Clone + PartialEq> Names<T> {
         })
     }
 
+    /// What has been sent may change what names mean.
+    pub fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     pub fn is_full(&self) -> bool {
         self.known.len() + self.pending.len() >= NAMES_MAX
     }
@@ -113,6 +118,10 @@ impl<T: Clone + PartialEq> Names<T> {
 
     pub fn remove(&mut self, name: &[u8]) {
         self.known.remove(name);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &T)> {
+        self.known.iter().map(|(name, statement)| (&**name, statement))
     }
 
     pub fn statements(&self) -> impl Iterator<Item = &T> {

@@ -273,6 +273,17 @@ impl Protocol {
         }
     }
 
+    /// Something that was sent before the open batch has still to be answered: whether it succeeds is not known.
+    pub fn awaits_ready(&self) -> bool {
+        use Request::{FunctionCall, Query, Sync};
+        self.requests.iter().any(|request| matches!(request, FunctionCall | Query | Sync))
+    }
+
+    /// A batch has begun whose Sync was not sent.
+    pub fn has_open_batch(&self) -> bool {
+        self.batch_open || self.copy_in
+    }
+
     /// The server waits for data of the client.
     pub fn is_copying_in(&self) -> bool {
         self.copy_in

@@ -19,7 +19,7 @@ pub enum Step {
     /// A SQL-level PREPARE, run as the client wrote it.
     Prepare { name: String, sql: String },
     /// A protocol-level Parse.
-    Parse { name: String, sql: String, types: Vec<u32> },
+    Parse { name: String, sql: String, types: Vec<String> },
     /// A COPY FROM STDIN of ours, with its rows.
     Copy { what: String, sql: String, rows: Arc<Vec<u8>> },
 }
@@ -296,7 +296,7 @@ mod tests {
         to.settings.insert("geqo".into(), "off".into());
         to.settings.insert("client_encoding".into(), "LATIN1".into());
         to.custom.insert("app.x".into(), "1".into());
-        let prepared = |from_sql| Prepared { text: "t".into(), from_sql, types: vec![23] };
+        let prepared = |from_sql| Prepared { text: "t".into(), from_sql, types: vec!["23".into()] };
         to.prepared.insert("a".into(), prepared(false));
         to.prepared.insert("b".into(), prepared(true));
         to.locks.insert(AdvisoryLock { classid: 0, objid: 1, objsubid: 1, shared: true }, 2);

@@ -50,8 +50,9 @@ pub struct Prepared {
     /// As `pg_prepared_statements.statement`: for SQL-level ones the whole query string of the PREPARE.
     pub text: String,
     pub from_sql: bool,
-    /// OIDs of the parameters' types. They are the same on a physical copy.
-    pub types: Vec<u32>,
+    /// The parameters' types: of PostgreSQL's own the OIDs, which are the same everywhere; of others the names with
+    /// their schemas.
+    pub types: Vec<String>,
 }
 
 /// The key and mode of an advisory lock, as `pg_locks` shows them.

@@ -23,7 +23,7 @@ use wire::frontend;
 pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
 pub(crate) use reading::{capture, fresh, hear_out, look};
-pub(crate) use restoring::{Model, Prepared, ensure, prepare, rehearse};
+pub(crate) use restoring::{Model, Prepared, ensure, login_as_before, prepare, rehearse};
 
 use restoring::run_steps;
 
@@ -80,7 +80,8 @@ pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> 
     let Some(sharing) = &mut session.sharing else { return Ok(()) };
     let foreign = sharing.take_foreign();
     let forgets = !keeps_values && std::mem::take(&mut sharing.has_values);
-    if foreign.is_empty() && !forgets {
+    let restyles = std::mem::take(&mut sharing.restyles);
+    if foreign.is_empty() && !forgets && !restyles {
         return Ok(());
     }
     let mut connection = borrow(session).await?;
@@ -90,6 +91,9 @@ pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> 
     }
     if forgets {
         Connection::add_statement(&mut out, STATEMENT_NAME, "DISCARD SEQUENCES", &[]);
+    }
+    if restyles {
+        Connection::add_statement(&mut out, STATEMENT_NAME, "DISCARD PLANS", &[]);
     }
     frontend::sync(&mut out);
     let result = exchange(&mut connection, &out).await;

@@ -213,8 +213,8 @@ pub(crate) async fn fresh(
 ) -> Result<Snapshot, Reason> {
     let custom = BTreeSet::new();
     let model = Model { identity, custom: &custom, limits, here: facts, there: facts };
-    let captured = Kind::of_model(&model).capture(connection, facts).await.map_err(failed)?;
-    Ok(captured.snapshot)
+    let kind = Kind { beneath: true, ..Kind::of_model(&model) };
+    Ok(kind.capture(connection, facts).await.map_err(failed)?.snapshot)
 }
 
 /// Whether everything that was asked was answered, if only by an error.

@@ -1,6 +1,6 @@
 //! Making a fresh server session equal to a snapshot, and proving it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::barrier::Reason;
 use model::session::capture::{BEGIN, BEGIN_WRITE, PROTECT, STATEMENT_NAME};
@@ -14,10 +14,11 @@ use tokio::time::timeout;
 use wire::frontend;
 
 use super::belongings::{Belongings, Carried, open_cursors, read_rows, same_cursors};
-use super::failed;
 use super::reading::Kind;
+use super::{exchange, failed};
 use crate::app::Cell;
 use crate::config::MoveLimits;
+use crate::pool::Welcome;
 use crate::session::{Identity, Session};
 
 /// A session attached beforehand to another cell.
@@ -54,6 +55,21 @@ pub(crate) async fn prepare(
     let connection = copy(model, snapshot, cell).await?;
     let (cell, snapshot, unnamed) = (cell.name.clone(), snapshot.beforehand(), Vec::new());
     Ok(Prepared { cell, connection, snapshot, unnamed, rehearsed: None })
+}
+
+/// A login that gives what a login gave when `welcome` was learned.
+pub(crate) async fn login_as_before(
+    welcome: &Welcome,
+    identity: &Identity,
+    limits: MoveLimits,
+) -> Result<Connection, Reason> {
+    let custom = BTreeSet::new();
+    let (here, there) = (&*welcome.facts, &*welcome.facts);
+    let model = Model { identity, custom: &custom, limits, here, there };
+    let mut connection = copy(&model, &welcome.fresh, &welcome.cell).await?;
+    let steps = replay::idle_timeout_steps(&welcome.fresh, here);
+    run_steps(&mut connection, BEGIN, &steps, "COMMIT").await?;
+    Ok(connection)
 }
 
 async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Connection, Reason> {
@@ -210,6 +226,7 @@ pub(super) async fn run_steps(
     if steps.is_empty() {
         return Ok(());
     }
+    let types = types_there(connection, steps).await?;
     let mut out = Vec::new();
     let ours = |sql: &str, params: &[&str], out: &mut Vec<u8>| {
         Connection::add_statement(out, STATEMENT_NAME, sql, params);
@@ -224,8 +241,10 @@ pub(super) async fn run_steps(
                 ours(sql, &params, &mut out);
             }
             Step::Prepare { sql, .. } => frontend::query(&mut out, sql.as_bytes()),
-            Step::Parse { name, sql, types } => {
-                frontend::parse(&mut out, name.as_bytes(), sql.as_bytes(), types);
+            Step::Parse { name, sql, types: named } => {
+                let oid = |name: &String| name.parse().ok().or_else(|| types.get(name).copied());
+                let oids: Vec<u32> = named.iter().map(|name| oid(name).unwrap_or(0)).collect();
+                frontend::parse(&mut out, name.as_bytes(), sql.as_bytes(), &oids);
                 frontend::sync(&mut out);
             }
             Step::Copy { sql, rows, .. } => {
@@ -257,6 +276,36 @@ pub(super) async fn run_steps(
         }
     }
     Ok(())
+}
+
+/// The OIDs on this server of the types that statements name. One that is missing here refuses its statement.
+async fn types_there(
+    connection: &mut Connection,
+    steps: &[Step],
+) -> Result<BTreeMap<String, u32>, Reason> {
+    let mut found = BTreeMap::new();
+    for step in steps {
+        let Step::Parse { name: statement, types, .. } = step else { continue };
+        for name in types.iter().filter(|name| name.parse::<u32>().is_err()) {
+            if found.contains_key(name) {
+                continue;
+            }
+            let mut out = Vec::new();
+            let sql = "SELECT pg_catalog.to_regtype($1)::pg_catalog.oid";
+            Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[name]);
+            frontend::sync(&mut out);
+            let answers = exchange(connection, &out).await.map_err(failed)?;
+            let first =
+                answers.into_iter().next().and_then(|answer| answer.rows.into_iter().next());
+            let oid = first.into_iter().flatten().flatten().next();
+            let Some(oid) = oid.and_then(|oid| oid.parse().ok()) else {
+                let why = format!("takes type `{name}`, which the other server does not have");
+                return Err(Reason::Pinned(Pin::Prepared { name: statement.clone(), why }));
+            };
+            found.insert(name.clone(), oid);
+        }
+    }
+    Ok(found)
 }
 
 fn refused(step: &Step, error: &QueryError) -> Reason {

@@ -3,10 +3,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::app::App;
 use crate::config::PoolLimits;
 use crate::pool::{Pool, Server, State, same_state, transition};
+
+/// So much longer a session must have waited for a server to be closed for it that others of their kind wait for.
+const OTHER_KIND_WAIT: Duration = Duration::from_millis(100);
 
 /// A server's place in the table, for as long as its connection lasts.
 #[derive(Debug)]
@@ -27,8 +31,8 @@ struct InLine {
     pool: Arc<Pool>,
     /// The one that was idle last is lent first: the others may become superfluous.
     idle: Vec<usize>,
-    /// Slots and the ids of the sessions there.
-    waiting: VecDeque<(usize, u64)>,
+    /// Slots, the ids of the sessions there, and since when they wait.
+    waiting: VecDeque<(usize, u64, Instant)>,
     opening: usize,
     /// Why the last server could not be opened.
     failure: Option<String>,
@@ -190,7 +194,7 @@ impl Lending {
         {
             return Lent::Server(at, server, text);
         }
-        self.line(app, pool).waiting.push_back((slot, id));
+        self.line(app, pool).waiting.push_back((slot, id, Instant::now()));
         self.provide(app, pool, chores);
         Lent::Wait
     }
@@ -207,7 +211,8 @@ impl Lending {
         line.idle.iter().rev().find_map(|at| {
             let server = idle(at)?;
             let welcome = pool.welcome(&server.cell)?;
-            Some((*at, Some(transition(&server.here.state, state, &welcome)?)))
+            let depends = pool.database.depends_on_path();
+            Some((*at, Some(transition(&server.here.state, state, &welcome, depends)?)))
         })
     }
 
@@ -266,13 +271,25 @@ impl Lending {
         let line = self.pools.get_mut(&pool)?;
         line.failure = None;
         let first = loop {
-            let Some((slot, id)) = line.waiting.pop_front() else { break None };
+            let Some((slot, id, since)) = line.waiting.pop_front() else { break None };
             // One that has ended, or is held, has left the line.
             if let Some(state) = state_of(slot, id) {
-                break Some((slot, id, state));
+                break Some((slot, id, since, state));
             }
         };
-        let Some((slot, id, state)) = first else {
+        let app = line.app.clone();
+        if let Some(other) = self.longer_waiting(&app, pool, first.as_ref().map(|first| first.2)) {
+            // Of another kind: a server of this one makes room.
+            if let Some((slot, id, since, _)) = first {
+                self.line_of(pool)?.waiting.push_front((slot, id, since));
+            }
+            self.dismiss(at);
+            chores.close.push((at, server));
+            self.provide(&app, &other, chores);
+            return None;
+        }
+        let line = self.pools.get_mut(&pool)?;
+        let Some((slot, id, since, state)) = first else {
             line.idle.push(at);
             let entry = self.entry(at)?;
             entry.lent_to = None;
@@ -283,7 +300,10 @@ impl Lending {
             Some(None)
         } else {
             let welcome = line.pool.welcome(&server.cell);
-            welcome.and_then(|welcome| transition(&server.here.state, &state, &welcome)).map(Some)
+            let depends = line.pool.database.depends_on_path();
+            let text = welcome
+                .and_then(|welcome| transition(&server.here.state, &state, &welcome, depends));
+            text.map(Some)
         };
         match text {
             Some(text) => {
@@ -292,7 +312,7 @@ impl Lending {
                 Some((slot, server, text))
             }
             None => {
-                line.waiting.push_front((slot, id));
+                line.waiting.push_front((slot, id, since));
                 let (app, pool) = (line.app.clone(), line.pool.clone());
                 self.dismiss(at);
                 chores.close.push((at, server));
@@ -300,6 +320,35 @@ impl Lending {
                 None
             }
         }
+    }
+
+    fn line_of(&mut self, pool: u64) -> Option<&mut InLine> {
+        self.pools.get_mut(&pool)
+    }
+
+    /// The pool whose first in line has waited for noticeably longer, while no server may be opened for it.
+    fn longer_waiting(
+        &mut self,
+        app: &Arc<App>,
+        pool: u64,
+        than: Option<Instant>,
+    ) -> Option<Arc<Pool>> {
+        let limits = app.pool?;
+        if !self.count(app).is_full(limits, app.pools.away()) {
+            return None;
+        }
+        let others = self
+            .pools
+            .iter()
+            .filter(|(id, line)| **id != pool && Arc::ptr_eq(&line.app, app) && line.opening == 0);
+        let firsts = others.filter_map(|(_, line)| Some((line.waiting.front()?.2, &line.pool)));
+        let (since, other) = firsts.min_by_key(|(since, _)| *since)?;
+        let is_longer = than.is_none_or(|than| since + OTHER_KIND_WAIT < than);
+        is_longer.then(|| other.clone())
+    }
+
+    pub(super) fn someone_waits(&self, pool: u64) -> bool {
+        self.pools.get(&pool).is_some_and(|line| !line.waiting.is_empty())
     }
 
     /// A server was to be opened, and that has ended. Gives the application if the pool is known.
@@ -320,14 +369,19 @@ impl Lending {
     pub(super) fn waiting(&self) -> Vec<(usize, u64, Option<String>)> {
         let lines = self.pools.values();
         let of_line = |line: &InLine| -> Vec<_> {
-            line.waiting.iter().map(|(slot, id)| (*slot, *id, line.failure.clone())).collect()
+            line.waiting.iter().map(|(slot, id, _)| (*slot, *id, line.failure.clone())).collect()
         };
         lines.flat_map(of_line).collect()
     }
 
+    pub(super) fn waiting_in(&self, pool: u64) -> Vec<(usize, u64)> {
+        let line = self.pools.get(&pool).into_iter();
+        line.flat_map(|line| line.waiting.iter().map(|(slot, id, _)| (*slot, *id))).collect()
+    }
+
     pub(super) fn leave_line(&mut self, pool: u64, id: u64) {
         if let Some(line) = self.pools.get_mut(&pool) {
-            line.waiting.retain(|(_, waits)| *waits != id);
+            line.waiting.retain(|(_, waits, _)| *waits != id);
         }
     }
 
@@ -343,6 +397,20 @@ impl Lending {
             if app.active().is_some() {
                 self.provide(&app, &pool, chores);
             }
+        }
+    }
+
+    /// Forgets pools that no session has any more and that get no new ones.
+    pub(super) fn forget_unused(&mut self, chores: &mut Chores) {
+        let unused = |line: &InLine| Arc::strong_count(&line.pool) == 1 && line.opening == 0;
+        let lines = self.pools.iter().filter(|(_, line)| unused(line));
+        let unused: Vec<u64> = lines.map(|(id, _)| *id).collect();
+        for id in unused {
+            let idle = self.pools.get(&id).map(|line| line.idle.clone()).unwrap_or_default();
+            for at in idle {
+                chores.close.extend(self.dismiss(at).map(|server| (at, server)));
+            }
+            self.pools.remove(&id);
         }
     }
 

@@ -14,7 +14,7 @@ use wire::backend::Report;
 
 use crate::app::{App, Cell};
 use crate::pool::keeper::Job;
-use crate::pool::{Pool, Server};
+use crate::pool::{NotOpened, Pool, Server};
 use crate::session::{Session, SessionView};
 
 pub use lending::PoolView;
@@ -62,8 +62,10 @@ pub(crate) enum Command {
     Cancel(u64, oneshot::Sender<Option<CancelTo>>),
     Views(oneshot::Sender<Vec<SessionView>>),
     Pools(oneshot::Sender<Vec<PoolView>>),
+    /// Sessions that wait until names are known may go on.
+    Resume(Arc<App>),
     /// A server that was asked for, or why it cannot be opened.
-    Opened(Arc<Pool>, Result<Box<Server>, String>),
+    Opened(Arc<Pool>, Result<Box<Server>, NotOpened>),
     Stop,
 }
 

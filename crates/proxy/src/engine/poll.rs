@@ -188,6 +188,9 @@ impl Engine {
                 }
             }
             Command::Cancel(id, reply) => {
+                if let Some(slot) = self.by_id.get(&id).copied() {
+                    self.cancel_in_line(slot);
+                }
                 let slot = self.by_id.get(&id).and_then(|slot| self.slots.get(*slot)?.as_ref());
                 let running = slot.filter(|entry| entry.session.protocol.is_running());
                 let to = running.map(|entry| {
@@ -212,6 +215,16 @@ impl Engine {
                 let _ = reply.send(views);
             }
             Command::Pools(reply) => drop(reply.send(self.lending.views())),
+            Command::Resume(app) => {
+                for slot in self.matching(&Want::App(app)) {
+                    let Some(Some(entry)) = self.slots.get_mut(slot) else { continue };
+                    let Some(sharing) = &mut entry.session.sharing else { continue };
+                    if std::mem::take(&mut sharing.waits_for_names) {
+                        entry.session.carry_waits = true;
+                        self.drive(slot);
+                    }
+                }
+            }
             Command::Opened(pool, result) => self.on_opened(&pool, result),
             Command::Stop => return false,
         }
@@ -339,6 +352,9 @@ impl Engine {
         let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
         let session = &mut *entry.session;
         let before = (session.bytes_in, session.bytes_out, session.requests);
+        if let Some(sharing) = &mut session.sharing {
+            sharing.others_wait = self.lending.someone_waits(sharing.pool.id);
+        }
         let mut outcome = Ok(true);
         for _ in 0..TURNS_MAX {
             outcome = turn(session, &mut self.buffers);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use model::session::footprint::Leaves;
 use model::session::protocol::{Own, Unnamed};
-use wire::backend::{Backend, Report};
+use wire::backend::{Backend, Report, TxStatus};
 use wire::frame::{HEADER_LEN, Side};
 use wire::frontend;
 use wire::sqlstate::SqlState;
@@ -16,7 +16,7 @@ use super::poll::{End, Engine, POOLED, Slot};
 use super::sys::Event;
 use crate::app::App;
 use crate::pool::keeper::Job;
-use crate::pool::{Keeps, Pool, Server, State};
+use crate::pool::{Keeps, NotOpened, Pool, Server, State};
 use crate::session::{Leg, Session, terminate};
 
 /// So many looks at a session come at once: clients set something when they begin. From then on there are pauses, each
@@ -231,7 +231,13 @@ impl Engine {
 
     /// Takes the session in `slot` from its server, which is free from now on.
     fn detach(&mut self, slot: usize) {
-        let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
+        let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
+        if !entry.session.client.carry.is_empty() && !entry.queued {
+            // It goes to the end of the line.
+            (entry.queued, entry.session.carry_waits) = (true, true);
+            self.ready.push(slot);
+        }
+        let session = &mut entry.session;
         let Some(sharing) = &mut session.sharing else { return };
         let Some(at) = sharing.lent.take() else { return };
         let mut here = std::mem::take(&mut sharing.here);
@@ -249,6 +255,14 @@ impl Engine {
             self.give_back(at, server);
         } else {
             let (app, pool) = (session.app.clone(), sharing.pool.clone());
+            tracing::debug!(
+                pid = server.pid,
+                serves,
+                is_over,
+                is_worn = server.here.is_worn(),
+                has_ended = server.leg.eof,
+                "a server connection is not shared again"
+            );
             self.discard(at, server);
             let mut chores = Chores::default();
             self.lending.provide(&app, &pool, &mut chores);
@@ -285,9 +299,22 @@ impl Engine {
     }
 
     /// A server was opened, or could not be.
-    pub(super) fn on_opened(&mut self, pool: &Arc<Pool>, result: Result<Box<Server>, String>) {
-        let failure = result.as_ref().err().cloned();
+    pub(super) fn on_opened(&mut self, pool: &Arc<Pool>, result: Result<Box<Server>, NotOpened>) {
+        let failure = result.as_ref().err().map(|failure| failure.error.clone());
         let Some((app, pool)) = self.lending.opened(pool.id, failure) else { return };
+        if let Err(NotOpened { error, refused: Some(state) }) = &result {
+            let report =
+                Report::fatal(*state, "no server connection can be opened for the session")
+                    .detail(error.clone());
+            for (slot, id) in self.lending.waiting_in(pool.id) {
+                let is_it = |slot: &Slot| slot.session.id == id;
+                if self.slots.get(slot).and_then(Option::as_ref).is_some_and(is_it)
+                    && let Some(entry) = self.take_out(slot)
+                {
+                    entry.session.tell_and_end(&report);
+                }
+            }
+        }
         let Ok(mut server) = result else { return };
         if !app.active().is_some_and(|cell| Arc::ptr_eq(&cell, &server.cell)) {
             terminate(&mut server.leg);
@@ -301,6 +328,39 @@ impl Engine {
             return;
         }
         self.give_back(at, server);
+    }
+
+    /// A cancel request for a session that waits for a server: what it has sent last is not carried out.
+    pub(super) fn cancel_in_line(&mut self, slot: usize) {
+        let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
+        let Some(sharing) = &mut session.sharing else { return };
+        if !session.server.is_vacant() || !sharing.needs {
+            return;
+        }
+        let mut len = 0;
+        loop {
+            let rest = session.client.carry.get(len..).unwrap_or_default();
+            // Of a batch that has not arrived as a whole, the rest would still be carried out.
+            let Ok(Some((tag, _, message))) = wire::frame::whole(Side::Frontend, rest) else {
+                return;
+            };
+            len += message;
+            if matches!(tag, b'Q' | b'S' | b'F') {
+                break;
+            }
+        }
+        session.client.carry.drain(..len);
+        let mut out = Vec::new();
+        Report::error(SqlState::QUERY_CANCELED, "canceling statement due to user request")
+            .write_error(&mut out);
+        wire::backend::ready(&mut out, TxStatus::Idle);
+        session.client.push(&out);
+        // An error shows at the next read.
+        let _ = flush(&mut session.client);
+        if session.client.carry.is_empty() {
+            (sharing.needs, sharing.waits_since) = (false, None);
+            self.lending.leave_line(sharing.pool.id, session.id);
+        }
     }
 
     /// What time brings: sessions that have waited too long, and others that may be looked at by now.
@@ -336,6 +396,7 @@ impl Engine {
         }
         let mut chores = Chores::default();
         self.lending.retry(&mut chores);
+        self.lending.forget_unused(&mut chores);
         self.do_chores(chores);
         for slot in 0..self.slots.len() {
             let attached =
@@ -352,7 +413,9 @@ fn may_be_detached(session: &Session) -> bool {
     session.protocol.is_idle()
         && session.is_at_safe_point()
         && !session.protocol.is_doubtful()
-        && (session.client.carry.is_empty() || session.wanted)
+        && (session.client.carry.is_empty()
+            || session.wanted
+            || session.sharing.as_ref().is_some_and(|sharing| sharing.others_wait))
         && !session.server_gone
         && !session.cancels_under_way()
 }
@@ -365,13 +428,17 @@ fn keeps(session: &mut Session) -> Option<(bool, Duration)> {
         Unnamed::Earlier => true,
     };
     let sharing = session.sharing.as_mut()?;
+    if sharing.keeps.as_ref().is_some_and(|keeps| keeps.passes) && !lost_text && !session.restyled {
+        sharing.keeps = None;
+    }
     if sharing.keeps.is_none() && (lost_text || session.restyled) {
         let why = if lost_text {
             "its unnamed statement cannot be prepared again"
         } else {
             "its statements were prepared under other settings"
         };
-        let keeps = Keeps { leaves: Leaves::Settings, why: why.into(), is_new: false };
+        let keeps =
+            Keeps { leaves: Leaves::SETTINGS, why: why.into(), is_new: false, passes: true };
         sharing.keeps = Some(keeps);
     }
     let keeps = sharing.keeps.as_ref()?;

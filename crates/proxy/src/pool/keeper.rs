@@ -2,18 +2,19 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use model::session::footprint::Leaves;
 use model::session::{Landscape, Snapshot, landscape};
 use pg::admin::{Admin, AdminLogin};
-use pg::connect::Login;
+use pg::connect::{ConnectError, Login};
 use pg::connection::{Connection, QueryError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use wire::frame::Side;
 
-use super::{Beyond, Database, Here, Keeps, Pool, Server, Welcome, lock};
+use super::{Beyond, Database, Here, Keeps, NotOpened, Pool, Recent, Server, Welcome, lock};
 use crate::app::{App, Cell};
 use crate::carry;
 use crate::engine::{Command, EngineHandle};
@@ -30,6 +31,8 @@ pub(crate) enum Job {
 
 /// Servers that are opened, and sessions that are looked at, at the same time.
 const AT_ONCE: usize = 16;
+/// Of the time that asking takes, so many times as much passes until the next.
+const ASKING_PART: u32 = 10;
 const LEARN_TRIES: usize = 4;
 /// Between two questions whether anything was defined anew.
 const CHANGED_PAUSE: Duration = Duration::from_secs(1);
@@ -46,7 +49,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
             match job {
                 Job::Open { app, pool, engine } => {
                     let result = open(&app, &pool).await;
-                    if let Err(error) = &result {
+                    if let Err(NotOpened { error, .. }) = &result {
                         tracing::warn!(
                             app = app.name,
                             error,
@@ -61,20 +64,41 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
     }
 }
 
-async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, String> {
-    let cell = app.active().ok_or("the application is held")?;
-    let identity = pool.identity().ok_or("nobody has logged in")?;
+async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
+    let cell = app.active().ok_or_else(|| NotOpened::new("the application is held"))?;
+    let identity = pool.identity().ok_or_else(|| NotOpened::new("nobody has logged in"))?;
     let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
-    let mut connection = cell.target.login(&login).await.map_err(|error| model::chain(&error))?;
+    let old = pool.welcome(&cell).filter(|_| pool.is_retired.load(Ordering::Relaxed));
+    let mut connection = match old {
+        // A login of now may give something else.
+        Some(old) => carry::login_as_before(&old, &identity, app.moves)
+            .await
+            .map_err(|reason| NotOpened::new(reason.to_string()))?,
+        None => cell.target.login(&login).await.map_err(|error| {
+            let state = match &error {
+                ConnectError::Refused { sqlstate, .. } => Some(*sqlstate),
+                _ => None,
+            };
+            // Of who logs in, and where to: classes 28 and 3D, and rights.
+            let refused = state.filter(|state| {
+                let code = state.to_string();
+                code.starts_with("28") || code.starts_with("3D") || code == "42501"
+            });
+            NotOpened { error: model::chain(&error), refused }
+        })?,
+    };
     let welcome = {
         let _one = pool.welcoming.lock().await;
-        pool.learn(app, &cell, &identity, &mut connection).await?
+        pool.learn(app, &cell, &identity, &mut connection).await.map_err(NotOpened::new)?
     };
     let params = app.share(std::mem::take(&mut connection.params));
     let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret).into());
     let (stream, unread) = connection.into_stream();
-    let leg =
-        Leg::new(stream.into_parts().map_err(|error| error.to_string())?, unread, Side::Backend);
+    let leg = Leg::new(
+        stream.into_parts().map_err(|error| NotOpened::new(error.to_string()))?,
+        unread,
+        Side::Backend,
+    );
     let here = Here { params: Some(params), ..Here::default() };
     Ok(Box::new(Server { leg, pid, secret, cell: welcome.cell.clone(), here }))
 }
@@ -126,7 +150,7 @@ async fn renew(
     kept: &mut Option<Admin>,
 ) -> Result<(), String> {
     let say = |error: &dyn std::error::Error| model::chain(error);
-    let before = lock(&database.state).redefined;
+    let mut before = lock(&database.state).redefined;
     let ask = async {
         let mut admin = match kept.take() {
             Some(admin) => admin,
@@ -147,7 +171,13 @@ async fn renew(
             let rows = rows.map_err(|error| say(&error))?;
             let learned = Landscape::read(&rows).map_err(|error| error.to_string())?;
             let mut state = lock(&database.state);
+            let is_first = state.landscape.is_none();
             (state.landscape, state.mark) = (Some(Arc::new(learned)), mark);
+            if state.redefined == before && !is_first {
+                // By somebody else.
+                state.redefined += 1;
+                before += 1;
+            }
             // Something may have been defined while it was learned.
             state.is_stale = state.redefined != before;
         }
@@ -159,10 +189,15 @@ async fn renew(
 }
 
 /// Asks every second, and whenever a session has defined something, what names stand for by now.
-pub(crate) async fn watch(app: Arc<App>) {
+pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
     let mut kept: HashMap<(String, String), Option<Admin>> = HashMap::new();
+    let mut logins: Option<(String, Vec<Option<String>>)> = None;
+    let mut took = Duration::ZERO;
     loop {
-        let _ = timeout(CHANGED_PAUSE, app.pools.changed.notified()).await;
+        // However much there is to ask, it is a small part of the time; unless somebody waits for the answer.
+        let pause = CHANGED_PAUSE.max(took * ASKING_PART);
+        let _ = timeout(pause, app.pools.changed.notified()).await;
+        let began = Instant::now();
         let Some(cell) = app.active() else {
             kept.clear();
             continue;
@@ -170,7 +205,18 @@ pub(crate) async fn watch(app: Arc<App>) {
         kept.retain(|(of_cell, _), _| *of_cell == cell.name);
         for database in app.pools.databases() {
             let admin = kept.entry((cell.name.clone(), database.name.clone())).or_default();
-            if let Err(error) = renew(&app, &cell, &database, admin).await {
+            let renewed = renew(&app, &cell, &database, admin).await;
+            let was_waited_for = {
+                let mut state = lock(&database.state);
+                state.has_failed = renewed.is_err();
+                std::mem::take(&mut state.is_waited_for)
+            };
+            if was_waited_for {
+                for engine in &shared.engines {
+                    engine.send(Command::Resume(app.clone()));
+                }
+            }
+            if let Err(error) = renewed {
                 // Nothing is known of what may have been defined since.
                 lock(&database.state).is_stale = true;
                 tracing::warn!(
@@ -179,17 +225,49 @@ pub(crate) async fn watch(app: Arc<App>) {
                     error,
                     "names cannot be learned"
                 );
+                continue;
             }
+            let Some(admin) = admin else { continue };
+            let Ok(Some(marks)) =
+                admin.rows(landscape::LOGINS_QUESTION).await.map(|mut rows| rows.pop())
+            else {
+                app.pools.reloaded();
+                app.pools.retire();
+                continue;
+            };
+            if let Some((of_cell, before)) = &logins
+                && *of_cell == cell.name
+            {
+                if before.first() != marks.first() {
+                    tracing::info!(app = app.name, "the server has read its configuration anew");
+                    app.pools.reloaded();
+                }
+                if before.get(1) != marks.get(1) {
+                    tracing::info!(
+                        app = app.name,
+                        ?before,
+                        ?marks,
+                        "roles or databases have changed"
+                    );
+                    app.pools.retire();
+                }
+            }
+            logins = Some((cell.name.clone(), marks));
         }
+        took = began.elapsed();
     }
 }
 
 /// Looks at what a session has left on its server, and gives it back to its engine.
 async fn look(shared: &Shared, mut session: Box<Session>) {
     let found = find(&mut session).await;
+    if let Ok(state) = &found {
+        session.on_state(state);
+    }
     if let Some(sharing) = &mut session.sharing {
         // Whatever it was, it is known by now.
         sharing.assigned.clear();
+        (sharing.is_unsettled, sharing.restyles) = (false, false);
         match found {
             Ok(state) => {
                 sharing.here.state = state.clone();
@@ -197,7 +275,8 @@ async fn look(shared: &Shared, mut session: Box<Session>) {
                 sharing.keeps = None;
             }
             Err(why) => {
-                sharing.keeps = Some(Keeps { leaves: Leaves::Something, why, is_new: false })
+                sharing.keeps =
+                    Some(Keeps { leaves: Leaves::SOMETHING, why, is_new: false, passes: false })
             }
         }
     }
@@ -256,17 +335,20 @@ impl Pool {
         cell: &Cell,
     ) -> Result<Arc<model::session::Facts>, String> {
         let mut recent = self.recent.lock().await;
-        if let Some((at, name, facts)) = &*recent
-            && at.elapsed() < FACTS_AGE_MAX
-            && *name == cell.name
+        let redefined = self.database.redefined();
+        if let Some(known) = &*recent
+            && known.at.elapsed() < FACTS_AGE_MAX
+            && known.cell == cell.name
+            && known.redefined == redefined
         {
-            return Ok(facts.clone());
+            return Ok(known.facts.clone());
         }
+        let at = Instant::now();
         let facts = app
             .learn_facts(cell, &self.database.name)
             .await
             .map_err(|reason| reason.to_string())?;
-        *recent = Some((Instant::now(), cell.name.clone(), facts.clone()));
+        *recent = Some(Recent { at, cell: cell.name.clone(), redefined, facts: facts.clone() });
         Ok(facts)
     }
 }

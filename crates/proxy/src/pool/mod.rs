@@ -13,14 +13,16 @@
 //! prepared statements, whose names no client knows.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use model::session::footprint::{Footprint, Leaves};
+use model::session::footprint::{Footprint, Leaves, is_sensitive};
 use model::session::names::Names;
 use model::session::{Facts, Landscape, Snapshot};
+use model::sql::{quote_literal, quote_name};
 use tokio::sync::Notify;
+use wire::sqlstate::SqlState;
 
 use crate::app::{Cell, Params};
 use crate::config::PoolLimits;
@@ -35,6 +37,8 @@ const STATEMENTS_MAX: usize = 1_000;
 const UNUSED_MAX: usize = 1_000;
 /// Settings that a session may set in a transaction without being looked at.
 const ASSIGNED_MAX: usize = 8;
+/// A pool that nobody has used for so long is given up, with its servers.
+const UNUSED_PAUSE: Duration = Duration::from_secs(60);
 /// Kinds of sessions that one application may have; more do not share.
 const POOLS_MAX: usize = 1_000;
 
@@ -60,6 +64,10 @@ struct DatabaseState {
     is_stale: bool,
     /// How often that has happened.
     redefined: u64,
+    /// What it is could not be learned.
+    has_failed: bool,
+    /// Sessions wait until it is.
+    is_waited_for: bool,
 }
 
 impl DatabaseState {
@@ -74,8 +82,31 @@ impl Database {
     fn footprint(&self, sql: &[u8]) -> Footprint {
         match self.landscape() {
             Some(landscape) => landscape.of_text(sql),
-            None => Footprint { leaves: Some(Leaves::Something), sets: Vec::new() },
+            None => Footprint::of(Leaves::SOMETHING),
         }
+    }
+
+    /// It is being learned what was defined anew: a moment later more is known.
+    fn is_being_learned(&self) -> bool {
+        let mut state = lock(&self.state);
+        let waits = state.is_stale && !state.has_failed;
+        state.is_waited_for |= waits;
+        waits
+    }
+
+    /// Compiled functions depend on the search path.
+    pub(crate) fn depends_on_path(&self) -> bool {
+        lock(&self.state).landscape.as_ref().is_none_or(|landscape| landscape.depends_on_path)
+    }
+
+    /// Why every statement may leave something.
+    fn refused(&self) -> Option<String> {
+        lock(&self.state).landscape.as_ref()?.refused.clone()
+    }
+
+    /// How often something was defined anew, as far as is known.
+    fn redefined(&self) -> u64 {
+        lock(&self.state).redefined
     }
 
     /// Something was defined anew: until it is known what, every statement may leave something.
@@ -84,6 +115,11 @@ impl Database {
         state.is_stale = true;
         state.redefined += 1;
         drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Something was defined that others may not see.
+    fn ask_soon(&self) {
         self.changed.notify_one();
     }
 
@@ -100,11 +136,14 @@ pub struct Pool {
     pub user: String,
     pub database: Arc<Database>,
     known: Mutex<Known>,
+    /// Roles or their defaults have changed since: it gets no more sessions, and those that it has keep what they had.
+    is_retired: AtomicBool,
     /// One at a time finds out what a fresh login gives.
     pub(crate) welcoming: tokio::sync::Mutex<()>,
-    /// When, of which cell, and what was learned for looks.
-    recent: tokio::sync::Mutex<Option<(tokio::time::Instant, String, Arc<Facts>)>>,
+    recent: tokio::sync::Mutex<Option<Recent>>,
     next_statement: AtomicU64,
+    /// When somebody has logged in last.
+    used_at: Mutex<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -114,6 +153,15 @@ struct Known {
     welcome: Option<Arc<Welcome>>,
     statements: HashMap<StatementKey, Arc<Statement>>,
     states: BTreeSet<Arc<Beyond>>,
+}
+
+/// What was learned for looks, of which cell and when, and how often anything had been defined anew by then.
+#[derive(Debug)]
+struct Recent {
+    at: tokio::time::Instant,
+    cell: String,
+    redefined: u64,
+    facts: Arc<Facts>,
 }
 
 /// What a fresh login to a cell's server gives.
@@ -126,7 +174,7 @@ pub struct Welcome {
 }
 
 /// What a session has beyond a fresh login, and can be given anywhere: settings, its user and its role.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Beyond {
     pub settings: BTreeMap<String, String>,
     pub custom: BTreeMap<String, String>,
@@ -143,20 +191,34 @@ impl Beyond {
             role: snapshot.role.clone(),
         }
     }
+}
 
-    fn to_snapshot(&self) -> Snapshot {
-        Snapshot {
-            settings: self.settings.clone(),
-            custom: self.custom.clone(),
-            session_user: self.session_user.clone(),
-            role: self.role.clone(),
-            ..Snapshot::default()
-        }
+/// Why a server could not be opened.
+#[derive(Debug, Clone)]
+pub struct NotOpened {
+    pub error: String,
+    /// The server refuses whoever logs in so: to wait is of no use.
+    pub refused: Option<SqlState>,
+}
+
+impl NotOpened {
+    fn new(error: impl Into<String>) -> NotOpened {
+        NotOpened { error: error.into(), refused: None }
     }
 }
 
 /// None for what a fresh login gives.
 pub type State = Option<Arc<Beyond>>;
+
+/// A setting by which statements are prepared differs.
+pub(crate) fn reads_otherwise(a: &State, b: &State) -> bool {
+    let none = BTreeMap::new();
+    let settings = |state: &'_ State| state.as_ref().map(|state| state.settings.clone());
+    let (a, b) = (settings(a), settings(b));
+    let (a, b) = (a.as_ref().unwrap_or(&none), b.as_ref().unwrap_or(&none));
+    let mut names = a.keys().chain(b.keys());
+    names.any(|name| is_sensitive(name) && a.get(name) != b.get(name))
+}
 
 /// Whether two states are the same one: a pool has each once.
 pub(crate) fn same_state(a: &State, b: &State) -> bool {
@@ -172,12 +234,20 @@ pub(crate) fn same_state(a: &State, b: &State) -> bool {
 struct StatementKey {
     /// The body of the message behind the name.
     body: Box<[u8]>,
-    styles: [Box<str>; 4],
+    /// What its session has set: names and literals mean something else under other settings.
+    state: State,
+    /// Parameters that a reload of the configuration may change, by which literals are read.
+    styles: [Box<str>; 5],
+    /// A statement that is prepared after something was defined anew is prepared anew.
+    redefined: u64,
 }
 
 /// Parameters by which literals are read when a statement is prepared.
-pub(crate) const STYLES: [&str; 4] =
-    ["DateStyle", "TimeZone", "IntervalStyle", "standard_conforming_strings"];
+const STYLES: [&str; 5] =
+    ["DateStyle", "TimeZone", "IntervalStyle", "standard_conforming_strings", "client_encoding"];
+
+/// What the names of statements on servers begin with.
+const SERVER_NAME: &[u8] = b"holdfast_";
 
 /// A prepared statement that sessions of a pool share.
 #[derive(Debug)]
@@ -226,9 +296,11 @@ impl Pool {
             user: user.to_owned(),
             database,
             known: Mutex::default(),
+            is_retired: AtomicBool::new(false),
             welcoming: tokio::sync::Mutex::default(),
             recent: tokio::sync::Mutex::default(),
             next_statement: AtomicU64::new(1),
+            used_at: Mutex::new(Instant::now()),
         }
     }
 
@@ -244,13 +316,15 @@ impl Pool {
     /// Remembers who has logged in, for servers that are opened later.
     pub fn knows(&self, identity: &Arc<Identity>) {
         lock(&self.known).identity = Some(identity.clone());
+        *lock(&self.used_at) = Instant::now();
     }
 
     /// The shared statement of a Parse whose body behind the name is `body`.
-    fn statement(&self, body: &[u8], params: &Params) -> Arc<Statement> {
+    fn statement(&self, body: &[u8], state: &State, params: &Params) -> Arc<Statement> {
         let styles =
             STYLES.map(|name| params.get(name).map(String::as_str).unwrap_or_default().into());
-        let key = StatementKey { body: body.into(), styles };
+        let redefined = self.database.redefined();
+        let key = StatementKey { body: body.into(), state: state.clone(), styles, redefined };
         let mut known = lock(&self.known);
         if let Some(statement) = known.statements.get(&key) {
             return statement.clone();
@@ -258,12 +332,16 @@ impl Pool {
         if known.statements.len() >= UNUSED_MAX {
             known.statements.retain(|_, statement| Arc::strong_count(statement) > 1);
         }
-        let id = self.next_statement.fetch_add(1, Ordering::Relaxed);
-        let name = format!("holdfast_{}_{id}", self.id).into_bytes().into();
-        let statement =
-            Arc::new(Statement { id, name, body: body.into(), footprint: Mutex::default() });
+        let statement = self.own_statement(body);
         known.statements.insert(key, statement.clone());
         statement
+    }
+
+    /// A statement that is shared with nobody.
+    fn own_statement(&self, body: &[u8]) -> Arc<Statement> {
+        let id = self.next_statement.fetch_add(1, Ordering::Relaxed);
+        let name = [SERVER_NAME, format!("{}_{id}", self.id).as_bytes()].concat().into();
+        Arc::new(Statement { id, name, body: body.into(), footprint: Mutex::default() })
     }
 
     /// The state that `state` becomes with these settings. None if nothing is known of the cell's server.
@@ -279,14 +357,13 @@ impl Pool {
             None => Beyond::of(&welcome.fresh),
         };
         for (name, value) in told {
-            let configured = welcome.facts.configured.get(name).map(|one| &one.value);
+            let by_login = welcome.fresh.settings.get(name);
             let settings =
                 if name.contains('.') { &mut beyond.custom } else { &mut beyond.settings };
-            match value {
-                Some(value) if configured != Some(value) => {
-                    settings.insert(name.clone(), value.clone());
-                }
-                _ => drop(settings.remove(name)),
+            // What it has not set is as a login gives it.
+            match value.as_ref().or(by_login) {
+                Some(value) => drop(settings.insert(name.clone(), value.clone())),
+                None => drop(settings.remove(name)),
             }
         }
         Some(self.state(beyond, &welcome.fresh))
@@ -352,13 +429,34 @@ impl Pools {
         Some(pool)
     }
 
+    /// Those that are in use. Pools that nobody has used for a while are forgotten, and with them their databases.
     fn databases(&self) -> Vec<Arc<Database>> {
-        lock(&self.databases).values().cloned().collect()
+        // One is here, and one may be in an engine.
+        lock(&self.pools).retain(|_, pool| {
+            Arc::strong_count(pool) > 2 || lock(&pool.used_at).elapsed() < UNUSED_PAUSE
+        });
+        let mut databases = lock(&self.databases);
+        databases.retain(|_, database| Arc::strong_count(database) > 1);
+        databases.values().cloned().collect()
     }
 
     /// Server connections of sessions that have left their engine for a while.
     pub(crate) fn away(&self) -> usize {
         Arc::strong_count(&self.away) - 1
+    }
+
+    /// The configuration was read anew: what a fresh login gives is not known any more.
+    fn reloaded(&self) {
+        for pool in lock(&self.pools).values() {
+            lock(&pool.known).welcome = None;
+        }
+    }
+
+    /// Roles, their defaults or their rights have changed: the next login of each kind asks its server.
+    fn retire(&self) {
+        for (_, pool) in std::mem::take(&mut *lock(&self.pools)) {
+            pool.is_retired.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Nothing of what was learned of servers holds any more.
@@ -386,15 +484,26 @@ pub struct Sharing {
     away: Option<Arc<()>>,
     /// The client has sent something, and there is no server.
     pub needs: bool,
+    /// It waits until names are known again.
+    pub waits_for_names: bool,
     /// Since when it waits for one.
     pub waits_since: Option<Instant>,
     /// How often it was looked at, and when that was.
     pub looks: u32,
     pub looked_at: Option<Instant>,
+    /// It has set something since it was attached, so what it prepares is its own.
+    pub is_unsettled: bool,
+    /// Plans that the server keeps may hold literals and constants as its settings have them.
+    pub restyles: bool,
+    /// What the unnamed statement may leave, and the name that it deallocates.
+    pub unnamed: Footprint,
+    pub unnamed_deallocates: Option<Box<[u8]>>,
+    /// It may have used temporary objects, so what it defines may be seen by nobody else.
+    pub names_temporary: bool,
     /// Definitions have changed in its transaction.
     pub redefines: bool,
-    /// The name in a DEALLOCATE that is running.
-    pub deallocates: Option<Box<[u8]>>,
+    /// The names in each DEALLOCATE that is running.
+    pub deallocates: VecDeque<Box<[u8]>>,
     /// Settings that it may have set since it was attached.
     pub assigned: Vec<String>,
     /// It may have values of sequences, which are not kept for it.
@@ -405,6 +514,8 @@ pub struct Sharing {
     /// The statement that the client has named last, and its name for it.
     pub last_named: Option<Arc<Statement>>,
     pub last_name: Vec<u8>,
+    /// Others wait for a server of its pool.
+    pub others_wait: bool,
 }
 
 /// What a session is asked before it is detached.
@@ -424,16 +535,19 @@ pub struct Keeps {
     pub why: String,
     /// It has not been looked at since.
     pub is_new: bool,
+    /// Only for as long as it has a statement that cannot be prepared again.
+    pub passes: bool,
 }
 
 /// Whose unnamed statement stands on a server.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum UnnamedHere {
-    /// Somebody else's, or none.
+    /// Perhaps somebody else's: it is closed before anything else of the extended protocol.
     #[default]
     Foreign,
-    /// The session's, if what was sent succeeds.
-    Sent,
+    /// None. If the session has one, it is prepared before it is used.
+    Missing,
+    /// What the client has sent since decides.
     Own,
 }
 
@@ -443,6 +557,10 @@ pub struct Here {
     /// Shared statements that are prepared there.
     pub statements: HashSet<Arc<Statement>>,
     pub unnamed: UnnamedHere,
+    /// Somebody has prepared an unnamed statement there.
+    pub has_unnamed: bool,
+    /// An error has come since something was sent that it may be skipped with.
+    pub doubts_unnamed: bool,
     pub state: State,
     /// Parameters as it reported them last, while that is not what the client was told.
     pub params: Option<Params>,
@@ -476,16 +594,23 @@ impl Sharing {
             lent: None,
             away: None,
             needs: false,
+            waits_for_names: false,
             waits_since: None,
             looks: 0,
             looked_at: None,
+            is_unsettled: false,
+            restyles: false,
+            unnamed: Footprint::default(),
+            unnamed_deallocates: None,
+            names_temporary: false,
             redefines: false,
-            deallocates: None,
+            deallocates: VecDeque::new(),
             assigned: Vec::new(),
             has_values: false,
             asked: VecDeque::new(),
             told: Vec::new(),
             last_named: None,
+            others_wait: false,
             last_name: Vec::new(),
         }
     }
@@ -504,10 +629,22 @@ impl Sharing {
 
     /// A statement is sent that may leave this.
     fn leave(&mut self, footprint: Footprint, limits: &PoolLimits, why: impl FnOnce() -> String) {
-        match footprint.leaves {
-            None => (),
-            Some(Leaves::Values) if !limits.currval => self.has_values = true,
-            Some(leaves) => return self.keep(leaves, why),
+        self.is_unsettled |= footprint.sets_any;
+        self.restyles |= footprint.restyles;
+        let mut leaves = footprint.leaves;
+        if leaves.values && !limits.currval {
+            (leaves.values, self.has_values) = (false, true);
+        }
+        if leaves.something
+            && let Some(why) = self.pool.database.refused()
+        {
+            // No look could tell anything else.
+            self.keep(leaves, String::new);
+            self.keeps = Some(Keeps { leaves, why, is_new: false, passes: false });
+            return;
+        }
+        if !leaves.is_nothing() {
+            return self.keep(leaves, why);
         }
         for assigned in footprint.sets {
             let known = |state: &Arc<Beyond>| state.custom.contains_key(&assigned.name);
@@ -519,7 +656,7 @@ impl Sharing {
             }
         }
         if self.assigned.len() > ASSIGNED_MAX {
-            self.keep(Leaves::Settings, why);
+            self.keep(Leaves::SETTINGS, why);
         }
     }
 
@@ -533,13 +670,14 @@ impl Sharing {
 
     /// From now on it keeps its server, until a look at it.
     fn keep(&mut self, leaves: Leaves, why: impl FnOnce() -> String) {
-        self.here.is_tainted |= leaves > Leaves::Settings;
+        self.here.is_tainted |= leaves.values || leaves.something;
+        (self.is_unsettled, self.restyles) = (true, true);
         match &mut self.keeps {
             Some(keeps) => {
-                keeps.leaves = keeps.leaves.max(leaves);
-                keeps.is_new = true;
+                keeps.leaves = keeps.leaves.and(leaves);
+                (keeps.is_new, keeps.passes) = (true, false);
             }
-            None => self.keeps = Some(Keeps { leaves, why: why(), is_new: true }),
+            None => self.keeps = Some(Keeps { leaves, why: why(), is_new: true, passes: false }),
         }
     }
 }
@@ -556,34 +694,72 @@ pub struct Server {
 
 /// The statements that take a server from one state to another, as one text. None if there is no way.
 ///
-/// A custom setting cannot be removed from a server, so a session without it is not given to one that has it.
-pub(crate) fn transition(from: &State, to: &State, welcome: &Welcome) -> Option<String> {
-    use model::session::replay::{self, Phase, Step};
-    let snapshot = |state: &State| match state {
-        Some(beyond) => beyond.to_snapshot(),
-        None => Beyond::of(&welcome.fresh).to_snapshot(),
-    };
-    let (from, to) = (snapshot(from), snapshot(to));
+/// What the other session had set is reset, so that a reload of the configuration reaches whoever has set nothing. A
+/// custom setting cannot be removed from a server, so a session without it is not given to one that has it. Nor is one
+/// of another search path, if functions `depend` on the one under which they were compiled.
+pub(crate) fn transition(
+    from: &State,
+    to: &State,
+    welcome: &Welcome,
+    depends: bool,
+) -> Option<String> {
+    let fresh = Beyond::of(&welcome.fresh);
+    let (from, to) = (from.as_deref().unwrap_or(&fresh), to.as_deref().unwrap_or(&fresh));
     if from.custom.keys().any(|name| !to.custom.contains_key(name)) {
         return None;
     }
-    if from.session_user != to.session_user && from.session_user != welcome.fresh.session_user {
+    if from.session_user != to.session_user && from.session_user != fresh.session_user {
         // Whoever it is now may not become another.
         return None;
     }
     let mut text = String::new();
     // A role may not be allowed to change what its user is.
-    if from.role != "none" && (from.role != to.role || from.session_user != to.session_user) {
-        text.push_str("SET ROLE NONE;");
-    }
-    let from =
-        Snapshot { role: if text.is_empty() { from.role.clone() } else { "none".into() }, ..from };
-    for step in replay::steps(&from, &to, Phase::Standby, &welcome.facts) {
-        let Step::Run { params, .. } = step else { return None };
-        let [name, value] = params.as_slice() else { return None };
-        let (name, value) = (model::sql::quote_literal(name), model::sql::quote_literal(value));
+    let leaves_role = from.role != "none" && from != to;
+    let mut set = |name: &str, value: &str| {
+        let (name, value) = (quote_literal(name), quote_literal(value));
         text.push_str(&format!("SELECT pg_catalog.set_config({name},{value},false) IS NULL;"));
+    };
+    let mut resets = String::new();
+    let names: BTreeSet<&String> = from.settings.keys().chain(to.settings.keys()).collect();
+    let mut restyles = false;
+    for name in names {
+        let wanted = to.settings.get(name);
+        if from.settings.get(name) == wanted {
+            continue;
+        }
+        restyles |= is_sensitive(name);
+        if name == "search_path" && depends {
+            return None;
+        }
+        // What is not there is as it is configured, which a login may have otherwise.
+        let by_login = fresh.settings.get(name);
+        let configured = || welcome.facts.configured.get(name).map(|one| &one.value);
+        let wanted = match (wanted, by_login) {
+            (None, Some(_)) => configured(),
+            _ => wanted,
+        };
+        match wanted.filter(|value| by_login != Some(value)) {
+            Some(value) => set(name, value),
+            None => resets.push_str(&format!("RESET {};", quote_name(name))),
+        }
     }
+    for (name, value) in &to.custom {
+        if from.custom.get(name) != Some(value) {
+            set(name, value);
+        }
+    }
+    if from.session_user != to.session_user {
+        set("session_authorization", &to.session_user);
+    }
+    if to.role != "none" && (leaves_role || from != to) {
+        set("role", &to.role);
+    }
+    if restyles {
+        // Plans of functions hold literals and constants as they were read under the other settings.
+        text.push_str("DISCARD PLANS;");
+    }
+    let first = if leaves_role { "SET ROLE NONE;" } else { "" };
+    let text = [first, &resets, &text].concat();
     let encoding = from.settings.get("client_encoding").or(welcome.params.get("client_encoding"));
     (text.is_ascii() || encoding.is_some_and(|name| name == "UTF8")).then_some(text)
 }

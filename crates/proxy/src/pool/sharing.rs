@@ -1,7 +1,7 @@
 //! The messages of a session that shares servers: each statement is looked at before it is sent, and the names of
 //! prepared statements are those of the server.
 
-use model::session::footprint::Leaves;
+use model::session::footprint::{Footprint, Leaves};
 use model::session::protocol::{Given, Own, Unnamed};
 use model::session::statement;
 use model::sql::{self, Tokens};
@@ -9,7 +9,7 @@ use wire::backend::{self, Backend, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend::{self, Target};
 
-use super::{Asked, Sharing, UnnamedHere};
+use super::{Asked, SERVER_NAME, Sharing, UnnamedHere};
 use crate::relay::Edit;
 use crate::session::Session;
 
@@ -55,6 +55,15 @@ impl Session {
         if self.protocol.is_skipping() && header.tag != b'S' {
             return Turn::Pass;
         }
+        if matches!(header.tag, b'Q' | b'P' | b'B') && sharing.pool.database.is_being_learned() {
+            sharing.waits_for_names = true;
+            return Turn::Wait;
+        }
+        let begins = !self.protocol.has_open_batch();
+        if sharing.others_wait && begins && self.protocol.is_running() {
+            // It may have a turn of one transaction, not of all that it has sent.
+            return Turn::Wait;
+        }
         let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
         let is_whole = body.len() >= body_len;
         let body = body.get(..body_len).unwrap_or(body);
@@ -64,6 +73,28 @@ impl Session {
             b'P' if !is_whole && body_len <= TEXT_LEN_MAX => Turn::Wait,
             b'P' => self.on_shared_parse(at, body, is_whole),
             b'B' if !is_whole && body.len() < HEAD_LEN_MAX => Turn::Wait,
+            b'B' | b'D' | b'C' | b'E' if sharing.here.unnamed == UnnamedHere::Foreign => {
+                self.close_unnamed(at);
+                self.on_shared_extended(header, at, body, body_len, is_whole)
+            }
+            b'B' | b'D' | b'C' => self.on_shared_extended(header, at, body, body_len, is_whole),
+            b'F' => {
+                sharing.keep(Leaves::SOMETHING, || "a function call".into());
+                Turn::Pass
+            }
+            _ => Turn::Pass,
+        }
+    }
+
+    fn on_shared_extended(
+        &mut self,
+        header: Header,
+        at: usize,
+        body: &[u8],
+        body_len: usize,
+        is_whole: bool,
+    ) -> Turn {
+        match header.tag {
             b'B' => self.on_shared_bind(at, body, body_len),
             b'D' | b'C' if !is_whole => Turn::Wait,
             b'D' | b'C' => match body.split_first() {
@@ -77,10 +108,6 @@ impl Session {
                 }
                 _ => Turn::Pass,
             },
-            b'F' => {
-                sharing.keep(Leaves::Something, || "a function call".into());
-                Turn::Pass
-            }
             _ => Turn::Pass,
         }
     }
@@ -88,7 +115,7 @@ impl Session {
     fn on_shared_query(&mut self, at: usize, body: &[u8], is_whole: bool) -> Turn {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if !is_whole {
-            sharing.keep(Leaves::Something, || "a long statement".into());
+            sharing.keep(Leaves::SOMETHING, || "a long statement".into());
             return Turn::Pass;
         }
         let sql = body.strip_suffix(&[0]).unwrap_or(body);
@@ -96,9 +123,6 @@ impl Session {
             Some(Deallocation::All) => return Turn::Pass,
             Some(Deallocation::One { name, start, end }) => {
                 if let Some(statement) = sharing.names.find(&name).cloned() {
-                    if sharing.deallocates.is_some() {
-                        return Turn::Wait;
-                    }
                     let mut text = sql.get(..start).unwrap_or_default().to_vec();
                     text.extend_from_slice(&statement.name);
                     text.extend_from_slice(sql.get(end..).unwrap_or_default());
@@ -114,7 +138,7 @@ impl Session {
                     }
                     frontend::query(&mut insert, &text);
                     self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
-                    sharing.deallocates = Some(name);
+                    sharing.deallocates.push_back(name);
                     self.protocol.on_frontend(b'Q', None, None);
                     return Turn::Done;
                 }
@@ -122,22 +146,56 @@ impl Session {
             None => (),
         }
         let footprint = sharing.pool.database.footprint(sql);
+        if footprint.leaves.something && shows_statements(sql) {
+            if self.protocol.is_running() {
+                return Turn::Wait;
+            }
+            self.close_foreign(at);
+        }
+        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if !footprint.is_empty() {
+            sharing.names_temporary |= names_temporary(&footprint, sql);
             sharing.leave(footprint, &self.app.pool.unwrap_or_default(), || shown(sql));
         }
         Turn::Pass
     }
 
+    /// Before statements are looked at: those of other sessions are let go of.
+    fn close_foreign(&mut self, at: usize) {
+        let Some(sharing) = &mut self.sharing else { return };
+        let foreign = sharing.take_foreign();
+        if foreign.is_empty() || self.protocol.status() == TxStatus::Failed {
+            return;
+        }
+        let mut text = Vec::new();
+        for statement in foreign {
+            text.extend_from_slice(b"DEALLOCATE ");
+            text.extend_from_slice(&statement.name);
+            text.push(b';');
+        }
+        let mut insert = Vec::new();
+        frontend::query(&mut insert, &text);
+        self.protocol.on_own(Own::Query);
+        sharing.asked.push_back(Asked::Nothing);
+        sharing.here.unnamed = UnnamedHere::Missing;
+        self.edits.push(Edit { at, skip: 0, insert });
+    }
+
     fn on_shared_parse(&mut self, at: usize, body: &[u8], is_whole: bool) -> Turn {
+        let is_foreign = |sharing: &Sharing| sharing.here.unnamed == UnnamedHere::Foreign;
+        if self.sharing.as_deref().is_some_and(is_foreign) {
+            self.close_unnamed(at);
+        }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         let head = frontend::parse_head(body).ok();
         let Some((name, sql)) = head.filter(|_| is_whole) else {
             // Too long to be looked at, or malformed.
-            sharing.keep(Leaves::Something, || "a long statement".into());
+            sharing.keep(Leaves::SOMETHING, || "a long statement".into());
             match body.first() {
                 Some(0) => sharing.on_unnamed_sent(),
                 _ => sharing.names.unknown(),
             }
+            sharing.unnamed = Footprint::of(Leaves::SOMETHING);
             return Turn::Pass;
         };
         let holds = statement::holds_its_time(sql);
@@ -145,9 +203,6 @@ impl Session {
             if let Some(Deallocation::One { name, start, end }) = deallocation(sql)
                 && let Some(statement) = sharing.names.find(&name).cloned()
             {
-                if sharing.deallocates.is_some() {
-                    return Turn::Wait;
-                }
                 let mut text = sql.get(..start).unwrap_or_default().to_vec();
                 text.extend_from_slice(&statement.name);
                 text.extend_from_slice(sql.get(end..).unwrap_or_default());
@@ -162,31 +217,47 @@ impl Session {
                     insert.splice(0..0, before);
                 }
                 self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
-                sharing.deallocates = Some(name);
+                (sharing.unnamed, sharing.unnamed_deallocates) = (Footprint::default(), Some(name));
                 sharing.on_unnamed_sent();
                 self.protocol.on_frontend(b'P', Some(0), None);
                 return Turn::Done;
             }
-            if deallocation(sql) != Some(Deallocation::All) {
-                let footprint = sharing.pool.database.footprint(sql);
-                if !footprint.is_empty() {
-                    sharing.leave(footprint, &self.app.pool.unwrap_or_default(), || shown(sql));
+            // What it does it does when it is run; but a Parse alone already means settings as they are now.
+            sharing.unnamed = match deallocation(sql) {
+                Some(Deallocation::All) => Footprint::default(),
+                _ => sharing.pool.database.footprint(sql),
+            };
+            sharing.unnamed_deallocates = None;
+            sharing.names_temporary |= names_temporary(&sharing.unnamed, sql);
+            if sharing.unnamed.leaves.something && shows_statements(sql) {
+                if self.protocol.is_running() {
+                    return Turn::Wait;
                 }
+                self.close_foreign(at);
             }
+            let Some(sharing) = &mut self.sharing else { return Turn::Pass };
             if holds {
-                sharing.keep(Leaves::Something, || "a statement that holds its time".into());
+                sharing.keep(Leaves::SOMETHING, || "a statement that holds its time".into());
             }
             sharing.on_unnamed_sent();
             return Turn::Pass;
         }
+        if self.protocol.awaits_ready() {
+            // What the name, or the transaction, is by then is not known.
+            return Turn::Wait;
+        }
         if holds || sharing.names.is_full() {
-            sharing.keep(Leaves::Something, || "a prepared statement of its own".into());
+            sharing.keep(Leaves::SOMETHING, || "a prepared statement of its own".into());
             sharing.names.unknown();
             return Turn::Pass;
         }
         self.hints.on_statement(sql);
         let rest = body.get(name.len() + 1..).unwrap_or_default();
-        let statement = sharing.pool.statement(rest, &self.params);
+        let statement = if sharing.is_unsettled || sharing.keeps.is_some() {
+            sharing.pool.own_statement(rest)
+        } else {
+            sharing.pool.statement(rest, &sharing.state, &self.params)
+        };
         let mut insert = Vec::new();
         if sharing.names.find(name).is_some() {
             // The server is to refuse a name that is taken, so it is taken there, too.
@@ -198,6 +269,14 @@ impl Session {
             sharing.names.unknown();
             sharing.here.is_tainted = true;
         } else if sharing.has(&statement) && self.protocol.status() != TxStatus::Failed {
+            if self.protocol.status() == TxStatus::InTransaction {
+                // A Parse takes the snapshot of a transaction that has none yet.
+                insert_parse(&mut insert, b"holdfast", b"SELECT 1\0\0\0");
+                frontend::close(&mut insert, Target::Statement(b"holdfast"));
+                sharing.names.unknown();
+                self.protocol.on_own(Own::Parse);
+                self.protocol.on_own(Own::Close);
+            }
             sharing.names.parse(name, statement, false);
             self.protocol.on_given(Given::ParseComplete);
         } else {
@@ -215,11 +294,22 @@ impl Session {
         let Ok((portal, name)) = frontend::parse_head(body) else { return Turn::Pass };
         let head_len = portal.len() + 1 + name.len() + 1;
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
+        if self.protocol.awaits_ready() && sharing.names.has_pending() {
+            return Turn::Wait;
+        }
         if name.is_empty() {
+            if !sharing.unnamed.is_empty() {
+                let footprint = sharing.unnamed.clone();
+                let limits = self.app.pool.unwrap_or_default();
+                sharing.leave(footprint, &limits, || "its unnamed statement".into());
+            }
+            sharing.deallocates.extend(sharing.unnamed_deallocates.clone());
             self.ensure_unnamed(at);
             return Turn::Pass;
         }
-        let Some(statement) = sharing.names.find(name).cloned() else { return Turn::Pass };
+        let Some(statement) = sharing.names.find(name).cloned() else {
+            return self.on_unknown_name(b'B', at, portal, name, body_len);
+        };
         let footprint = statement.footprint(&sharing.pool.database);
         if !footprint.is_empty() {
             let limits = self.app.pool.unwrap_or_default();
@@ -245,7 +335,12 @@ impl Session {
             return Turn::Pass;
         }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
-        let Some(statement) = sharing.names.find(name).cloned() else { return Turn::Pass };
+        if self.protocol.awaits_ready() && sharing.names.has_pending() {
+            return Turn::Wait;
+        }
+        let Some(statement) = sharing.names.find(name).cloned() else {
+            return self.on_unknown_name(b'D', at, b"", name, body_len);
+        };
         sharing.name(&statement, name);
         let mut insert = Vec::new();
         self.ensure(&statement, &mut insert);
@@ -257,14 +352,50 @@ impl Session {
 
     fn on_shared_close(&mut self, at: usize, name: &[u8], body_len: usize) -> Turn {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
-        if name.is_empty() || sharing.names.find(name).is_none() {
+        if name.is_empty() {
+            sharing.here.unnamed = UnnamedHere::Own;
             return Turn::Pass;
+        }
+        if self.protocol.awaits_ready() {
+            return Turn::Wait;
+        }
+        if sharing.names.find(name).is_none() {
+            return self.on_unknown_name(b'C', at, b"", name, body_len);
         }
         // Others go on using it.
         sharing.names.close(name);
         self.protocol.on_given(Given::CloseComplete);
         self.edits.push(Edit { at, skip: HEADER_LEN + body_len, insert: Vec::new() });
         self.give();
+        Turn::Done
+    }
+
+    /// A name that the client has not given. It must not be one that the server has for others.
+    fn on_unknown_name(
+        &mut self,
+        tag: u8,
+        at: usize,
+        portal: &[u8],
+        name: &[u8],
+        body_len: usize,
+    ) -> Turn {
+        if !name.starts_with(SERVER_NAME) {
+            return Turn::Pass;
+        }
+        let mut head = if tag == b'B' { portal.to_vec() } else { vec![b'S'] };
+        if tag == b'B' {
+            head.push(0);
+        }
+        let skip = head.len() + name.len() + 1;
+        // Nobody has this one.
+        head.push(b'_');
+        head.extend_from_slice(name);
+        head.push(0);
+        let mut insert = Vec::new();
+        insert_header(&mut insert, tag, head.len() + (body_len - skip));
+        insert.extend_from_slice(&head);
+        self.edits.push(Edit { at, skip: HEADER_LEN + skip, insert });
+        self.protocol.on_frontend(tag, Some(b'S'), Some(1));
         Turn::Done
     }
 
@@ -278,27 +409,33 @@ impl Session {
         }
     }
 
-    /// Sees to it that the unnamed statement on the server is the session's, or none.
-    fn ensure_unnamed(&mut self, at: usize) {
+    /// Before anything of the extended protocol: an unnamed statement of somebody else must not be met, whatever of the
+    /// client's is skipped behind an error.
+    fn close_unnamed(&mut self, at: usize) {
         let Some(sharing) = &mut self.sharing else { return };
-        if sharing.here.unnamed != UnnamedHere::Foreign {
+        sharing.here.unnamed = UnnamedHere::Missing;
+        if !std::mem::take(&mut sharing.here.has_unnamed) {
             return;
         }
-        sharing.here.unnamed = UnnamedHere::Sent;
         let mut insert = Vec::new();
-        match self.protocol.unnamed() {
-            Unnamed::Last if !self.unnamed_too_long => {
-                insert.extend_from_slice(&self.unnamed);
-                sharing.names.unknown();
-                self.protocol.on_own(Own::Parse);
-            }
-            // Of an earlier one the text is lost. The server says that there is none.
-            _ => {
-                frontend::close(&mut insert, Target::Statement(b""));
-                self.protocol.on_own(Own::Close);
-            }
-        }
+        frontend::close(&mut insert, Target::Statement(b""));
+        self.protocol.on_own(Own::Close);
         self.edits.push(Edit { at, skip: 0, insert });
+    }
+
+    /// The unnamed statement is used: if it was prepared on another server, it is prepared here.
+    fn ensure_unnamed(&mut self, at: usize) {
+        let Some(sharing) = &mut self.sharing else { return };
+        if sharing.here.unnamed != UnnamedHere::Missing {
+            return;
+        }
+        sharing.here.unnamed = UnnamedHere::Own;
+        if self.protocol.unnamed() == Unnamed::Last && !self.unnamed_too_long {
+            sharing.here.has_unnamed = true;
+            sharing.names.unknown();
+            self.protocol.on_own(Own::Parse);
+            self.edits.push(Edit { at, skip: 0, insert: self.unnamed.clone() });
+        }
     }
 
     /// Gives the client the answers whose turn it is.
@@ -325,24 +462,26 @@ impl Session {
     #[cold]
     pub(crate) fn as_client_names(&self, body: &[u8]) -> Option<Vec<u8>> {
         let sharing = self.sharing.as_deref()?;
-        let statement = sharing.last_named.as_ref()?;
-        let mut rest = body;
-        let mut out = Vec::new();
-        while let Some(at) =
-            rest.windows(statement.name.len()).position(|part| *part == *statement.name)
-        {
-            let (before, after) = rest.split_at(at);
-            out.extend_from_slice(before);
-            out.extend_from_slice(&sharing.last_name);
-            rest = after.get(statement.name.len()..).unwrap_or_default();
-        }
-        if rest.len() == body.len() {
+        let at_all = |part: &[u8]| part.windows(SERVER_NAME.len()).any(|part| part == SERVER_NAME);
+        if !at_all(body) {
             return None;
         }
-        out.extend_from_slice(rest);
+        let last = sharing.last_named.as_ref().map(|statement| (&*sharing.last_name, statement));
+        let mut text = body.to_vec();
+        for (name, statement) in last.into_iter().chain(sharing.names.iter()) {
+            let mut quoted = |quote: &[u8]| {
+                let from = [quote, &statement.name, quote].concat();
+                let to = [quote, name, quote].concat();
+                while let Some(at) = text.windows(from.len()).position(|part| part == from) {
+                    text.splice(at..at + from.len(), to.iter().copied());
+                }
+            };
+            // As messages quote names.
+            quoted(b"\"");
+        }
         let mut message = Vec::new();
-        insert_header(&mut message, b'E', out.len());
-        message.extend_from_slice(&out);
+        insert_header(&mut message, b'E', text.len());
+        message.extend_from_slice(&text);
         Some(message)
     }
 
@@ -350,16 +489,24 @@ impl Session {
     #[inline]
     pub(crate) fn after_shared_answer(&mut self, tag: u8, end: usize) {
         let Some(sharing) = &mut self.sharing else { return };
-        match (tag, sharing.here.unnamed) {
-            (b'Z', UnnamedHere::Sent) if self.protocol.is_quiet() => {
-                sharing.here.unnamed = UnnamedHere::Own;
+        let here = &mut sharing.here;
+        match tag {
+            b'C' | b'I' if here.unnamed == UnnamedHere::Foreign => {
+                // A simple query was read, and has dropped it (`exec_simple_query`).
+                (here.unnamed, here.has_unnamed) = (UnnamedHere::Missing, false);
             }
-            // What was sent may have been skipped. If it was not, it is sent once more.
-            (b'E', _) => sharing.here.unnamed = UnnamedHere::Foreign,
+            b'E' => here.doubts_unnamed = true,
+            b'Z' if self.protocol.is_quiet()
+                && std::mem::take(&mut here.doubts_unnamed)
+                && here.unnamed == UnnamedHere::Own =>
+            {
+                // Ours may have been skipped; to prepare the same again does no harm.
+                here.unnamed = UnnamedHere::Missing;
+            }
             _ => (),
         }
-        if tag == b'E' || tag == b'Z' {
-            sharing.deallocates = None;
+        if tag == b'Z' && self.protocol.is_quiet() {
+            sharing.deallocates.clear();
         }
         if tag == b'Z' && sharing.redefines && self.protocol.is_idle() {
             sharing.redefines = false;
@@ -380,13 +527,25 @@ impl Session {
     /// False if there is nothing to ask.
     pub(crate) fn ask_before_detached(&mut self) -> bool {
         let Some(sharing) = &mut self.sharing else { return false };
-        if !sharing.asked.is_empty() || (sharing.assigned.is_empty() && !sharing.has_values) {
+        let is_clean = sharing.assigned.is_empty() && !sharing.has_values && !sharing.restyles;
+        if !sharing.asked.is_empty() || is_clean {
+            sharing.is_unsettled &= !sharing.asked.is_empty();
             return !sharing.asked.is_empty();
         }
+        sharing.is_unsettled = false;
         let mut out = Vec::new();
         for name in sharing.assigned.drain(..) {
             let literal = sql::quote_literal(&name);
-            let text = format!("SELECT pg_catalog.current_setting({literal}, true)");
+            let text = if name.contains('.') {
+                format!("SELECT pg_catalog.current_setting({literal}, true)")
+            } else {
+                // What is set to the value that it has anyway is set all the same.
+                format!(
+                    "SELECT pg_catalog.current_setting(name) FROM pg_catalog.pg_settings \
+                     WHERE name OPERATOR(pg_catalog.=) {literal} \
+                     AND source OPERATOR(pg_catalog.=) 'session'"
+                )
+            };
             frontend::query(&mut out, text.as_bytes());
             self.protocol.on_own(Own::Query);
             sharing.asked.push_back(Asked::Setting { name, value: None });
@@ -396,7 +555,13 @@ impl Session {
             self.protocol.on_own(Own::Query);
             sharing.asked.push_back(Asked::Nothing);
         }
-        sharing.here.unnamed = UnnamedHere::Foreign;
+        if std::mem::take(&mut sharing.restyles) {
+            // Plans of functions hold literals and constants as they were read under other settings.
+            frontend::query(&mut out, b"DISCARD PLANS");
+            self.protocol.on_own(Own::Query);
+            sharing.asked.push_back(Asked::Nothing);
+        }
+        sharing.here.unnamed = UnnamedHere::Missing;
         self.server.push(&out);
         true
     }
@@ -410,14 +575,14 @@ impl Session {
                 let text = values.first().copied().flatten();
                 let is_utf8 = self.params.get("client_encoding").is_some_and(|name| name == "UTF8");
                 if !is_utf8 && text.is_some_and(|text| !text.is_ascii()) {
-                    sharing.keep(Leaves::Settings, || "a setting in another encoding".into());
+                    sharing.keep(Leaves::SETTINGS, || "a setting in another encoding".into());
                     return true;
                 }
                 *value = text.map(|text| String::from_utf8_lossy(text).into_owned());
             }
             (Backend::Error(_), _) => {
                 self.protocol.forgive_own();
-                sharing.keep(Leaves::Settings, || "a setting cannot be read".into());
+                sharing.keep(Leaves::SETTINGS, || "a setting cannot be read".into());
             }
             (Backend::Ready(_), Some(_)) => {
                 if let Some(Asked::Setting { name, value }) = sharing.asked.pop_front() {
@@ -427,17 +592,33 @@ impl Session {
                     let told = std::mem::take(&mut sharing.told);
                     match sharing.pool.with(&sharing.state, &self.cell, &told) {
                         Some(state) => {
+                            self.on_state(&state);
+                            let Some(sharing) = &mut self.sharing else { return false };
                             sharing.here.state = state.clone();
                             sharing.state = state;
                         }
-                        None => sharing.keep(Leaves::Settings, || "its settings".into()),
+                        None => sharing.keep(Leaves::SETTINGS, || "its settings".into()),
                     }
                 }
-                return !sharing.asked.is_empty();
+                return self.sharing.as_ref().is_some_and(|sharing| !sharing.asked.is_empty());
             }
             _ => (),
         }
         true
+    }
+
+    /// Its state is to be this one. Statements that were prepared under another cannot be prepared again as the same.
+    pub(crate) fn on_state(&mut self, state: &super::State) {
+        let Some(sharing) = &self.sharing else { return };
+        if !super::reads_otherwise(&sharing.state, state) {
+            return;
+        }
+        let reads = |one: &std::sync::Arc<super::Statement>| statement::has_literals(one.sql());
+        self.restyled |= sharing.names.statements().any(reads);
+        let body = self.unnamed.get(HEADER_LEN..).unwrap_or_default();
+        let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
+        let is_there = self.protocol.unnamed() != Unnamed::Absent;
+        self.unnamed_restyled |= is_there && statement::has_literals(text);
     }
 
     /// A command has completed.
@@ -446,7 +627,7 @@ impl Session {
         let tag = tag.strip_suffix(&[0]).unwrap_or(tag);
         match tag {
             b"DEALLOCATE" => {
-                if let Some(name) = sharing.deallocates.take() {
+                if let Some(name) = sharing.deallocates.pop_front() {
                     if let Some(statement) = sharing.names.find(&name).cloned() {
                         sharing.here.statements.remove(&statement);
                     }
@@ -457,6 +638,7 @@ impl Session {
                 sharing.names.clear();
                 sharing.here.statements.clear();
             }
+            _ if sharing.names_temporary && is_of_relation(tag) => sharing.pool.database.ask_soon(),
             _ => sharing.redefines |= redefines(tag),
         }
     }
@@ -476,9 +658,7 @@ impl Sharing {
     }
 
     fn on_unnamed_sent(&mut self) {
-        if self.here.unnamed == UnnamedHere::Foreign {
-            self.here.unnamed = UnnamedHere::Sent;
-        }
+        (self.here.unnamed, self.here.has_unnamed) = (UnnamedHere::Own, true);
     }
 
     fn on_named(&mut self, named: model::session::protocol::Named) {
@@ -487,6 +667,12 @@ impl Sharing {
         }
         self.names.skipped(named.skipped);
     }
+}
+
+/// What such a command defines may be temporary.
+fn is_of_relation(tag: &[u8]) -> bool {
+    let object = tag.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
+    matches!(object, b"TABLE" | b"VIEW" | b"SEQUENCE" | b"INDEX" | b"TYPE")
 }
 
 /// Something that other sessions' statements may use is made, changed or gone.
@@ -522,6 +708,16 @@ fn insert_parse(out: &mut Vec<u8>, name: &[u8], rest: &[u8]) {
     out.extend_from_slice(name);
     out.push(0);
     out.extend_from_slice(rest);
+}
+
+fn names_temporary(footprint: &Footprint, sql: &[u8]) -> bool {
+    footprint.leaves.something && sql.windows(4).any(|part| part.eq_ignore_ascii_case(b"temp"))
+}
+
+/// The text may show prepared statements.
+fn shows_statements(sql: &[u8]) -> bool {
+    const WORD: &[u8] = b"pg_prepared_statement";
+    sql.windows(WORD.len()).any(|part| part.eq_ignore_ascii_case(WORD))
 }
 
 /// What a text deallocates, if that is all it does.
