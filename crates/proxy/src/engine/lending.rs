@@ -211,7 +211,7 @@ impl Lending {
         line.idle.iter().rev().find_map(|at| {
             let server = idle(at)?;
             let welcome = pool.welcome(&server.cell)?;
-            let depends = pool.database.depends_on_path();
+            let depends = server.here.is_used && pool.database.depends_on_path();
             Some((*at, Some(transition(&server.here.state, state, &welcome, depends)?)))
         })
     }
@@ -300,7 +300,7 @@ impl Lending {
             Some(None)
         } else {
             let welcome = line.pool.welcome(&server.cell);
-            let depends = line.pool.database.depends_on_path();
+            let depends = server.here.is_used && line.pool.database.depends_on_path();
             let text = welcome
                 .and_then(|welcome| transition(&server.here.state, &state, &welcome, depends));
             text.map(Some)

@@ -198,7 +198,8 @@ impl Engine {
         (session.backend_pid, session.backend_secret, session.cell) = (pid, secret, cell);
         (sharing.needs, sharing.waits_since, sharing.lent) = (false, None, Some(at));
         here.state = sharing.state.clone();
-        here.unnamed = Default::default();
+        (here.unnamed, here.is_used) = (Default::default(), true);
+        (here.drops_unnamed, here.doubts_unnamed) = (false, false);
         let params = here.params.take();
         sharing.here = here;
         match text.filter(|text| !text.is_empty()) {
@@ -242,6 +243,7 @@ impl Engine {
         let Some(at) = sharing.lent.take() else { return };
         let mut here = std::mem::take(&mut sharing.here);
         here.params = Some(session.params.clone());
+        here.is_used |= session.requests > 0;
         let server = Box::new(Server {
             leg: std::mem::replace(&mut session.server, Leg::vacant()),
             pid: std::mem::take(&mut session.backend_pid),

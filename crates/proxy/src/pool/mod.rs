@@ -559,11 +559,15 @@ pub struct Here {
     pub unnamed: UnnamedHere,
     /// Somebody has prepared an unnamed statement there.
     pub has_unnamed: bool,
+    /// A simple query is on its way, which drops it.
+    pub drops_unnamed: bool,
     /// An error has come since something was sent that it may be skipped with.
     pub doubts_unnamed: bool,
     pub state: State,
     /// Parameters as it reported them last, while that is not what the client was told.
     pub params: Option<Params>,
+    /// A session has been attached to it: functions may have been compiled.
+    pub is_used: bool,
     /// Something other than settings may have been left there, so it is not shared again.
     pub is_tainted: bool,
 }

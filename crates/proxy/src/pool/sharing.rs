@@ -118,6 +118,10 @@ impl Session {
             sharing.keep(Leaves::SOMETHING, || "a long statement".into());
             return Turn::Pass;
         }
+        sharing.here.drops_unnamed = true;
+        if sharing.here.unnamed == UnnamedHere::Missing {
+            sharing.here.unnamed = UnnamedHere::Own;
+        }
         let sql = body.strip_suffix(&[0]).unwrap_or(body);
         match deallocation(sql) {
             Some(Deallocation::All) => return Turn::Pass,
@@ -413,7 +417,8 @@ impl Session {
     /// client's is skipped behind an error.
     fn close_unnamed(&mut self, at: usize) {
         let Some(sharing) = &mut self.sharing else { return };
-        sharing.here.unnamed = UnnamedHere::Missing;
+        let drops = sharing.here.drops_unnamed;
+        sharing.here.unnamed = if drops { UnnamedHere::Own } else { UnnamedHere::Missing };
         if !std::mem::take(&mut sharing.here.has_unnamed) {
             return;
         }
@@ -490,6 +495,9 @@ impl Session {
     pub(crate) fn after_shared_answer(&mut self, tag: u8, end: usize) {
         let Some(sharing) = &mut self.sharing else { return };
         let here = &mut sharing.here;
+        if tag == b'Z' && self.protocol.is_quiet() {
+            here.drops_unnamed = false;
+        }
         match tag {
             b'C' | b'I' if here.unnamed == UnnamedHere::Foreign => {
                 // A simple query was read, and has dropped it (`exec_simple_query`).

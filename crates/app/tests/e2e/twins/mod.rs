@@ -4,6 +4,7 @@
 //! database each, made by the same statements. `HOLDFAST_TWINS` says how many there are, `HOLDFAST_TWINS_SEED` where
 //! to begin: number n of one run is number n of every other. What differs is made smaller before it is shown.
 
+mod found;
 mod vocabulary;
 
 use std::fmt::Write as _;
@@ -132,6 +133,15 @@ async fn pooled_difference(
     }
     let looks = pooled_looks();
     steps.extend([0, 1].iter().flat_map(|side| looks.iter().map(move |step| (*side, step))));
+    first_difference(pooled, twins, steps).await
+}
+
+/// Runs steps on the sessions of both sides and on their twins.
+async fn first_difference(
+    mut pooled: Vec<Connection>,
+    mut twins: Vec<Connection>,
+    steps: impl IntoIterator<Item = (usize, &Step)>,
+) -> Option<String> {
     let mut shown = String::new();
     for (side, step) in steps {
         if matches!(step, Step::Move) {
