@@ -5,9 +5,9 @@
 //! a look at it shows that nothing is left, or nothing but settings, which are given to other servers.
 //!
 //! - here: what a pool is, and what a session and a server know of it.
-//! - [`sharing`]: the messages of such sessions on their way.
-//! - [`keeper`]: opens servers, looks at sessions, and learns what names stand for.
-//! - the engine attaches and detaches (`engine/lending.rs`).
+//! - `sharing`: the messages of such sessions on their way.
+//! - `keeper`: opens servers, looks at sessions, and learns what names stand for.
+//! - the engine attaches and detaches (`engine/pooling.rs`, `engine/lending.rs`).
 //!
 //! **Architecture Invariant:** a server that is shared holds nothing that a session could see of another, but
 //! prepared statements, whose names no client knows.
