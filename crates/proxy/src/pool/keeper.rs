@@ -200,22 +200,17 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
         let began = Instant::now();
         let Some(cell) = app.active() else {
             kept.clear();
+            for database in app.pools.databases() {
+                // A session in a transaction must come to its end.
+                tell_learned(&shared, &app, &database, false);
+            }
             continue;
         };
         kept.retain(|(of_cell, _), _| *of_cell == cell.name);
         for database in app.pools.databases() {
             let admin = kept.entry((cell.name.clone(), database.name.clone())).or_default();
             let renewed = renew(&app, &cell, &database, admin).await;
-            let was_waited_for = {
-                let mut state = lock(&database.state);
-                state.has_failed = renewed.is_err();
-                std::mem::take(&mut state.is_waited_for)
-            };
-            if was_waited_for {
-                for engine in &shared.engines {
-                    engine.send(Command::Resume(app.clone()));
-                }
-            }
+            tell_learned(&shared, &app, &database, renewed.is_ok());
             if let Err(error) = renewed {
                 // Nothing is known of what may have been defined since.
                 lock(&database.state).is_stale = true;
@@ -255,6 +250,20 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
             logins = Some((cell.name.clone(), marks));
         }
         took = began.elapsed();
+    }
+}
+
+/// Whoever waits for names goes on, whether they are known or not.
+fn tell_learned(shared: &Shared, app: &Arc<App>, database: &Database, is_learned: bool) {
+    let was_waited_for = {
+        let mut state = lock(&database.state);
+        state.has_failed = !is_learned;
+        std::mem::take(&mut state.is_waited_for)
+    };
+    if was_waited_for {
+        for engine in &shared.engines {
+            engine.send(Command::Resume(app.clone()));
+        }
     }
 }
 

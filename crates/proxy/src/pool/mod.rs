@@ -17,10 +17,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use model::session::footprint::{Footprint, Leaves, is_sensitive};
+use model::session::footprint::{Footprint, Leaves};
 use model::session::names::Names;
-use model::session::{Facts, Landscape, Snapshot};
-use model::sql::{quote_literal, quote_name};
+use model::session::{Facts, Snapshot};
 use tokio::sync::Notify;
 use wire::sqlstate::SqlState;
 
@@ -28,8 +27,17 @@ use crate::app::{Cell, Params};
 use crate::config::PoolLimits;
 use crate::session::{Identity, Leg};
 
+mod database;
 pub(crate) mod keeper;
 pub(crate) mod sharing;
+mod state;
+mod statement;
+
+pub use database::Database;
+pub use state::{Beyond, State};
+pub(crate) use state::{reads_otherwise, same_state, transition};
+pub use statement::Statement;
+use statement::{SERVER_NAME, STYLES, StatementKey};
 
 /// Statements that a server may have prepared; at more it is replaced when it is free.
 const STATEMENTS_MAX: usize = 1_000;
@@ -44,89 +52,6 @@ const POOLS_MAX: usize = 1_000;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What names stand for in one database of an application, and whether that still holds.
-#[derive(Debug)]
-pub struct Database {
-    pub name: String,
-    state: Mutex<DatabaseState>,
-    /// Wakes whoever learns anew.
-    changed: Arc<Notify>,
-}
-
-#[derive(Debug, Default)]
-struct DatabaseState {
-    landscape: Option<Arc<Landscape>>,
-    /// What `landscape::CHANGED_QUESTION` gave when it was learned.
-    mark: String,
-    /// Something was created or altered since.
-    is_stale: bool,
-    /// How often that has happened.
-    redefined: u64,
-    /// What it is could not be learned.
-    has_failed: bool,
-    /// Sessions wait until it is.
-    is_waited_for: bool,
-}
-
-impl DatabaseState {
-    /// It was learned when the mark was this, and nothing has changed.
-    fn is_at(&self, mark: &str) -> bool {
-        self.landscape.is_some() && self.mark == mark && !self.is_stale
-    }
-}
-
-impl Database {
-    /// What a statement may leave, and why that cannot be told otherwise.
-    fn footprint(&self, sql: &[u8]) -> Footprint {
-        match self.landscape() {
-            Some(landscape) => landscape.of_text(sql),
-            None => Footprint::of(Leaves::SOMETHING),
-        }
-    }
-
-    /// It is being learned what was defined anew: a moment later more is known.
-    fn is_being_learned(&self) -> bool {
-        let mut state = lock(&self.state);
-        let waits = state.is_stale && !state.has_failed;
-        state.is_waited_for |= waits;
-        waits
-    }
-
-    /// Compiled functions depend on the search path.
-    pub(crate) fn depends_on_path(&self) -> bool {
-        lock(&self.state).landscape.as_ref().is_none_or(|landscape| landscape.depends_on_path)
-    }
-
-    /// Why every statement may leave something.
-    fn refused(&self) -> Option<String> {
-        lock(&self.state).landscape.as_ref()?.refused.clone()
-    }
-
-    /// How often something was defined anew, as far as is known.
-    fn redefined(&self) -> u64 {
-        lock(&self.state).redefined
-    }
-
-    /// Something was defined anew: until it is known what, every statement may leave something.
-    fn mark_stale(&self) {
-        let mut state = lock(&self.state);
-        state.is_stale = true;
-        state.redefined += 1;
-        drop(state);
-        self.changed.notify_one();
-    }
-
-    /// Something was defined that others may not see.
-    fn ask_soon(&self) {
-        self.changed.notify_one();
-    }
-
-    fn landscape(&self) -> Option<Arc<Landscape>> {
-        let state = lock(&self.state);
-        state.landscape.clone().filter(|_| !state.is_stale)
-    }
 }
 
 /// Sessions that may share servers: they logged in alike.
@@ -173,26 +98,6 @@ pub struct Welcome {
     pub fresh: Snapshot,
 }
 
-/// What a session has beyond a fresh login, and can be given anywhere: settings, its user and its role.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Beyond {
-    pub settings: BTreeMap<String, String>,
-    pub custom: BTreeMap<String, String>,
-    pub session_user: String,
-    pub role: String,
-}
-
-impl Beyond {
-    fn of(snapshot: &Snapshot) -> Beyond {
-        Beyond {
-            settings: snapshot.settings.clone(),
-            custom: snapshot.custom.clone(),
-            session_user: snapshot.session_user.clone(),
-            role: snapshot.role.clone(),
-        }
-    }
-}
-
 /// Why a server could not be opened.
 #[derive(Debug, Clone)]
 pub struct NotOpened {
@@ -204,86 +109,6 @@ pub struct NotOpened {
 impl NotOpened {
     fn new(error: impl Into<String>) -> NotOpened {
         NotOpened { error: error.into(), refused: None }
-    }
-}
-
-/// None for what a fresh login gives.
-pub type State = Option<Arc<Beyond>>;
-
-/// A setting by which statements are prepared differs.
-pub(crate) fn reads_otherwise(a: &State, b: &State) -> bool {
-    let none = BTreeMap::new();
-    let settings = |state: &'_ State| state.as_ref().map(|state| state.settings.clone());
-    let (a, b) = (settings(a), settings(b));
-    let (a, b) = (a.as_ref().unwrap_or(&none), b.as_ref().unwrap_or(&none));
-    let mut names = a.keys().chain(b.keys());
-    names.any(|name| is_sensitive(name) && a.get(name) != b.get(name))
-}
-
-/// Whether two states are the same one: a pool has each once.
-pub(crate) fn same_state(a: &State, b: &State) -> bool {
-    match (a, b) {
-        (None, None) => true,
-        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-        _ => false,
-    }
-}
-
-/// The text and types of a Parse, and what it is read under.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct StatementKey {
-    /// The body of the message behind the name.
-    body: Box<[u8]>,
-    /// What its session has set: names and literals mean something else under other settings.
-    state: State,
-    /// Parameters that a reload of the configuration may change, by which literals are read.
-    styles: [Box<str>; 5],
-    /// A statement that is prepared after something was defined anew is prepared anew.
-    redefined: u64,
-}
-
-/// Parameters by which literals are read when a statement is prepared.
-const STYLES: [&str; 5] =
-    ["DateStyle", "TimeZone", "IntervalStyle", "standard_conforming_strings", "client_encoding"];
-
-/// What the names of statements on servers begin with.
-const SERVER_NAME: &[u8] = b"holdfast_";
-
-/// A prepared statement that sessions of a pool share.
-#[derive(Debug)]
-pub struct Statement {
-    pub id: u64,
-    /// The name that servers know it by.
-    pub name: Box<[u8]>,
-    /// The body of its Parse behind the name.
-    pub body: Box<[u8]>,
-    /// What it may leave, by the landscape that told.
-    footprint: Mutex<Option<(Arc<Landscape>, Footprint)>>,
-}
-
-impl PartialEq for Statement {
-    fn eq(&self, other: &Statement) -> bool {
-        self.id == other.id
-    }
-}
-
-impl Statement {
-    fn sql(&self) -> &[u8] {
-        let end = self.body.iter().position(|byte| *byte == 0);
-        self.body.get(..end.unwrap_or(self.body.len())).unwrap_or_default()
-    }
-
-    fn footprint(&self, database: &Database) -> Footprint {
-        let Some(now) = database.landscape() else { return database.footprint(self.sql()) };
-        let mut known = lock(&self.footprint);
-        match &*known {
-            Some((landscape, footprint)) if Arc::ptr_eq(landscape, &now) => footprint.clone(),
-            _ => {
-                let footprint = now.of_text(self.sql());
-                *known = Some((now, footprint.clone()));
-                footprint
-            }
-        }
     }
 }
 
@@ -341,7 +166,7 @@ impl Pool {
     fn own_statement(&self, body: &[u8]) -> Arc<Statement> {
         let id = self.next_statement.fetch_add(1, Ordering::Relaxed);
         let name = [SERVER_NAME, format!("{}_{id}", self.id).as_bytes()].concat().into();
-        Arc::new(Statement { id, name, body: body.into(), footprint: Mutex::default() })
+        Arc::new(Statement::new(id, name, body))
     }
 
     /// The state that `state` becomes with these settings. None if nothing is known of the cell's server.
@@ -572,14 +397,6 @@ pub struct Here {
     pub is_tainted: bool,
 }
 
-impl std::hash::Hash for Statement {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.id.hash(state);
-    }
-}
-
-impl Eq for Statement {}
-
 impl Here {
     /// It has had enough.
     pub fn is_worn(&self) -> bool {
@@ -694,76 +511,4 @@ pub struct Server {
     pub secret: Box<[u8]>,
     pub cell: Arc<Cell>,
     pub here: Here,
-}
-
-/// The statements that take a server from one state to another, as one text. None if there is no way.
-///
-/// What the other session had set is reset, so that a reload of the configuration reaches whoever has set nothing. A
-/// custom setting cannot be removed from a server, so a session without it is not given to one that has it. Nor is one
-/// of another search path, if functions `depend` on the one under which they were compiled.
-pub(crate) fn transition(
-    from: &State,
-    to: &State,
-    welcome: &Welcome,
-    depends: bool,
-) -> Option<String> {
-    let fresh = Beyond::of(&welcome.fresh);
-    let (from, to) = (from.as_deref().unwrap_or(&fresh), to.as_deref().unwrap_or(&fresh));
-    if from.custom.keys().any(|name| !to.custom.contains_key(name)) {
-        return None;
-    }
-    if from.session_user != to.session_user && from.session_user != fresh.session_user {
-        // Whoever it is now may not become another.
-        return None;
-    }
-    let mut text = String::new();
-    // A role may not be allowed to change what its user is.
-    let leaves_role = from.role != "none" && from != to;
-    let mut set = |name: &str, value: &str| {
-        let (name, value) = (quote_literal(name), quote_literal(value));
-        text.push_str(&format!("SELECT pg_catalog.set_config({name},{value},false) IS NULL;"));
-    };
-    let mut resets = String::new();
-    let names: BTreeSet<&String> = from.settings.keys().chain(to.settings.keys()).collect();
-    let mut restyles = false;
-    for name in names {
-        let wanted = to.settings.get(name);
-        if from.settings.get(name) == wanted {
-            continue;
-        }
-        restyles |= is_sensitive(name);
-        if name == "search_path" && depends {
-            return None;
-        }
-        // What is not there is as it is configured, which a login may have otherwise.
-        let by_login = fresh.settings.get(name);
-        let configured = || welcome.facts.configured.get(name).map(|one| &one.value);
-        let wanted = match (wanted, by_login) {
-            (None, Some(_)) => configured(),
-            _ => wanted,
-        };
-        match wanted.filter(|value| by_login != Some(value)) {
-            Some(value) => set(name, value),
-            None => resets.push_str(&format!("RESET {};", quote_name(name))),
-        }
-    }
-    for (name, value) in &to.custom {
-        if from.custom.get(name) != Some(value) {
-            set(name, value);
-        }
-    }
-    if from.session_user != to.session_user {
-        set("session_authorization", &to.session_user);
-    }
-    if to.role != "none" && (leaves_role || from != to) {
-        set("role", &to.role);
-    }
-    if restyles {
-        // Plans of functions hold literals and constants as they were read under the other settings.
-        text.push_str("DISCARD PLANS;");
-    }
-    let first = if leaves_role { "SET ROLE NONE;" } else { "" };
-    let text = [first, &resets, &text].concat();
-    let encoding = from.settings.get("client_encoding").or(welcome.params.get("client_encoding"));
-    (text.is_ascii() || encoding.is_some_and(|name| name == "UTF8")).then_some(text)
 }

@@ -1,0 +1,92 @@
+//! What names stand for in a database, and whether that still holds.
+
+use std::sync::{Arc, Mutex};
+
+use model::session::Landscape;
+use model::session::footprint::{Footprint, Leaves};
+use tokio::sync::Notify;
+
+use super::lock;
+
+/// What names stand for in one database of an application, and whether that still holds.
+#[derive(Debug)]
+pub struct Database {
+    pub name: String,
+    pub(super) state: Mutex<DatabaseState>,
+    /// Wakes whoever learns anew.
+    pub(super) changed: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct DatabaseState {
+    pub(super) landscape: Option<Arc<Landscape>>,
+    /// What `landscape::CHANGED_QUESTION` gave when it was learned.
+    pub(super) mark: String,
+    /// Something was created or altered since.
+    pub(super) is_stale: bool,
+    /// How often that has happened.
+    pub(super) redefined: u64,
+    /// What it is could not be learned.
+    pub(super) has_failed: bool,
+    /// Sessions wait until it is.
+    pub(super) is_waited_for: bool,
+}
+
+impl DatabaseState {
+    /// It was learned when the mark was this, and nothing has changed.
+    pub(super) fn is_at(&self, mark: &str) -> bool {
+        self.landscape.is_some() && self.mark == mark && !self.is_stale
+    }
+}
+
+impl Database {
+    /// What a statement may leave, and why that cannot be told otherwise.
+    pub(super) fn footprint(&self, sql: &[u8]) -> Footprint {
+        match self.landscape() {
+            Some(landscape) => landscape.of_text(sql),
+            None => Footprint::of(Leaves::SOMETHING),
+        }
+    }
+
+    /// It is being learned what was defined anew: a moment later more is known.
+    pub(super) fn is_being_learned(&self) -> bool {
+        let mut state = lock(&self.state);
+        let waits = state.is_stale && !state.has_failed;
+        state.is_waited_for |= waits;
+        waits
+    }
+
+    /// Compiled functions depend on the search path.
+    pub(crate) fn depends_on_path(&self) -> bool {
+        lock(&self.state).landscape.as_ref().is_none_or(|landscape| landscape.depends_on_path)
+    }
+
+    /// Why every statement may leave something.
+    pub(super) fn refused(&self) -> Option<String> {
+        lock(&self.state).landscape.as_ref()?.refused.clone()
+    }
+
+    /// How often something was defined anew, as far as is known.
+    pub(super) fn redefined(&self) -> u64 {
+        lock(&self.state).redefined
+    }
+
+    /// Something was defined anew: until it is known what, every statement may leave something.
+    pub(super) fn mark_stale(&self) {
+        let mut state = lock(&self.state);
+        state.is_stale = true;
+        state.redefined += 1;
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Something was defined that others may not see.
+    pub(super) fn ask_soon(&self) {
+        self.changed.notify_one();
+    }
+
+    pub(super) fn landscape(&self) -> Option<Arc<Landscape>> {
+        let state = lock(&self.state);
+        state.landscape.clone().filter(|_| !state.is_stale)
+    }
+}
