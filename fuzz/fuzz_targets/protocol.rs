@@ -101,7 +101,9 @@ fuzz_target!(|steps: Vec<Step>| {
                     (b'E', Some(_)) => {
                         protocol.on_backend_error(Some(SqlState::CHARACTER_NOT_IN_REPERTOIRE));
                     }
-                    _ => protocol.on_backend(tag, status),
+                    _ => {
+                        protocol.on_backend(tag, status);
+                    }
                 }
                 seen.unready &= tag != b'Z';
                 assert!(tag != b'Z' || status.is_none() || status == Some(protocol.status()));

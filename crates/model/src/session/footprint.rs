@@ -61,7 +61,11 @@ impl Footprint {
 
     fn set(&mut self, name: Option<&str>) {
         self.sets_any = true;
-        self.sets_path |= name.is_none_or(|name| name == "search_path");
+        // The role, and the user, decide what `$user` in it is.
+        let of_path = |name| {
+            matches!(name, "search_path" | "role" | "authorization" | "session_authorization")
+        };
+        self.sets_path |= name.is_none_or(of_path);
         self.restyles |= name.is_none_or(is_sensitive);
     }
 }
@@ -491,7 +495,9 @@ impl Before {
 }
 
 /// Functions that run what they are told, by what their names begin with.
-const RUNS_SQL: [&[u8]; 11] = [
+const RUNS_SQL: [&[u8]; 12] = [
+    // Declared IMMUTABLE, and yet it sets.
+    b"isn_weak",
     b"connectby",
     b"crosstab",
     b"cursor_to_xml",

@@ -44,7 +44,8 @@ pub struct Landscape {
 /// - `volatile`, `known`: functions of PostgreSQL, by whether they may do something.
 /// - `opaque`: a function whose body cannot be read.
 /// - `function`, `relation`: what may be risky, with a text of it.
-/// - `path`: a function whose compiled form depends on the search path.
+/// - `path`, `repath`: a function whose compiled form depends on the search path, as types of one name are in several
+///   schemas; and one that has a search path of its own then.
 /// - `everywhere`: what is used without being named, such as an operator or a cast, with its function's name.
 pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::text AS name, lanname::text AS language, \
      provolatile, proconfig, CASE WHEN prosqlbody IS NULL THEN prosrc ELSE pg_get_function_sqlbody(p.oid) END AS body, \
@@ -71,8 +72,10 @@ pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::tex
      JOIN pg_class c ON c.oid = t.partrelid WHERE t.partexprs IS NOT NULL UNION ALL \
      SELECT 'everywhere', p.proname::text, quote_ident(p.proname) FROM pg_amproc a \
      JOIN pg_proc p ON p.oid = a.amproc WHERE a.oid >= 16384 AND p.oid >= 16384 UNION ALL \
-     SELECT 'path', name, NULL FROM own WHERE language = 'plpgsql' AND body ~* $$%\\s*(row)?type\\M$$ \
-     AND NOT EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%') UNION ALL \
+     SELECT CASE WHEN EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%') THEN 'repath' ELSE 'path' END, \
+     name, NULL FROM own WHERE language IN ('sql','plpgsql') AND EXISTS (SELECT FROM pg_type WHERE oid >= 16384 \
+     AND typnamespace IN (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast|temp)') AND typelem = 0 \
+     GROUP BY typname HAVING count(*) > 1) UNION ALL \
      SELECT 'relation', relname::text, NULL FROM pg_class WHERE relkind IN ('r','v','m','p','f') UNION ALL \
      SELECT 'relation', c.relname::text, pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d \
      JOIN pg_class c ON c.oid = d.adrelid WHERE c.relpersistence <> 't' UNION ALL \
@@ -240,6 +243,8 @@ impl Landscape {
                 }
                 "everywhere" => everywhere.push((name, of_object)),
                 "path" => landscape.depends_on_path = true,
+                // What it calls is compiled under its search path.
+                "repath" => landscape.add(name, Leaves::SOMETHING),
                 _ => return Err(Unreadable("known kind of name")),
             }
         }

@@ -66,7 +66,7 @@ pub enum Given {
 pub enum Own {
     Query,
     Parse,
-    /// Of the unnamed statement.
+    /// Of a statement.
     Close,
 }
 
@@ -159,7 +159,8 @@ impl Protocol {
             Own::Parse => Request::OwnParse,
             Own::Close => Request::OwnClose,
         });
-        self.batch_open |= own != Own::Query;
+        // A Close begins nothing on the server.
+        self.batch_open |= own == Own::Parse;
     }
 
     /// A request of the client is not passed on, because its answer is known. The batch is open all the same.

@@ -23,7 +23,9 @@ use wire::frontend;
 pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
 pub(crate) use reading::{capture, fresh, hear_out, look};
-pub(crate) use restoring::{Model, Prepared, ensure, login_as_before, prepare, rehearse};
+pub(crate) use restoring::{
+    Model, Prepared, ensure, login_as_before, prepare, prove_settings, rehearse,
+};
 
 use restoring::run_steps;
 
@@ -80,7 +82,9 @@ pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> 
     let Some(sharing) = &mut session.sharing else { return Ok(()) };
     let foreign = sharing.take_foreign();
     let forgets = !keeps_values && std::mem::take(&mut sharing.has_values);
-    let restyles = std::mem::take(&mut sharing.restyles);
+    // Statements of its own that were prepared under other settings would be read anew, too.
+    let restyles = sharing.restyles && !session.restyled && !session.unnamed_restyled;
+    sharing.restyles &= !restyles;
     if foreign.is_empty() && !forgets && !restyles {
         return Ok(());
     }

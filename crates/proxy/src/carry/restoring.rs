@@ -72,6 +72,28 @@ pub(crate) async fn login_as_before(
     Ok(connection)
 }
 
+/// Proves that the settings of `snapshot` are all that the session has, by a copy of them.
+pub(crate) async fn prove_settings(
+    session: &Session,
+    snapshot: &Snapshot,
+    facts: &Facts,
+) -> Result<(), Reason> {
+    let custom = session.hints.custom.iter().chain(snapshot.custom.keys()).cloned().collect();
+    let (identity, limits) = (&session.identity, session.app.moves);
+    let model = Model { identity, custom: &custom, limits, here: facts, there: facts };
+    let settings = Snapshot {
+        settings: snapshot.settings.clone(),
+        custom: snapshot.custom.clone(),
+        beneath: snapshot.beneath.clone(),
+        setting_bytes: snapshot.setting_bytes,
+        may_have_unnamed: snapshot.may_have_unnamed.clone(),
+        session_user: snapshot.session_user.clone(),
+        role: snapshot.role.clone(),
+        ..Snapshot::default()
+    };
+    copy(&model, &settings, &session.cell).await.map(drop)
+}
+
 async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Connection, Reason> {
     let snapshot = snapshot.beforehand();
     let (identity, stay) = (model.identity, replay::STAY.into());

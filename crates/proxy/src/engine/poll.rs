@@ -554,7 +554,15 @@ fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> 
         pass_on(&mut session.server, scratch, sealed)
     };
     written(session, passed);
-    let waits = session.wanted || session.sharing.as_ref().is_some_and(|sharing| sharing.needs);
+    let mut waits = session.wanted;
+    let mut closed = closed;
+    if let Some(sharing) = &mut session.sharing {
+        // A whole message that has not passed waits for something.
+        let message = wire::frame::whole(wire::frame::Side::Frontend, &session.client.carry);
+        waits |= sharing.needs || matches!(message, Ok(Some(_)));
+        sharing.has_closed |= closed;
+        closed = sharing.has_closed;
+    }
     if closed && waits && !session.client.carry.is_empty() {
         // It goes as soon as what it sent may pass.
         session.client.readable = false;

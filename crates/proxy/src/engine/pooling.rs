@@ -197,6 +197,7 @@ impl Engine {
         session.server = leg;
         (session.backend_pid, session.backend_secret, session.cell) = (pid, secret, cell);
         (sharing.needs, sharing.waits_since, sharing.lent) = (false, None, Some(at));
+        sharing.judged_at = None;
         here.state = sharing.state.clone();
         (here.unnamed, here.is_used) = (Default::default(), true);
         (here.drops_unnamed, here.doubts_unnamed) = (false, false);
@@ -426,10 +427,16 @@ fn may_be_detached(session: &Session) -> bool {
 fn keeps(session: &mut Session) -> Option<(bool, Duration)> {
     let lost_text = match session.protocol.unnamed() {
         Unnamed::Absent => false,
-        Unnamed::Last => session.unnamed_too_long || session.unnamed_restyled,
+        Unnamed::Last => {
+            let sharing = session.sharing.as_ref();
+            session.unnamed_too_long
+                || session.unnamed_restyled
+                || sharing.is_some_and(|sharing| sharing.unnamed_unsettled)
+        }
         Unnamed::Earlier => true,
     };
     let sharing = session.sharing.as_mut()?;
+    sharing.notice_definitions();
     if sharing.keeps.as_ref().is_some_and(|keeps| keeps.passes) && !lost_text && !session.restyled {
         sharing.keeps = None;
     }

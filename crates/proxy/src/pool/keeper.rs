@@ -13,13 +13,14 @@ use pg::connection::{Connection, QueryError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use wire::frame::Side;
+use wire::sqlstate::SqlState;
 
 use super::{Beyond, Database, Here, Keeps, NotOpened, Pool, Recent, Server, Welcome, lock};
 use crate::app::{App, Cell};
 use crate::carry;
 use crate::engine::{Command, EngineHandle};
 use crate::proxy::Shared;
-use crate::session::{Identity, Leg, Session};
+use crate::session::{Identity, Leg, Session, terminate};
 
 /// What an engine has done for it.
 pub(crate) enum Job {
@@ -33,6 +34,8 @@ pub(crate) enum Job {
 const AT_ONCE: usize = 16;
 /// Of the time that asking takes, so many times as much passes until the next.
 const ASKING_PART: u32 = 10;
+/// A setting of whatever name takes more.
+const UNNAMED_BYTES_MIN: u64 = 100;
 const LEARN_TRIES: usize = 4;
 /// Between two questions whether anything was defined anew.
 const CHANGED_PAUSE: Duration = Duration::from_secs(1);
@@ -68,6 +71,10 @@ async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
     let cell = app.active().ok_or_else(|| NotOpened::new("the application is held"))?;
     let identity = pool.identity().ok_or_else(|| NotOpened::new("nobody has logged in"))?;
     let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
+    if pool.is_lost.load(Ordering::Relaxed) {
+        let error = "roles and the configuration have changed since the session's login";
+        return Err(NotOpened { error: error.into(), refused: Some(SqlState::ADMIN_SHUTDOWN) });
+    }
     let old = pool.welcome(&cell).filter(|_| pool.is_retired.load(Ordering::Relaxed));
     let mut connection = match old {
         // A login of now may give something else.
@@ -156,7 +163,12 @@ async fn renew(
             Some(admin) => admin,
             None => {
                 let login = AdminLogin { database: database.name.clone(), ..app.admin.clone() };
-                Admin::connect(&cell.target, &login).await.map_err(|error| say(&error))?
+                let mut admin =
+                    Admin::connect(&cell.target, &login).await.map_err(|error| say(&error))?;
+                // Somebody may hold what is to be described, while everybody waits for that.
+                let soon = "SET lock_timeout = '100ms'";
+                admin.rows(soon).await.map_err(|error| say(&error))?;
+                admin
             }
         };
         let rows = admin.rows(landscape::CHANGED_QUESTION).await.map_err(|error| say(&error))?;
@@ -276,7 +288,7 @@ async fn look(shared: &Shared, mut session: Box<Session>) {
     if let Some(sharing) = &mut session.sharing {
         // Whatever it was, it is known by now.
         sharing.assigned.clear();
-        (sharing.is_unsettled, sharing.restyles) = (false, false);
+        sharing.is_unsettled = false;
         match found {
             Ok(state) => {
                 sharing.here.state = state.clone();
@@ -296,6 +308,11 @@ async fn look(shared: &Shared, mut session: Box<Session>) {
 async fn find(session: &mut Session) -> Result<super::State, String> {
     let sharing = session.sharing.as_ref().ok_or("it does not share servers")?;
     let pool = sharing.pool.clone();
+    if pool.welcome(&session.cell).is_none() {
+        // Since a reload nobody has logged in.
+        let mut server = open(&session.app, &pool).await.map_err(|failure| failure.error)?;
+        terminate(&mut server.leg);
+    }
     let welcome = pool.welcome(&session.cell).ok_or("nothing is known of its server")?;
     let facts = pool.recent_facts(&session.app, &session.cell).await?;
     carry::forget_foreign(session).await.map_err(|reason| reason.to_string())?;
@@ -305,6 +322,15 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
         return Err(pin.to_string());
     }
     let snapshot = captured.snapshot;
+    let bytes = |of: &Snapshot| of.setting_bytes.unwrap_or(0);
+    let may_hide = session.sharing.as_ref().and_then(|sharing| sharing.keeps.as_ref());
+    let may_hide = may_hide.is_some_and(|keeps| keeps.leaves.something);
+    if may_hide && bytes(&snapshot).abs_diff(bytes(&welcome.fresh)) >= UNNAMED_BYTES_MIN {
+        // It has settings, perhaps some that nobody has named. A copy of what is known must take as much.
+        carry::prove_settings(session, &snapshot, &facts)
+            .await
+            .map_err(|reason| reason.to_string())?;
+    }
     let names = session.sharing.as_ref().map(|sharing| sharing.server_names()).unwrap_or_default();
     if let Some(name) = snapshot.prepared.keys().find(|name| !names.contains(name.as_bytes())) {
         return Err(format!("it has prepared `{name}`"));

@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use model::session::footprint::{Footprint, Leaves};
@@ -63,6 +63,8 @@ pub struct Pool {
     known: Mutex<Known>,
     /// Roles or their defaults have changed since: it gets no more sessions, and those that it has keep what they had.
     is_retired: AtomicBool,
+    /// No server can be given what its sessions had at their login.
+    is_lost: AtomicBool,
     /// One at a time finds out what a fresh login gives.
     pub(crate) welcoming: tokio::sync::Mutex<()>,
     recent: tokio::sync::Mutex<Option<Recent>>,
@@ -122,6 +124,7 @@ impl Pool {
             database,
             known: Mutex::default(),
             is_retired: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
             welcoming: tokio::sync::Mutex::default(),
             recent: tokio::sync::Mutex::default(),
             next_statement: AtomicU64::new(1),
@@ -218,6 +221,8 @@ pub struct Pools {
     pools: Mutex<HashMap<PoolKey, Arc<Pool>>>,
     databases: Mutex<HashMap<String, Arc<Database>>>,
     changed: Arc<Notify>,
+    /// Pools that get no new sessions.
+    retired: Mutex<Vec<Weak<Pool>>>,
     /// Held by each session that has left its engine with its server.
     away: Arc<()>,
 }
@@ -275,12 +280,19 @@ impl Pools {
         for pool in lock(&self.pools).values() {
             lock(&pool.known).welcome = None;
         }
+        // What a login gave before the roles changed cannot be told from what it gave before the configuration did.
+        for pool in lock(&self.retired).drain(..).filter_map(|pool| pool.upgrade()) {
+            pool.is_lost.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Roles, their defaults or their rights have changed: the next login of each kind asks its server.
     fn retire(&self) {
         for (_, pool) in std::mem::take(&mut *lock(&self.pools)) {
             pool.is_retired.store(true, Ordering::Relaxed);
+            let mut retired = lock(&self.retired);
+            retired.retain(|pool| pool.strong_count() > 0);
+            retired.push(Arc::downgrade(&pool));
         }
     }
 
@@ -309,6 +321,8 @@ pub struct Sharing {
     away: Option<Arc<()>>,
     /// The client has sent something, and there is no server.
     pub needs: bool,
+    /// The client has closed its end; what it has sent before has still to pass.
+    pub has_closed: bool,
     /// It waits until names are known again.
     pub waits_for_names: bool,
     /// Since when it waits for one.
@@ -318,6 +332,15 @@ pub struct Sharing {
     pub looked_at: Option<Instant>,
     /// It has set something since it was attached, so what it prepares is its own.
     pub is_unsettled: bool,
+    /// It has set the search path, if only for its transaction.
+    pub repaths: bool,
+    /// How often anything had been defined anew when its statements were looked at first since it was attached.
+    pub judged_at: Option<u64>,
+    /// A DEALLOCATE ALL is on its way in the open batch.
+    pub clears: bool,
+    /// The unnamed statement is one, or was prepared under settings of a transaction.
+    pub unnamed_clears: bool,
+    pub unnamed_unsettled: bool,
     /// Plans that the server keeps may hold literals and constants as its settings have them.
     pub restyles: bool,
     /// What the unnamed statement may leave, and the name that it deallocates.
@@ -339,6 +362,8 @@ pub struct Sharing {
     /// The statement that the client has named last, and its name for it.
     pub last_named: Option<Arc<Statement>>,
     pub last_name: Vec<u8>,
+    /// What the server was sent in place of a name that was taken, and that name.
+    pub taken: Option<(Arc<Statement>, Vec<u8>)>,
     /// Others wait for a server of its pool.
     pub others_wait: bool,
 }
@@ -420,6 +445,12 @@ impl Sharing {
             looks: 0,
             looked_at: None,
             is_unsettled: false,
+            repaths: false,
+            judged_at: None,
+            clears: false,
+            unnamed_clears: false,
+            unnamed_unsettled: false,
+            has_closed: false,
             restyles: false,
             unnamed: Footprint::default(),
             unnamed_deallocates: None,
@@ -431,6 +462,7 @@ impl Sharing {
             asked: VecDeque::new(),
             told: Vec::new(),
             last_named: None,
+            taken: None,
             others_wait: false,
             last_name: Vec::new(),
         }
@@ -452,6 +484,7 @@ impl Sharing {
     fn leave(&mut self, footprint: Footprint, limits: &PoolLimits, why: impl FnOnce() -> String) {
         self.is_unsettled |= footprint.sets_any;
         self.restyles |= footprint.restyles;
+        self.repaths |= footprint.sets_path;
         let mut leaves = footprint.leaves;
         if leaves.values && !limits.currval {
             (leaves.values, self.has_values) = (false, true);
@@ -489,10 +522,19 @@ impl Sharing {
         self.away = None;
     }
 
+    /// What was defined anew since its statements were looked at may have made them leave something.
+    pub(crate) fn notice_definitions(&mut self) {
+        let now = self.pool.database.redefined();
+        if self.judged_at.is_some_and(|then| then != now) {
+            self.judged_at = Some(now);
+            self.keep(Leaves::SOMETHING, || "definitions have changed meanwhile".into());
+        }
+    }
+
     /// From now on it keeps its server, until a look at it.
     fn keep(&mut self, leaves: Leaves, why: impl FnOnce() -> String) {
         self.here.is_tainted |= leaves.values || leaves.something;
-        (self.is_unsettled, self.restyles) = (true, true);
+        (self.is_unsettled, self.restyles, self.repaths) = (true, true, true);
         match &mut self.keeps {
             Some(keeps) => {
                 keeps.leaves = keeps.leaves.and(leaves);

@@ -18,6 +18,8 @@ const TEXT_LEN_MAX: usize = 100 * 1024;
 /// Names of portals and statements up to this length are looked for.
 const HEAD_LEN_MAX: usize = 8 * 1024;
 
+/// Longest name of a statement that a server does not cut (`NAMEDATALEN`).
+const NAME_LEN_MAX: usize = 63;
 /// Longest statement that is shown as a reason.
 const SHOWN_LEN_MAX: usize = 80;
 
@@ -55,9 +57,12 @@ impl Session {
         if self.protocol.is_skipping() && header.tag != b'S' {
             return Turn::Pass;
         }
-        if matches!(header.tag, b'Q' | b'P' | b'B') && sharing.pool.database.is_being_learned() {
-            sharing.waits_for_names = true;
-            return Turn::Wait;
+        if matches!(header.tag, b'Q' | b'P' | b'B') {
+            if sharing.pool.database.is_being_learned() && !ends_transaction(header.tag, body) {
+                sharing.waits_for_names = true;
+                return Turn::Wait;
+            }
+            sharing.judged_at.get_or_insert_with(|| sharing.pool.database.redefined());
         }
         let begins = !self.protocol.has_open_batch();
         if sharing.others_wait && begins && self.protocol.is_running() {
@@ -127,6 +132,9 @@ impl Session {
             Some(Deallocation::All) => return Turn::Pass,
             Some(Deallocation::One { name, start, end }) => {
                 if let Some(statement) = sharing.names.find(&name).cloned() {
+                    if self.protocol.is_running() && !self.protocol.has_open_batch() {
+                        return Turn::Wait;
+                    }
                     let mut text = sql.get(..start).unwrap_or_default().to_vec();
                     text.extend_from_slice(&statement.name);
                     text.extend_from_slice(sql.get(end..).unwrap_or_default());
@@ -150,10 +158,7 @@ impl Session {
             None => (),
         }
         let footprint = sharing.pool.database.footprint(sql);
-        if footprint.leaves.something && shows_statements(sql) {
-            if self.protocol.is_running() {
-                return Turn::Wait;
-            }
+        if footprint.leaves.something {
             self.close_foreign(at);
         }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
@@ -164,25 +169,17 @@ impl Session {
         Turn::Pass
     }
 
-    /// Before statements are looked at: those of other sessions are let go of.
+    /// From here on the server is the session's own: statements of others are let go of before it can meet them.
     fn close_foreign(&mut self, at: usize) {
         let Some(sharing) = &mut self.sharing else { return };
-        let foreign = sharing.take_foreign();
-        if foreign.is_empty() || self.protocol.status() == TxStatus::Failed {
-            return;
-        }
-        let mut text = Vec::new();
-        for statement in foreign {
-            text.extend_from_slice(b"DEALLOCATE ");
-            text.extend_from_slice(&statement.name);
-            text.push(b';');
-        }
         let mut insert = Vec::new();
-        frontend::query(&mut insert, &text);
-        self.protocol.on_own(Own::Query);
-        sharing.asked.push_back(Asked::Nothing);
-        sharing.here.unnamed = UnnamedHere::Missing;
-        self.edits.push(Edit { at, skip: 0, insert });
+        for statement in sharing.take_foreign() {
+            frontend::close(&mut insert, Target::Statement(&statement.name));
+            self.protocol.on_own(Own::Close);
+        }
+        if !insert.is_empty() {
+            self.edits.push(Edit { at, skip: 0, insert });
+        }
     }
 
     fn on_shared_parse(&mut self, at: usize, body: &[u8], is_whole: bool) -> Turn {
@@ -227,16 +224,18 @@ impl Session {
                 return Turn::Done;
             }
             // What it does it does when it is run; but a Parse alone already means settings as they are now.
-            sharing.unnamed = match deallocation(sql) {
-                Some(Deallocation::All) => Footprint::default(),
-                _ => sharing.pool.database.footprint(sql),
+            sharing.unnamed_clears = deallocation(sql) == Some(Deallocation::All);
+            sharing.unnamed = if sharing.unnamed_clears {
+                Footprint::default()
+            } else {
+                sharing.pool.database.footprint(sql)
             };
+            // Whatever it reads under settings of the transaction it would read otherwise elsewhere.
+            sharing.unnamed_unsettled =
+                sharing.repaths || (sharing.restyles && statement::has_literals(sql));
             sharing.unnamed_deallocates = None;
             sharing.names_temporary |= names_temporary(&sharing.unnamed, sql);
-            if sharing.unnamed.leaves.something && shows_statements(sql) {
-                if self.protocol.is_running() {
-                    return Turn::Wait;
-                }
+            if sharing.unnamed.leaves.something {
                 self.close_foreign(at);
             }
             let Some(sharing) = &mut self.sharing else { return Turn::Pass };
@@ -250,28 +249,31 @@ impl Session {
             // What the name, or the transaction, is by then is not known.
             return Turn::Wait;
         }
-        if holds || sharing.names.is_full() {
+        if holds || sharing.names.is_full() || name.len() > NAME_LEN_MAX {
             sharing.keep(Leaves::SOMETHING, || "a prepared statement of its own".into());
             sharing.names.unknown();
             return Turn::Pass;
         }
         self.hints.on_statement(sql);
         let rest = body.get(name.len() + 1..).unwrap_or_default();
-        let statement = if sharing.is_unsettled || sharing.keeps.is_some() {
+        // Prepared under settings of the transaction, it cannot be prepared again as the same.
+        self.restyled |= sharing.repaths || (sharing.restyles && statement::has_literals(sql));
+        let statement = if sharing.is_unsettled || sharing.keeps.is_some() || sharing.clears {
             sharing.pool.own_statement(rest)
         } else {
             sharing.pool.statement(rest, &sharing.state, &self.params)
         };
         let mut insert = Vec::new();
-        if sharing.names.find(name).is_some() {
+        if sharing.names.find(name).is_some() && !sharing.clears {
             // The server is to refuse a name that is taken, so it is taken there, too.
-            insert_parse(&mut insert, name, b"\0\0\0");
+            let taken = sharing.pool.own_statement(b"\0\0\0");
+            insert_parse(&mut insert, &taken.name, &taken.body);
             self.protocol.on_own(Own::Parse);
-            insert_parse(&mut insert, name, rest);
+            insert_parse(&mut insert, &taken.name, rest);
             self.protocol.on_frontend(b'P', Some(1), None);
+            sharing.taken = Some((taken.clone(), name.to_vec()));
+            sharing.names.own(taken);
             sharing.names.unknown();
-            sharing.names.unknown();
-            sharing.here.is_tainted = true;
         } else if sharing.has(&statement) && self.protocol.status() != TxStatus::Failed {
             if self.protocol.status() == TxStatus::InTransaction {
                 // A Parse takes the snapshot of a transaction that has none yet.
@@ -302,11 +304,20 @@ impl Session {
             return Turn::Wait;
         }
         if name.is_empty() {
+            if sharing.unnamed_deallocates.is_some() && self.protocol.awaits_ready() {
+                return Turn::Wait;
+            }
+            sharing.clears |= sharing.unnamed_clears;
             if !sharing.unnamed.is_empty() {
                 let footprint = sharing.unnamed.clone();
                 let limits = self.app.pool.unwrap_or_default();
+                let something = footprint.leaves.something;
                 sharing.leave(footprint, &limits, || "its unnamed statement".into());
+                if something {
+                    self.close_foreign(at);
+                }
             }
+            let Some(sharing) = &mut self.sharing else { return Turn::Pass };
             sharing.deallocates.extend(sharing.unnamed_deallocates.clone());
             self.ensure_unnamed(at);
             return Turn::Pass;
@@ -317,8 +328,13 @@ impl Session {
         let footprint = statement.footprint(&sharing.pool.database);
         if !footprint.is_empty() {
             let limits = self.app.pool.unwrap_or_default();
+            let something = footprint.leaves.something;
             sharing.leave(footprint, &limits, || shown(statement.sql()));
+            if something {
+                self.close_foreign(at);
+            }
         }
+        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         sharing.name(&statement, name);
         let mut insert = Vec::new();
         self.ensure(&statement, &mut insert);
@@ -473,7 +489,8 @@ impl Session {
         }
         let last = sharing.last_named.as_ref().map(|statement| (&*sharing.last_name, statement));
         let mut text = body.to_vec();
-        for (name, statement) in last.into_iter().chain(sharing.names.iter()) {
+        let taken = sharing.taken.as_ref().map(|(statement, name)| (&**name, statement));
+        for (name, statement) in last.into_iter().chain(taken).chain(sharing.names.iter()) {
             let mut quoted = |quote: &[u8]| {
                 let from = [quote, &statement.name, quote].concat();
                 let to = [quote, name, quote].concat();
@@ -513,8 +530,10 @@ impl Session {
             }
             _ => (),
         }
-        if tag == b'Z' && self.protocol.is_quiet() {
+        if tag == b'E' || (tag == b'Z' && self.protocol.is_quiet()) {
+            // What was to be deallocated behind an error was not.
             sharing.deallocates.clear();
+            sharing.clears = false;
         }
         if tag == b'Z' && sharing.redefines && self.protocol.is_idle() {
             sharing.redefines = false;
@@ -538,9 +557,10 @@ impl Session {
         let is_clean = sharing.assigned.is_empty() && !sharing.has_values && !sharing.restyles;
         if !sharing.asked.is_empty() || is_clean {
             sharing.is_unsettled &= !sharing.asked.is_empty();
+            sharing.repaths &= !sharing.asked.is_empty();
             return !sharing.asked.is_empty();
         }
-        sharing.is_unsettled = false;
+        (sharing.is_unsettled, sharing.repaths) = (false, false);
         let mut out = Vec::new();
         for name in sharing.assigned.drain(..) {
             let literal = sql::quote_literal(&name);
@@ -646,7 +666,11 @@ impl Session {
                 sharing.names.clear();
                 sharing.here.statements.clear();
             }
-            _ if sharing.names_temporary && is_of_relation(tag) => sharing.pool.database.ask_soon(),
+            _ if sharing.names_temporary && (is_of_relation(tag) || tag == b"DO") => {
+                sharing.pool.database.ask_soon();
+            }
+            // What a block or a procedure does is not known.
+            b"DO" | b"CALL" => sharing.redefines = true,
             _ => sharing.redefines |= redefines(tag),
         }
     }
@@ -718,14 +742,19 @@ fn insert_parse(out: &mut Vec<u8>, name: &[u8], rest: &[u8]) {
     out.extend_from_slice(rest);
 }
 
-fn names_temporary(footprint: &Footprint, sql: &[u8]) -> bool {
-    footprint.leaves.something && sql.windows(4).any(|part| part.eq_ignore_ascii_case(b"temp"))
+/// The message ends a transaction, whatever names mean: somebody may wait for that.
+fn ends_transaction(tag: u8, body: &[u8]) -> bool {
+    let text = if tag == b'Q' { body } else { body.get(1..).unwrap_or_default() };
+    let is_end = |word: &[u8]| {
+        text.get(..word.len()).is_some_and(|part| part.eq_ignore_ascii_case(word))
+            && !text.get(word.len()).is_some_and(|byte| byte.is_ascii_alphanumeric())
+    };
+    let ends = [&b"commit"[..], b"end", b"rollback", b"abort"].iter().any(|word| is_end(word));
+    ends && !text.contains(&b';') && tag != b'B'
 }
 
-/// The text may show prepared statements.
-fn shows_statements(sql: &[u8]) -> bool {
-    const WORD: &[u8] = b"pg_prepared_statement";
-    sql.windows(WORD.len()).any(|part| part.eq_ignore_ascii_case(WORD))
+fn names_temporary(footprint: &Footprint, sql: &[u8]) -> bool {
+    footprint.leaves.something && sql.windows(4).any(|part| part.eq_ignore_ascii_case(b"temp"))
 }
 
 /// What a text deallocates, if that is all it does.

@@ -67,8 +67,12 @@ pub(crate) fn transition(
     if from.custom.keys().any(|name| !to.custom.contains_key(name)) {
         return None;
     }
-    if from.session_user != to.session_user && from.session_user != fresh.session_user {
+    if from.session_user != fresh.session_user && from != to {
         // Whoever it is now may not become another.
+        return None;
+    }
+    // The role decides what `$user` in a search path is.
+    if depends && (from.role != to.role || from.session_user != to.session_user) {
         return None;
     }
     let mut text = String::new();
@@ -87,7 +91,7 @@ pub(crate) fn transition(
             continue;
         }
         restyles |= is_sensitive(name);
-        if name == "search_path" && depends {
+        if depends && name == "search_path" {
             return None;
         }
         // What is not there is as it is configured, which a login may have otherwise.

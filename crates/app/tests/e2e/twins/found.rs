@@ -67,6 +67,8 @@ const SCHEMA: &str = "SET check_function_bodies = off; CREATE SCHEMA s1; CREATE 
     CREATE TABLE parted (a int) PARTITION BY RANGE (lks(a)); \
     CREATE TABLE part PARTITION OF parted FOR VALUES FROM (0) TO (1000); \
     CREATE VIEW seen AS SELECT lk() AS x; CREATE VIEW settings AS SELECT * FROM pg_settings; \
+    CREATE VIEW prepared AS SELECT * FROM pg_prepared_statements; CREATE TABLE public.typed (a text); \
+    GRANT ALL ON SCHEMA s1 TO s1; GRANT ALL ON s1.typed TO s1; \
     CREATE TABLE child (a int REFERENCES refd); \
     CREATE FUNCTION frozen() RETURNS text LANGUAGE plpgsql AS \
     $$BEGIN RETURN ('2020-01-01 00:00'::timestamptz AT TIME ZONE 'UTC')::text || (1::float8/3)::text; END$$; \
@@ -303,6 +305,114 @@ fn cases() -> Vec<(&'static str, Vec<(usize, Step)>)> {
                 (0, q("SHOW work_mem")),
             ],
         ),
+        (
+            "statements of others by a named one, by a view and by EXECUTE",
+            vec![
+                (0, prepare("a", "SELECT 'secret'")),
+                (
+                    1,
+                    whole(
+                        "n",
+                        "SELECT count(*) FROM pg_prepared_statements WHERE statement = $$SELECT 'secret'$$",
+                    ),
+                ),
+                (1, q("SELECT count(*) FROM prepared WHERE statement = $$SELECT 'secret'$$")),
+                (1, q("EXECUTE holdfast_0_0")),
+                (0, execute("a", &[])),
+            ],
+        ),
+        (
+            "statements are shown behind others in one batch",
+            vec![
+                (0, prepare("a", "SELECT 'secret'")),
+                (
+                    1,
+                    batch(1, |out| {
+                        parse(out, "", "SELECT 1");
+                        run(out, "", &[]);
+                        parse(
+                            out,
+                            "",
+                            "SELECT count(*) FROM pg_prepared_statement() WHERE statement = $$SELECT 'secret'$$",
+                        );
+                        run(out, "", &[]);
+                        frontend::sync(out);
+                    }),
+                ),
+            ],
+        ),
+        (
+            "DEALLOCATE ALL and a Parse in one batch",
+            vec![
+                (0, prepare("a", "SELECT 'a'")),
+                (1, prepare("a", "SELECT 'a'")),
+                (
+                    0,
+                    batch(1, |out| {
+                        parse(out, "", "DEALLOCATE ALL");
+                        run(out, "", &[]);
+                        parse(out, "a", "SELECT 'a'");
+                        run(out, "a", &[]);
+                        frontend::sync(out);
+                    }),
+                ),
+                (0, execute("a", &[])),
+                (1, execute("a", &[])),
+            ],
+        ),
+        (
+            "a DEALLOCATE that fails before another",
+            vec![
+                (0, prepare("a", "SELECT 'a'")),
+                (0, prepare("b", "SELECT 'b'")),
+                (1, prepare("a", "SELECT 'a'")),
+                (
+                    0,
+                    batch(5, |out| {
+                        for sql in
+                            ["BEGIN", "SELECT 1/0", "DEALLOCATE a", "ROLLBACK", "DEALLOCATE b"]
+                        {
+                            frontend::query(out, sql.as_bytes());
+                        }
+                    }),
+                ),
+                (0, execute("a", &[])),
+                (0, execute("b", &[])),
+                (1, execute("a", &[])),
+            ],
+        ),
+        (
+            "a statement prepared under settings of a transaction",
+            vec![
+                (0, q("BEGIN; SET LOCAL TimeZone = 'Asia/Tokyo'")),
+                (0, prepare("z", "SELECT '2020-01-01 00:00'::timestamptz AT TIME ZONE 'UTC'")),
+                (0, prepare("", "SELECT '2020-01-01 00:00'::timestamptz AT TIME ZONE 'UTC'")),
+                (0, q("COMMIT")),
+                (1, q("SELECT 1")),
+                (0, execute("z", &[])),
+            ],
+        ),
+        (
+            "a name that is taken, on a server that is kept",
+            vec![
+                (0, q("SELECT pg_try_advisory_lock_shared(8)")),
+                (0, prepare("n", "SELECT 1")),
+                (0, prepare("n", "SELECT 2")),
+                (
+                    0,
+                    batch(1, |out| {
+                        close(out, "n");
+                        frontend::sync(out);
+                    }),
+                ),
+                (0, execute("n", &[])),
+                (0, q("SELECT pg_advisory_unlock_all()")),
+            ],
+        ),
+        (
+            "types that a role decides",
+            vec![(0, q("SET ROLE s1")), (0, q("SELECT compiled()")), (1, q("SELECT compiled()"))],
+        ),
     ];
     for (name, sql) in [
         ("a trigger with a quoted name", "INSERT INTO audited VALUES (1)"),
@@ -327,6 +437,8 @@ fn cases() -> Vec<(&'static str, Vec<(usize, Step)>)> {
 async fn what_review_has_found_in_sharing_stays_mended() {
     let twins = Twins::start_in(Installation::start_pooled("pooled-found", 2)).await;
     let servers = &twins.installation.facts.servers;
+    let mut admin = connect(servers["a"], "postgres", "postgres").await;
+    admin.query("CREATE ROLE s1").await.unwrap();
     for database in ["moved", "twin"] {
         let mut one = connect(servers["a"], "postgres", database).await;
         one.query("CREATE TABLE refd (n int PRIMARY KEY)").await.unwrap();
