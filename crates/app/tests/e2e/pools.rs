@@ -174,7 +174,14 @@ pub(crate) async fn every_kind() -> Vec<(&'static str, String)> {
         assert_eq!(value(session, look).await, *before, "{name}");
     }
     let mut outcomes = Vec::new();
-    let shown = console(&installation).await.query("SHOW SESSIONS").await.unwrap().remove(0);
+    // While a session is looked at, it is not listed.
+    let shown = loop {
+        let shown = console(&installation).await.query("SHOW SESSIONS").await.unwrap().remove(0);
+        if shown.rows.len() == sessions.len() + others.len() {
+            break shown;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    };
     let mut pools: Vec<(u64, String)> = Vec::new();
     for row in shown.rows {
         let id = row[0].as_deref().unwrap().parse().unwrap();

@@ -530,8 +530,8 @@ impl Session {
             }
             _ => (),
         }
-        if tag == b'E' || (tag == b'Z' && self.protocol.is_quiet()) {
-            // What was to be deallocated behind an error was not.
+        if tag == b'E' || tag == b'Z' {
+            // What was to be deallocated behind an error was not; and what comes next has waited for this.
             sharing.deallocates.clear();
             sharing.clears = false;
         }
