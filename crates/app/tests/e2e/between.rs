@@ -109,9 +109,11 @@ async fn sessions_move_between_servers_whose_types_have_other_oids() {
     assert_eq!(port, there.facts.servers["a"].to_string(), "{text}");
     let now = value(&mut typed, "SELECT 'odd.\"Mood \"\"x\"[]'::regtype::oid").await;
     assert_ne!(now, oid.to_string(), "the test needs other OIDs");
-    // Values of sequences are another server's, and a notification of this one does not arrive there.
-    let stays = text.lines().filter(|line| line.contains("currval") || line.contains("no answer"));
-    let stays = stays.count();
+    // Values of sequences are another server's, a notification of this one does not arrive there, and from 18 a NOT NULL
+    // of a temporary object is a constraint with a name.
+    let reasons = ["currval", "no answer", "a temporary object"];
+    let stays = |line: &&str| reasons.iter().any(|reason| line.contains(reason));
+    let stays = text.lines().filter(stays).count();
     let all = sessions.len() + 1;
     assert!(text.contains(&format!("{} of {all} sessions moved", all - stays)), "{text}");
 }

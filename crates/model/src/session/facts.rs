@@ -187,6 +187,13 @@ impl Facts {
         Ok(facts)
     }
 
+    /// The server has this setting.
+    pub fn knows(&self, setting: &str) -> bool {
+        self.resets.contains_key(setting)
+            || self.fixed.contains(setting)
+            || self.configured.contains_key(setting)
+    }
+
     /// There are more than are looked through.
     pub fn has_too_many_sequences(&self) -> bool {
         self.sequences.len() > SEQUENCES_MAX

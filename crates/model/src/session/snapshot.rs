@@ -126,12 +126,19 @@ impl Snapshot {
     }
 
     /// Forgets settings of a captured copy that are its server's own and that the session could not have
-    /// changed: only a superuser may, and the session has what its own server gave it.
-    pub fn without_settings_of_server(mut self, wanted: &Snapshot, there: &Facts) -> Snapshot {
+    /// changed: only a superuser may, and the session has what its own server gave it; or its own server, of another
+    /// major, does not have them.
+    pub fn without_settings_of_server(
+        mut self,
+        wanted: &Snapshot,
+        here: &Facts,
+        there: &Facts,
+    ) -> Snapshot {
         self.settings.retain(|name, value| {
             let own = there.configured.get(name);
             wanted.settings.contains_key(name)
-                || !own.is_some_and(|own| own.superuser && own.value == *value)
+                || !own
+                    .is_some_and(|own| (own.superuser || !here.knows(name)) && own.value == *value)
         });
         self
     }
@@ -282,9 +289,9 @@ mod tests {
         let mut copy = Snapshot::default();
         copy.settings.insert("log_duration".into(), "on".into());
         let mut wanted = Snapshot::default();
-        assert_eq!(copy.clone().without_settings_of_server(&wanted, &there), wanted);
+        assert_eq!(copy.clone().without_settings_of_server(&wanted, &there, &there), wanted);
         wanted.settings.insert("log_duration".into(), "off".into());
-        let found = copy.without_settings_of_server(&wanted, &there);
+        let found = copy.without_settings_of_server(&wanted, &there, &there);
         assert_eq!(wanted.differences(&found).len(), 1);
     }
 

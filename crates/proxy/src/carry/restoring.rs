@@ -127,7 +127,7 @@ async fn look(
     let kind = Kind::of_model(model);
     let kind = Kind { beneath, ..kind.of_copy(snapshot) };
     let captured = kind.capture(connection, model.there).await.map_err(failed)?.snapshot;
-    Ok(captured.beforehand().without_settings_of_server(snapshot, model.there))
+    Ok(captured.beforehand().without_settings_of_server(snapshot, model.here, model.there))
 }
 
 /// Proves that temporary objects, and what is prepared on them, can be made again, on the session's own server: its
