@@ -312,9 +312,10 @@ impl Session {
                 sharing.here.params = Some(self.app.share(now));
             }
             Ok(Backend::Error(fields)) => {
+                // What it says may hold the value of a setting.
                 tracing::error!(
                     session = self.id,
-                    error = fields.message(),
+                    sqlstate = fields.sqlstate().map(tracing::field::display),
                     "a state cannot be given to a server"
                 );
             }

@@ -505,3 +505,39 @@ async fn the_wait_for_a_server_ends() {
     let mut other = installation.connect().await;
     assert_eq!(value(&mut other, "SELECT 1").await, "1");
 }
+
+/// Names that look like the servers' own, and messages that do not end: whoever sends them harms nobody else.
+#[tokio::test]
+async fn hostile_names_harm_nobody() {
+    let installation = Installation::start_pooled("pool-names", 1);
+    let mut other = installation.connect().await;
+    // Whatever number its statements get, one is called as it is.
+    let mut one = installation.connect().await;
+    for pool in 1..5 {
+        for number in 1..40 {
+            let name = format!("holdfast_{pool}_{number}");
+            let mut out = Vec::new();
+            frontend::parse(&mut out, name.as_bytes(), b"SELECT $1::int", &[]);
+            frontend::sync(&mut out);
+            // Too few parameters: the error says the name.
+            frontend::bind_text(&mut out, b"", name.as_bytes(), &[]);
+            frontend::sync(&mut out);
+            one.send(&out).await.unwrap();
+            one.answers().await.unwrap();
+            let error = one.answers().await.unwrap_err().to_string();
+            assert!(error.contains(&format!("\"{name}\"")), "{name}: {error}");
+        }
+    }
+    for (tag, body) in
+        [(b'D', b"Sholdfast_1_1".as_slice()), (b'C', b"Sholdfast_1_1"), (b'D', b"Sa"), (b'C', b"S")]
+    {
+        let mut rude = installation.connect().await;
+        let mut out = vec![tag];
+        out.extend_from_slice(&u32::try_from(body.len() + 4).unwrap().to_be_bytes());
+        out.extend_from_slice(body);
+        frontend::sync(&mut out);
+        rude.send(&out).await.unwrap();
+        assert!(rude.answers().await.is_err(), "{}", char::from(tag));
+        assert_eq!(value(&mut other, "SELECT 1").await, "1");
+    }
+}

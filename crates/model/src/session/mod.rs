@@ -2,6 +2,7 @@
 //!
 //! - [`protocol`]: counts what was asked and what was answered, and so knows when nothing is under way.
 //! - [`inspect`]: what statement text and command tags hint at; hints raise questions, catalogs give answers.
+//! - [`command`]: what a command does to what sessions share.
 //! - [`cursor`], [`temporary`]: what a session has besides, and the statements that make it again.
 //! - [`facts`]: what is the same for all sessions of a database, asked once.
 //! - [`capture`]: the questions put to the server, and the snapshot read from the answers.
@@ -13,6 +14,7 @@
 //! - [`pin`]: why a session cannot be moved, in words.
 
 pub mod capture;
+pub mod command;
 pub mod cursor;
 pub mod facts;
 pub mod footprint;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 /// Statements that one client may name; one more is left to the server.
-pub const NAMES_MAX: usize = 10_000;
+pub const NAMES_MAX: usize = 1_000;
 
 /// A request that was sent, or that we answer ourselves, and that changes a name or a server's statements.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,6 +133,35 @@ impl<T: Clone + PartialEq> Names<T> {
     }
 }
 
+/// A message of the server in which names that begin with `prefix` are those that the client gave, where `name_of` knows
+/// them. Names are looked for where messages quote them. None if there are none.
+pub fn with_client_names<'a>(
+    message: &[u8],
+    prefix: &[u8],
+    name_of: impl Fn(&[u8]) -> Option<&'a [u8]>,
+) -> Option<Vec<u8>> {
+    let mut out = Vec::new();
+    let mut rest = message;
+    let mut is_changed = false;
+    while let Some(at) = rest.iter().position(|byte| *byte == b'"') {
+        let (before, quoted) = rest.split_at_checked(at + 1)?;
+        out.extend_from_slice(before);
+        let len = quoted.iter().position(|byte| *byte == b'"').unwrap_or(quoted.len());
+        let name = quoted.get(..len).filter(|name| name.starts_with(prefix));
+        rest = quoted;
+        if let Some(known) = name.and_then(&name_of) {
+            is_changed = true;
+            out.extend_from_slice(known);
+            // Its closing quote opens nothing.
+            let closed = (len + 1).min(quoted.len());
+            out.extend_from_slice(quoted.get(len..closed)?);
+            rest = quoted.get(closed..)?;
+        }
+    }
+    out.extend_from_slice(rest);
+    is_changed.then_some(out)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,5 +194,25 @@ mod tests {
         names.skipped(3);
         assert_eq!(names.find(b"a"), Some(&1));
         assert!(!names.is_under_way(&2) && !names.is_under_way(&3));
+    }
+
+    #[test]
+    fn errors_say_the_names_of_the_client() {
+        let name_of = |name: &[u8]| match name {
+            b"s_1" => Some(b"mine".as_slice()),
+            b"s_2" => Some(b"s_2".as_slice()),
+            b"s_3" => Some(b"s_1".as_slice()),
+            _ => None,
+        };
+        let said = |text: &str| {
+            let said = with_client_names(text.as_bytes(), b"s_", name_of)?;
+            Some(String::from_utf8(said).unwrap())
+        };
+        assert_eq!(said("nothing \"s\" here"), None);
+        assert_eq!(said("\"s_9\" is of nobody"), None);
+        assert_eq!(said("a \"s_1\" b \"s_2\"\0\0").unwrap(), "a \"mine\" b \"s_2\"\0\0");
+        // Called as a server would call another: each is replaced once.
+        assert_eq!(said("\"s_3\" \"s_1").unwrap(), "\"s_1\" \"mine");
+        assert_eq!(said("an odd \" and \"s_1\"").unwrap(), "an odd \" and \"mine\"");
     }
 }

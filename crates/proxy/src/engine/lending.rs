@@ -77,6 +77,11 @@ impl Count {
         if is_kept { &mut self.kept } else { &mut self.shared }
     }
 
+    fn less(&mut self, is_kept: bool) {
+        let count = self.of(is_kept);
+        *count = count.saturating_sub(1);
+    }
+
     /// There may be no more. `away` are those of sessions that have left the engine for a while.
     fn is_full(self, limits: PoolLimits, away: usize) -> bool {
         let total = self.shared + self.kept + away;
@@ -139,7 +144,7 @@ impl Lending {
         if let Some(line) = self.pools.get_mut(&entry.pool) {
             line.idle.retain(|idle| *idle != at);
             let app = line.app.clone();
-            *self.count(&app).of(entry.is_kept) -= 1;
+            self.count(&app).less(entry.is_kept);
         }
         entry.idle
     }
@@ -154,7 +159,7 @@ impl Lending {
         {
             let app = line.app.clone();
             let count = self.count(&app);
-            *count.of(was_kept) -= 1;
+            count.less(was_kept);
             *count.of(is_kept) += 1;
         }
     }
@@ -361,7 +366,7 @@ impl Lending {
         line.opening = line.opening.saturating_sub(1);
         line.failure = failure;
         let known = (line.app.clone(), line.pool.clone());
-        self.count(&known.0).shared -= 1;
+        self.count(&known.0).less(false);
         Some(known)
     }
 

@@ -176,6 +176,7 @@ impl Engine {
                         entry.out = None;
                         entry.session.client.readable = true;
                         entry.session.carry_waits = true;
+                        self.ask_again(slot);
                         self.drive(slot);
                     }
                 }

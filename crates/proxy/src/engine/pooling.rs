@@ -174,6 +174,16 @@ impl Engine {
         }
     }
 
+    /// Servers passed by whoever was wanted meanwhile: it asks anew.
+    pub(super) fn ask_again(&mut self, slot: usize) {
+        let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
+        let Some(sharing) = session.sharing.as_mut().filter(|_| session.server.is_vacant()) else {
+            return;
+        };
+        sharing.waits_since = None;
+        self.lending.leave_line(sharing.pool.id, session.id);
+    }
+
     fn do_chores(&mut self, chores: Chores) {
         for (_, mut server) in chores.close {
             self.epoll.remove(server.leg.raw());

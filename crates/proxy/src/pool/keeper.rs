@@ -37,12 +37,14 @@ const ASKING_PART: u32 = 10;
 /// A setting of whatever name takes more.
 const UNNAMED_BYTES_MIN: u64 = 100;
 const LEARN_TRIES: usize = 4;
+/// Whoever waits for a server is told of the failure by then, and another is tried.
+const OPEN_MAX: Duration = Duration::from_secs(30);
 /// Between two questions whether anything was defined anew.
 const CHANGED_PAUSE: Duration = Duration::from_secs(1);
 /// What was learned for looks holds for so long.
 const FACTS_AGE_MAX: Duration = Duration::from_secs(5);
 
-/// Runs until the task is dropped.
+/// Runs until the task is dropped. Of jobs there is at most one for each session and each server that limits allow.
 pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<Job>) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
     while let Some(job) = jobs.recv().await {
@@ -68,6 +70,11 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
 }
 
 async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
+    let opened = timeout(OPEN_MAX, log_in(app, pool)).await;
+    opened.unwrap_or_else(|_| Err(NotOpened::new(format!("it is not open within {OPEN_MAX:?}"))))
+}
+
+async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
     let cell = app.active().ok_or_else(|| NotOpened::new("the application is held"))?;
     let identity = pool.identity().ok_or_else(|| NotOpened::new("nobody has logged in"))?;
     let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };

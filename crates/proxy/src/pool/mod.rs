@@ -5,7 +5,7 @@
 //! a look at it shows that nothing is left, or nothing but settings, which are given to other servers.
 //!
 //! - here: what a pool is, and what a session and a server know of it.
-//! - `sharing`: the messages of such sessions on their way.
+//! - `sharing`: the messages of such sessions on their way; `answers`: those of their servers.
 //! - `keeper`: opens servers, looks at sessions, and learns what names stand for.
 //! - the engine attaches and detaches (`engine/pooling.rs`, `engine/lending.rs`).
 //!
@@ -27,6 +27,7 @@ use crate::app::{Cell, Params};
 use crate::config::PoolLimits;
 use crate::session::{Identity, Leg};
 
+mod answers;
 mod database;
 pub(crate) mod keeper;
 pub(crate) mod sharing;

@@ -1,11 +1,12 @@
-//! The messages of a session that shares servers: each statement is looked at before it is sent, and the names of
+//! The messages of clients that share servers: each statement is looked at before it is sent, and the names of
 //! prepared statements are those of the server.
 
+use model::session::command::{Deallocation, deallocation, ends_transaction};
 use model::session::footprint::{Footprint, Leaves};
 use model::session::protocol::{Given, Own, Unnamed};
 use model::session::statement;
-use model::sql::{self, Tokens};
-use wire::backend::{self, Backend, TxStatus};
+use model::sql;
+use wire::backend::TxStatus;
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend::{self, Target};
 
@@ -20,6 +21,8 @@ const HEAD_LEN_MAX: usize = 8 * 1024;
 
 /// Longest name of a statement that a server does not cut (`NAMEDATALEN`).
 const NAME_LEN_MAX: usize = 63;
+/// A prepared statement up to this length is shared; its text is kept for as long as the client has it.
+const SHARED_LEN_MAX: usize = 16 * 1024;
 /// Longest statement that is shown as a reason.
 const SHOWN_LEN_MAX: usize = 80;
 
@@ -58,7 +61,12 @@ impl Session {
             return Turn::Pass;
         }
         if matches!(header.tag, b'Q' | b'P' | b'B') {
-            if sharing.pool.database.is_being_learned() && !ends_transaction(header.tag, body) {
+            let text = || match header.tag {
+                b'Q' => body.split(|byte| *byte == 0).next(),
+                b'P' => frontend::parse_head(body).ok().map(|(_, sql)| sql),
+                _ => None,
+            };
+            if sharing.pool.database.is_being_learned() && !text().is_some_and(ends_transaction) {
                 sharing.waits_for_names = true;
                 return Turn::Wait;
             }
@@ -103,14 +111,15 @@ impl Session {
             b'B' => self.on_shared_bind(at, body, body_len),
             b'D' | b'C' if !is_whole => Turn::Wait,
             b'D' | b'C' => match body.split_first() {
-                Some((b'S', name)) => {
-                    let name = name.strip_suffix(&[0]).unwrap_or(name);
-                    if header.tag == b'D' {
+                // Without its end, or with more behind it, it is for the server to refuse.
+                Some((b'S', name)) => match name.split_last() {
+                    Some((0, name)) if name.contains(&0) => Turn::Pass,
+                    Some((0, name)) if header.tag == b'D' => {
                         self.on_shared_describe(at, name, body_len)
-                    } else {
-                        self.on_shared_close(at, name, body_len)
                     }
-                }
+                    Some((0, name)) => self.on_shared_close(at, name, body_len),
+                    _ => Turn::Pass,
+                },
                 _ => Turn::Pass,
             },
             _ => Turn::Pass,
@@ -249,7 +258,8 @@ impl Session {
             // What the name, or the transaction, is by then is not known.
             return Turn::Wait;
         }
-        if holds || sharing.names.is_full() || name.len() > NAME_LEN_MAX {
+        let is_too_long = name.len() > NAME_LEN_MAX || body.len() > SHARED_LEN_MAX;
+        if holds || sharing.names.is_full() || is_too_long {
             sharing.keep(Leaves::SOMETHING, || "a prepared statement of its own".into());
             sharing.names.unknown();
             return Turn::Pass;
@@ -458,222 +468,6 @@ impl Session {
             self.edits.push(Edit { at, skip: 0, insert: self.unnamed.clone() });
         }
     }
-
-    /// Gives the client the answers whose turn it is.
-    fn give(&mut self) {
-        let mut out = Vec::new();
-        self.take_given(&mut out);
-        if !out.is_empty() {
-            self.client.push(&out);
-        }
-    }
-
-    fn take_given(&mut self, out: &mut Vec<u8>) {
-        let Some(sharing) = &mut self.sharing else { return };
-        while let Some(given) = self.protocol.next_given() {
-            match given {
-                Given::ParseComplete => backend::parse_complete(out),
-                Given::CloseComplete => backend::close_complete(out),
-            }
-        }
-        sharing.on_named(self.protocol.take_named());
-    }
-
-    /// An error that names a statement as the server knows it, as the client does.
-    #[cold]
-    pub(crate) fn as_client_names(&self, body: &[u8]) -> Option<Vec<u8>> {
-        let sharing = self.sharing.as_deref()?;
-        let at_all = |part: &[u8]| part.windows(SERVER_NAME.len()).any(|part| part == SERVER_NAME);
-        if !at_all(body) {
-            return None;
-        }
-        let last = sharing.last_named.as_ref().map(|statement| (&*sharing.last_name, statement));
-        let mut text = body.to_vec();
-        let taken = sharing.taken.as_ref().map(|(statement, name)| (&**name, statement));
-        for (name, statement) in last.into_iter().chain(taken).chain(sharing.names.iter()) {
-            let mut quoted = |quote: &[u8]| {
-                let from = [quote, &statement.name, quote].concat();
-                let to = [quote, name, quote].concat();
-                while let Some(at) = text.windows(from.len()).position(|part| part == from) {
-                    text.splice(at..at + from.len(), to.iter().copied());
-                }
-            };
-            // As messages quote names.
-            quoted(b"\"");
-        }
-        let mut message = Vec::new();
-        insert_header(&mut message, b'E', text.len());
-        message.extend_from_slice(&text);
-        Some(message)
-    }
-
-    /// A message of the server has been counted; what we answer in its place comes behind it, at `end`.
-    #[inline]
-    pub(crate) fn after_shared_answer(&mut self, tag: u8, end: usize) {
-        let Some(sharing) = &mut self.sharing else { return };
-        let here = &mut sharing.here;
-        if tag == b'Z' && self.protocol.is_quiet() {
-            here.drops_unnamed = false;
-        }
-        match tag {
-            b'C' | b'I' if here.unnamed == UnnamedHere::Foreign => {
-                // A simple query was read, and has dropped it (`exec_simple_query`).
-                (here.unnamed, here.has_unnamed) = (UnnamedHere::Missing, false);
-            }
-            b'E' => here.doubts_unnamed = true,
-            b'Z' if self.protocol.is_quiet()
-                && std::mem::take(&mut here.doubts_unnamed)
-                && here.unnamed == UnnamedHere::Own =>
-            {
-                // Ours may have been skipped; to prepare the same again does no harm.
-                here.unnamed = UnnamedHere::Missing;
-            }
-            _ => (),
-        }
-        if tag == b'E' || tag == b'Z' {
-            // What was to be deallocated behind an error was not; and what comes next has waited for this.
-            sharing.deallocates.clear();
-            sharing.clears = false;
-        }
-        if tag == b'Z' && sharing.redefines && self.protocol.is_idle() {
-            sharing.redefines = false;
-            sharing.pool.database.mark_stale();
-        }
-        sharing.on_named(self.protocol.take_named());
-        if !self.server.scanner.at_boundary() {
-            return;
-        }
-        let mut insert = Vec::new();
-        self.take_given(&mut insert);
-        if !insert.is_empty() {
-            self.edits.push(Edit { at: end, skip: 0, insert });
-        }
-    }
-
-    /// Asks, before the session is detached, for the settings that it has set, and has its values of sequences forgotten.
-    /// False if there is nothing to ask.
-    pub(crate) fn ask_before_detached(&mut self) -> bool {
-        let Some(sharing) = &mut self.sharing else { return false };
-        let is_clean = sharing.assigned.is_empty() && !sharing.has_values && !sharing.restyles;
-        if !sharing.asked.is_empty() || is_clean {
-            sharing.is_unsettled &= !sharing.asked.is_empty();
-            sharing.repaths &= !sharing.asked.is_empty();
-            return !sharing.asked.is_empty();
-        }
-        (sharing.is_unsettled, sharing.repaths) = (false, false);
-        let mut out = Vec::new();
-        for name in sharing.assigned.drain(..) {
-            let literal = sql::quote_literal(&name);
-            let text = if name.contains('.') {
-                format!("SELECT pg_catalog.current_setting({literal}, true)")
-            } else {
-                // What is set to the value that it has anyway is set all the same.
-                format!(
-                    "SELECT pg_catalog.current_setting(name) FROM pg_catalog.pg_settings \
-                     WHERE name OPERATOR(pg_catalog.=) {literal} \
-                     AND source OPERATOR(pg_catalog.=) 'session'"
-                )
-            };
-            frontend::query(&mut out, text.as_bytes());
-            self.protocol.on_own(Own::Query);
-            sharing.asked.push_back(Asked::Setting { name, value: None });
-        }
-        if std::mem::take(&mut sharing.has_values) {
-            frontend::query(&mut out, b"DISCARD SEQUENCES");
-            self.protocol.on_own(Own::Query);
-            sharing.asked.push_back(Asked::Nothing);
-        }
-        if std::mem::take(&mut sharing.restyles) {
-            // Plans of functions hold literals and constants as they were read under other settings.
-            frontend::query(&mut out, b"DISCARD PLANS");
-            self.protocol.on_own(Own::Query);
-            sharing.asked.push_back(Asked::Nothing);
-        }
-        sharing.here.unnamed = UnnamedHere::Missing;
-        self.server.push(&out);
-        true
-    }
-
-    /// Part of the answer to one of these questions. False if none was asked.
-    pub(crate) fn on_asked(&mut self, answer: &Backend<'_>) -> bool {
-        let Some(sharing) = &mut self.sharing else { return false };
-        match (answer, sharing.asked.front_mut()) {
-            (_, None) | (Backend::ParameterStatus { .. }, _) => return false,
-            (Backend::DataRow(values), Some(Asked::Setting { value, .. })) => {
-                let text = values.first().copied().flatten();
-                let is_utf8 = self.params.get("client_encoding").is_some_and(|name| name == "UTF8");
-                if !is_utf8 && text.is_some_and(|text| !text.is_ascii()) {
-                    sharing.keep(Leaves::SETTINGS, || "a setting in another encoding".into());
-                    return true;
-                }
-                *value = text.map(|text| String::from_utf8_lossy(text).into_owned());
-            }
-            (Backend::Error(_), _) => {
-                self.protocol.forgive_own();
-                sharing.keep(Leaves::SETTINGS, || "a setting cannot be read".into());
-            }
-            (Backend::Ready(_), Some(_)) => {
-                if let Some(Asked::Setting { name, value }) = sharing.asked.pop_front() {
-                    sharing.told.push((name, value));
-                }
-                if sharing.asked.is_empty() && !sharing.told.is_empty() {
-                    let told = std::mem::take(&mut sharing.told);
-                    match sharing.pool.with(&sharing.state, &self.cell, &told) {
-                        Some(state) => {
-                            self.on_state(&state);
-                            let Some(sharing) = &mut self.sharing else { return false };
-                            sharing.here.state = state.clone();
-                            sharing.state = state;
-                        }
-                        None => sharing.keep(Leaves::SETTINGS, || "its settings".into()),
-                    }
-                }
-                return self.sharing.as_ref().is_some_and(|sharing| !sharing.asked.is_empty());
-            }
-            _ => (),
-        }
-        true
-    }
-
-    /// Its state is to be this one. Statements that were prepared under another cannot be prepared again as the same.
-    pub(crate) fn on_state(&mut self, state: &super::State) {
-        let Some(sharing) = &self.sharing else { return };
-        if !super::reads_otherwise(&sharing.state, state) {
-            return;
-        }
-        let reads = |one: &std::sync::Arc<super::Statement>| statement::has_literals(one.sql());
-        self.restyled |= sharing.names.statements().any(reads);
-        let body = self.unnamed.get(HEADER_LEN..).unwrap_or_default();
-        let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
-        let is_there = self.protocol.unnamed() != Unnamed::Absent;
-        self.unnamed_restyled |= is_there && statement::has_literals(text);
-    }
-
-    /// A command has completed.
-    pub(crate) fn on_shared_tag(&mut self, tag: &[u8]) {
-        let Some(sharing) = &mut self.sharing else { return };
-        let tag = tag.strip_suffix(&[0]).unwrap_or(tag);
-        match tag {
-            b"DEALLOCATE" => {
-                if let Some(name) = sharing.deallocates.pop_front() {
-                    if let Some(statement) = sharing.names.find(&name).cloned() {
-                        sharing.here.statements.remove(&statement);
-                    }
-                    sharing.names.remove(&name);
-                }
-            }
-            b"DEALLOCATE ALL" | b"DISCARD ALL" => {
-                sharing.names.clear();
-                sharing.here.statements.clear();
-            }
-            _ if sharing.names_temporary && (is_of_relation(tag) || tag == b"DO") => {
-                sharing.pool.database.ask_soon();
-            }
-            // What a block or a procedure does is not known.
-            b"DO" | b"CALL" => sharing.redefines = true,
-            _ => sharing.redefines |= redefines(tag),
-        }
-    }
 }
 
 impl Sharing {
@@ -692,44 +486,13 @@ impl Sharing {
     fn on_unnamed_sent(&mut self) {
         (self.here.unnamed, self.here.has_unnamed) = (UnnamedHere::Own, true);
     }
-
-    fn on_named(&mut self, named: model::session::protocol::Named) {
-        for _ in 0..named.answered {
-            self.here.statements.extend(self.names.answered());
-        }
-        self.names.skipped(named.skipped);
-    }
-}
-
-/// What such a command defines may be temporary.
-fn is_of_relation(tag: &[u8]) -> bool {
-    let object = tag.split(|byte| *byte == b' ').nth(1).unwrap_or_default();
-    matches!(object, b"TABLE" | b"VIEW" | b"SEQUENCE" | b"INDEX" | b"TYPE")
-}
-
-/// Something that other sessions' statements may use is made, changed or gone.
-fn redefines(tag: &[u8]) -> bool {
-    let verb = [b"CREATE ".as_slice(), b"ALTER ", b"DROP ", b"IMPORT "];
-    let by_itself = [
-        b"TABLE AS".as_slice(),
-        b"INDEX",
-        b"ROLE",
-        b"DATABASE",
-        b"PUBLICATION",
-        b"SUBSCRIPTION",
-        b"STATISTICS",
-    ];
-    verb.iter().any(|verb| {
-        tag.strip_prefix(*verb)
-            .is_some_and(|object| !by_itself.iter().any(|one| object.starts_with(one)))
-    })
 }
 
 fn shown(sql: &[u8]) -> String {
     sql::shown(sql, SHOWN_LEN_MAX)
 }
 
-fn insert_header(out: &mut Vec<u8>, tag: u8, body_len: usize) {
+pub(super) fn insert_header(out: &mut Vec<u8>, tag: u8, body_len: usize) {
     out.push(tag);
     out.extend_from_slice(&u32::try_from(body_len + 4).unwrap_or(u32::MAX).to_be_bytes());
 }
@@ -742,48 +505,6 @@ fn insert_parse(out: &mut Vec<u8>, name: &[u8], rest: &[u8]) {
     out.extend_from_slice(rest);
 }
 
-/// The message ends a transaction, whatever names mean: somebody may wait for that.
-fn ends_transaction(tag: u8, body: &[u8]) -> bool {
-    let text = if tag == b'Q' { body } else { body.get(1..).unwrap_or_default() };
-    let is_end = |word: &[u8]| {
-        text.get(..word.len()).is_some_and(|part| part.eq_ignore_ascii_case(word))
-            && !text.get(word.len()).is_some_and(|byte| byte.is_ascii_alphanumeric())
-    };
-    let ends = [&b"commit"[..], b"end", b"rollback", b"abort"].iter().any(|word| is_end(word));
-    ends && !text.contains(&b';') && tag != b'B'
-}
-
 fn names_temporary(footprint: &Footprint, sql: &[u8]) -> bool {
     footprint.leaves.something && sql.windows(4).any(|part| part.eq_ignore_ascii_case(b"temp"))
-}
-
-/// What a text deallocates, if that is all it does.
-#[derive(Debug, PartialEq, Eq)]
-enum Deallocation {
-    All,
-    /// The name, which stands between two places of the text.
-    One {
-        name: Box<[u8]>,
-        start: usize,
-        end: usize,
-    },
-}
-
-fn deallocation(sql: &[u8]) -> Option<Deallocation> {
-    let mut tokens = Tokens::new(sql).filter(|token| token.kind != sql::Kind::Semicolon);
-    tokens.next().filter(|token| token.is_word("deallocate"))?;
-    let mut name = tokens.next()?;
-    if name.is_word("prepare") {
-        name = tokens.next()?;
-    }
-    if tokens.next().is_some() {
-        return None;
-    }
-    if name.is_word("all") {
-        return Some(Deallocation::All);
-    }
-    let start = (name.text.as_ptr() as usize).checked_sub(sql.as_ptr() as usize)?;
-    let end = start + name.text.len();
-    let name = sql::name_of(&name)?.into_bytes().into();
-    Some(Deallocation::One { name, start, end })
 }
