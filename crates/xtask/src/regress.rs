@@ -7,9 +7,12 @@ use crate::bench::{Cluster, Holdfast, scratch};
 use crate::setup;
 use crate::{Done, build_release, output, run as run_program};
 
+/// A look loads `plpgsql`, whose settings `guc` counts (docs/known-gaps.md).
+const KNOWN_IN_POOL: &[&str] = &["guc"];
 const PGXS: &str = "/usr/lib/postgresql/15/lib/pgxs/src/test";
 
-fn run_suite(source: &Path, port: u16, name: &str) -> Result<String, String> {
+/// The verdict, and the names of the tests that failed.
+fn run_suite(source: &Path, port: u16, name: &str) -> Result<(String, Vec<String>), String> {
     let out = scratch().join("regress").join(name);
     let _ = std::fs::remove_dir_all(&out);
     std::fs::create_dir_all(&out).map_err(|error| error.to_string())?;
@@ -35,8 +38,14 @@ fn run_suite(source: &Path, port: u16, name: &str) -> Result<String, String> {
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     let verdict =
         text.lines().find(|line| line.contains("tests passed") || line.contains("tests failed"));
-    text.lines().filter(|line| line.contains("FAILED")).for_each(|line| println!("{name}: {line}"));
-    Ok(verdict.unwrap_or("no verdict").trim().to_owned())
+    let failed = |line: &str| {
+        let (test, _) = line.split_once(" ... FAILED")?;
+        test.split_whitespace().last().map(str::to_owned)
+    };
+    Ok((
+        verdict.unwrap_or("no verdict").trim().to_owned(),
+        text.lines().filter_map(failed).collect(),
+    ))
 }
 
 /// Debian's source package of the installed version, and the library that the suite loads.
@@ -115,7 +124,7 @@ pub(crate) fn run() -> Done {
     let source = source()?;
     crate::bench::open_to_all(&source)?;
     let binary = build_release()?;
-    let mut verdicts = Vec::new();
+    let mut differs = Vec::new();
     for name in ["direct", "proxy", "pool"] {
         // Each on a fresh cluster: the suite counts objects and OIDs.
         let cluster = Cluster::start(&scratch().join("regress/cluster"), "")?;
@@ -129,12 +138,15 @@ pub(crate) fn run() -> Done {
             if name == "pool" { "pool = \"transaction\"\npool_size = 6" } else { "" },
         )?;
         let port = if name == "direct" { cluster.port } else { proxy.port };
-        let verdict = run_suite(&source, port, name)?;
-        println!("{name}: {verdict}");
-        verdicts.push(verdict);
+        let (verdict, failed) = run_suite(&source, port, name)?;
+        println!("{name}: {verdict} {failed:?}");
+        let known = if name == "pool" { KNOWN_IN_POOL } else { &[] };
+        if !verdict.contains("tests") || failed != known {
+            differs.push(name);
+        }
     }
-    match verdicts.as_slice() {
-        [direct, proxy, pool] if direct == proxy && direct == pool => Ok(()),
-        _ => Err("the proxy gives other results than the server".into()),
+    match differs.as_slice() {
+        [] => Ok(()),
+        names => Err(format!("other results than expected: {}", names.join(", "))),
     }
 }

@@ -1,59 +1,13 @@
 //! Sessions that move between two servers that are no copies of each other: types have other OIDs there, and with
 //! `HOLDFAST_TEST_BINDIR` the servers are of two majors.
 
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use pg::Connection;
 use wire::frontend;
 
 use crate::kinds::{KINDS, ROLES};
-use crate::support::{HOLDFAST, Installation, connect, extended, run, shown, value};
-
-/// A proxy for the primaries of two installations.
-struct Between {
-    child: Child,
-    port: u16,
-    api: String,
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-impl Between {
-    fn start(a: &Installation, b: &Installation) -> Between {
-        let (port, api) = (free_port(), free_port());
-        let path = a.dir.join("between.toml");
-        let config = format!(
-            "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
-             state_dir = \"{}\"\n[[app]]\nname = \"shop\"\nauth = \"trust\"\nsslmode = \"disable\"\n\
-             [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:{}\"\nactive = true\n\
-             [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:{}\"\n",
-            a.dir.join("between").display(),
-            a.facts.servers["a"],
-            b.facts.servers["a"],
-        );
-        std::fs::write(&path, config).unwrap();
-        let child = Command::new(HOLDFAST)
-            .args(["run", "-c"])
-            .arg(&path)
-            .env("HOLDFAST_LOG", "warn")
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let started = |_: &u32| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
-        let wait = |_: &u32| std::thread::sleep(std::time::Duration::from_millis(20));
-        (0..1_000).inspect(wait).find(started).unwrap();
-        Between { child, port, api: format!("http://127.0.0.1:{api}") }
-    }
-}
-
-impl Drop for Between {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use crate::support::{HOLDFAST, Installation, Second, connect, extended, run, shown, value};
 
 fn mood(connection: &mut Connection) -> impl Future<Output = Vec<Option<String>>> {
     let mut out = Vec::new();
@@ -77,7 +31,9 @@ async fn sessions_move_between_servers_whose_types_have_other_oids() {
         )
         .await;
     }
-    let between = Between::start(&here, &there);
+    let servers = [here.facts.servers["a"], there.facts.servers["a"]];
+    let app = "auth = \"trust\"\nsslmode = \"disable\"";
+    let between = Second::start(&here.dir.join("between"), "", app, servers);
     let mut sessions = Vec::new();
     for (name, set_up, look) in KINDS.iter().filter(|(name, ..)| *name != "locks of every form") {
         let mut session = connect(between.port, "postgres", None).await.unwrap();

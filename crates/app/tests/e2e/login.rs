@@ -1,59 +1,18 @@
 //! SCRAM passed through without a password, TLS of every mode, cancel requests, limits.
 
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use tls::{ClientTls, SslMode};
 use wire::sqlstate::SqlState;
 
-use crate::support::{HOLDFAST, Installation, connect, login, run, shown, signal, value};
+use crate::support::{HOLDFAST, Installation, Second, connect, login, run, shown, value};
 
 /// A second proxy before the same servers, with a configuration of its own.
-struct Second {
-    child: Child,
-    port: u16,
-}
-
-impl Second {
-    fn start(installation: &Installation, name: &str, proxy: &str, app: &str) -> Second {
-        let free =
-            || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let (port, api) = (free(), free());
-        let dir = installation.dir.join(name);
-        std::fs::create_dir_all(&dir).unwrap();
-        let (a, b) = (installation.facts.servers["a"], installation.facts.servers["b"]);
-        let text = format!(
-            "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\n{proxy}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
-             state_dir = \"{}\"\n[[app]]\nname = \"shop\"\n{app}\n\
-             [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:{a}\"\nactive = true\n\
-             [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:{b}\"\n",
-            dir.join("state").display()
-        );
-        let path = dir.join("holdfast.toml");
-        std::fs::write(&path, text).unwrap();
-        let child = Command::new(HOLDFAST)
-            .args(["run", "-c"])
-            .arg(&path)
-            .env("HOLDFAST_LOG", "warn")
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let second = Second { child, port };
-        let deadline = std::time::Instant::now() + Duration::from_secs(30);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(std::time::Instant::now() < deadline, "the second proxy does not start");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        second
-    }
-}
-
-impl Drop for Second {
-    fn drop(&mut self) {
-        signal(self.child.id(), "TERM");
-        let _ = self.child.wait();
-    }
+fn second(installation: &Installation, name: &str, proxy: &str, app: &str) -> Second {
+    let servers = ["a", "b"].map(|name| installation.facts.servers[name]);
+    Second::start(&installation.dir.join(name), proxy, app, servers)
 }
 
 /// Makes server `a` ask roles other than the superuser for SCRAM, and gives it a role.
@@ -69,8 +28,7 @@ async fn ask_for_scram(installation: &Installation) {
 async fn scram_is_passed_through_without_a_password() {
     let installation = Installation::start("scram");
     ask_for_scram(&installation).await;
-    let proxy =
-        Second::start(&installation, "scram", "", "auth = \"scram\"\nsslmode = \"disable\"");
+    let proxy = second(&installation, "scram", "", "auth = \"scram\"\nsslmode = \"disable\"");
     let mut session = connect(proxy.port, "app", Some("sesame")).await.unwrap();
     assert_eq!(value(&mut session, "SELECT current_user").await, "app");
     for (user, password) in [("app", "simsim"), ("nobody", "sesame"), ("postgres", "")] {
@@ -95,7 +53,7 @@ async fn a_password_file_serves_development() {
     let file = installation.dir.join("users");
     std::fs::write(&file, "app:sesame\n").unwrap();
     let app = format!("auth = \"file\"\nauth_file = \"{}\"\nsslmode = \"disable\"", file.display());
-    let proxy = Second::start(&installation, "file", "", &app);
+    let proxy = second(&installation, "file", "", &app);
     let mut session = connect(proxy.port, "app", Some("sesame")).await.unwrap();
     assert_eq!(value(&mut session, "SELECT current_user").await, "app");
     assert!(connect(proxy.port, "app", Some("simsim")).await.is_err());
@@ -123,8 +81,7 @@ async fn tls_of_every_mode_with_the_channel_bound() {
         cert.display(),
         key.display()
     );
-    let proxy =
-        Second::start(&installation, "tls", &section, "auth = \"scram\"\nsslmode = \"disable\"");
+    let proxy = second(&installation, "tls", &section, "auth = \"scram\"\nsslmode = \"disable\"");
     for mode in [SslMode::Require, SslMode::VerifyCa, SslMode::VerifyFull] {
         let tls = ClientTls::load(mode, Some(&cert), None).unwrap();
         let mut session = login(proxy.port, "app", Some("sesame"), tls, &[]).await.unwrap();
@@ -194,8 +151,7 @@ async fn a_cancel_request_reaches_its_query_and_no_other() {
 async fn one_client_too_many_is_told_and_idle_ones_are_ended() {
     let installation = Installation::start("limits");
     let limits = "clients_max = 2\nidle_timeout = \"1s\"";
-    let proxy =
-        Second::start(&installation, "limits", limits, "auth = \"trust\"\nsslmode = \"disable\"");
+    let proxy = second(&installation, "limits", limits, "auth = \"trust\"\nsslmode = \"disable\"");
     let mut first = connect(proxy.port, "postgres", None).await.unwrap();
     let _second = connect(proxy.port, "postgres", None).await.unwrap();
     let error = connect(proxy.port, "postgres", None).await.unwrap_err();

@@ -301,3 +301,51 @@ pub(crate) async fn last_words(
         other => panic!("{other:?}"),
     }
 }
+
+/// A proxy beside that of an installation, of its own configuration.
+pub(crate) struct Second {
+    child: Child,
+    pub(crate) port: u16,
+    pub(crate) api: String,
+}
+
+impl Second {
+    /// `proxy` and `app` are lines of those sections of the configuration, `servers` the ports of cells `a`, which is active,
+    /// and `b`.
+    pub(crate) fn start(dir: &Path, proxy: &str, app: &str, [a, b]: [u16; 2]) -> Second {
+        let free =
+            || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (port, api) = (free(), free());
+        std::fs::create_dir_all(dir).unwrap();
+        let text = format!(
+            "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\n{proxy}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
+             state_dir = \"{}\"\n[[app]]\nname = \"shop\"\n{app}\n\
+             [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:{a}\"\nactive = true\n\
+             [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:{b}\"\n",
+            dir.join("state").display()
+        );
+        let path = dir.join("holdfast.toml");
+        std::fs::write(&path, text).unwrap();
+        let child = Command::new(HOLDFAST)
+            .args(["run", "-c"])
+            .arg(&path)
+            .env("HOLDFAST_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let second = Second { child, port, api: format!("http://127.0.0.1:{api}") };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < deadline, "the second proxy does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        second
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        signal(self.child.id(), "TERM");
+        let _ = self.child.wait();
+    }
+}
