@@ -272,6 +272,11 @@ pub(crate) const KINDS: &[(&str, &[&str], &str)] = &[
         ],
         "SELECT string_agg(name || is_scrollable, ' ') FROM pg_cursors WHERE is_holdable",
     ),
+    (
+        "library",
+        &["LOAD 'auto_explain'", "SET auto_explain.log_min_duration = 12345"],
+        "SELECT setting || unit || vartype FROM pg_settings WHERE name = 'auto_explain.log_min_duration'",
+    ),
     ("application name", &["SET application_name = 'it''s me'"], "SHOW application_name"),
 ];
 

@@ -55,7 +55,7 @@ pub(crate) const PINNED: &[(&str, &str, &str)] = &[
     ),
     ("PREPARE p AS SELECT $$now$$::timestamptz", "the time at which it was prepared", "EXECUTE p"),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
-    ("LOAD 'plpgsql'", "LOAD", "SELECT 1"),
+    ("LOAD 'dict_snowball'", "LOAD", "SELECT 1"),
     (
         "PREPARE p AS SELECT 6; DEALLOCATE p; PREPARE p AS SELECT 7",
         "together with others of its name",

@@ -86,6 +86,8 @@ pub struct Subject<'a> {
     pub version: ServerVersion,
     /// Custom settings that the session may have.
     pub custom: &'a BTreeSet<String>,
+    /// Libraries that it has loaded, which no catalog shows.
+    pub libraries: &'a BTreeSet<String>,
     /// The role that logged in, if the session has another authorization: only it may see all settings.
     pub login_role: Option<&'a str>,
     /// The session may have used `setval`.
@@ -382,6 +384,7 @@ pub fn read<'a>(
         ..Captured::default()
     };
     let mut rounded = Vec::new();
+    captured.snapshot.libraries = subject.libraries.clone();
     let snapshot = &mut captured.snapshot;
     let reference = &subject.reference.configured;
     let mut set = |name: &str, value: &str| {

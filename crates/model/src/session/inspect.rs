@@ -20,6 +20,21 @@ pub const CUSTOM_NAMES_MAX: usize = 256;
 /// Longest custom name that is believed.
 const NAME_LEN_MAX: usize = 128;
 
+/// Libraries that keep nothing for their session but settings and what they can find out anew, by their sources. Others
+/// may hold connections, keys or random seeds.
+const LIBRARIES: [&str; 10] = [
+    "auth_delay",
+    "auto_explain",
+    "citext",
+    "hstore",
+    "ltree",
+    "passwordcheck",
+    "pg_hint_plan",
+    "pg_trgm",
+    "plpgsql",
+    "unaccent",
+];
+
 /// Words that raise a question, in the order of [`Word`].
 const WORDS: [&str; 13] = [
     "set_config",
@@ -60,6 +75,10 @@ pub struct Hints {
     pub setval: bool,
     /// Transactions were given modes of their own, which a chained one inherits.
     pub modes: bool,
+    /// Libraries loaded by LOAD, of those that keep nothing for their session but settings.
+    pub libraries: BTreeSet<String>,
+    /// Named by a LOAD that has not completed yet.
+    loading: BTreeSet<String>,
 }
 
 /// How much of a statement a text is.
@@ -159,7 +178,24 @@ impl Hints {
     #[inline]
     pub fn on_command_tag(&mut self, tag: &[u8]) {
         if tag.starts_with(b"LOAD") {
-            self.pin(Pin::Library);
+            self.libraries.append(&mut self.loading);
+            if self.libraries.is_empty() {
+                self.pin(Pin::Library { name: "(not seen)".into() });
+            }
+        }
+    }
+
+    /// `LOAD 'name'`, a statement of its own.
+    fn on_load(&mut self, tokens: &[Token<'_>], at: usize, place: Place<'_>) {
+        let begins = at.checked_sub(1).and_then(|before| tokens.get(before));
+        let ends = tokens.get(at + 2);
+        let is_end = |token: Option<&Token<'_>>| token.is_none_or(|t| t.kind == Kind::Semicolon);
+        let is_whole =
+            place.depth == 0 && place.extent == Extent::Whole && is_end(begins) && is_end(ends);
+        let name = tokens.get(at + 1).and_then(sql::literal_of);
+        match name.filter(|name| is_whole && LIBRARIES.contains(&library(name))) {
+            Some(name) => drop(self.loading.insert(name)),
+            None => self.pin(Pin::Library { name: place.shown() }),
         }
     }
 
@@ -196,7 +232,7 @@ impl Hints {
                     self.pin(Pin::ReplicationOrigin);
                 }
                 "load" if tokens.get(at + 1).is_some_and(|next| next.kind == Kind::Text) => {
-                    self.pin(Pin::Library);
+                    self.on_load(&tokens, at, place);
                 }
                 name if name.starts_with("dblink") && calls(at) => {
                     self.pin(Pin::Dblink { statement: shown() });
@@ -297,6 +333,13 @@ impl Hints {
             self.look_closely(body, Place { depth: place.depth + 1, ..place });
         }
     }
+}
+
+/// A library's name without where it is: the target has it in its own directories.
+fn library(name: &str) -> &str {
+    let name = name.strip_prefix("$libdir/").unwrap_or(name);
+    let name = name.strip_prefix("plugins/").unwrap_or(name);
+    name.strip_suffix(".so").unwrap_or(name)
 }
 
 /// The first word is SET or RESET, after white space, comments or semicolons.
@@ -462,7 +505,9 @@ mod tests {
         pins("SELECT public.dblink_connect('c', 'dbname=x')", "dblink");
         pins("select pg_backup_start('x')", "backup_mode");
         pins("select pg_replication_origin_session_setup('x')", "replication_origin");
-        pins("LOAD 'auto_explain'", "library");
+        pins("LOAD 'postgres_fdw'", "library");
+        pins("LOAD '/tmp/auto_explain'", "library");
+        pins("DO $$ BEGIN LOAD 'auto_explain'; END $$", "library");
     }
 
     #[test]
@@ -472,6 +517,17 @@ mod tests {
         assert!(hints.is_empty());
         hints.on_command_tag(b"LOAD");
         assert_eq!(hints.pins.len(), 1);
+    }
+
+    #[test]
+    fn libraries_of_which_all_is_known_are_carried() {
+        let mut hints =
+            hints("/* x */ LOAD 'auto_explain'; SELECT 1; load '$libdir/plugins/pg_trgm.so'");
+        assert!(hints.pins.is_empty() && hints.libraries.is_empty());
+        hints.on_command_tag(b"LOAD");
+        assert!(hints.pins.is_empty());
+        let loaded: Vec<&str> = hints.libraries.iter().map(String::as_str).collect();
+        assert_eq!(loaded, ["$libdir/plugins/pg_trgm.so", "auto_explain"]);
     }
 
     #[test]

@@ -16,8 +16,8 @@ pub enum Pin {
     Differs { what: String, here: String, there: String },
     /// A cursor WITH HOLD that cannot be opened again.
     HoldCursor { name: String, why: String },
-    /// A library loaded by LOAD.
-    Library,
+    /// A library loaded by LOAD that may hold more than settings; its name, or the statement.
+    Library { name: String },
     /// Advisory locks, which somebody else could take between the old server and the new.
     Locks { held: usize },
     /// The server answered what was not asked.
@@ -57,7 +57,7 @@ impl Pin {
             Pin::Dblink { .. } => "dblink",
             Pin::Differs { .. } => "differs",
             Pin::HoldCursor { .. } => "hold_cursor",
-            Pin::Library => "library",
+            Pin::Library { .. } => "library",
             Pin::Locks { .. } => "locks",
             Pin::OutOfStep => "out_of_step",
             Pin::Prepared { .. } => "prepared",
@@ -100,7 +100,7 @@ impl std::fmt::Display for Pin {
             Pin::HoldCursor { name, why } => {
                 write!(f, "cursor `{name}` is open WITH HOLD, and {why}; CLOSE it")
             }
-            Pin::Library => write!(f, "a library was loaded by LOAD"),
+            Pin::Library { name } => write!(f, "a library was loaded by LOAD: {name}"),
             Pin::Locks { held } => write!(
                 f,
                 "{held} advisory locks are held, which others could take in between; a switchover moves them"

@@ -124,7 +124,13 @@ pub fn idle_timeout<'a>(of: &'a Snapshot, reference: &'a Facts) -> Option<&'a St
 const IDLE_TIMEOUT: &str = "idle_session_timeout";
 
 fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
-    let mut steps = Vec::new();
+    // Settings are theirs; whatever was loaded before stays loaded.
+    let load = |name: &String| Step::Run {
+        what: format!("library {name}"),
+        sql: format!("LOAD {}", sql::quote_literal(name)),
+        params: Vec::new(),
+    };
+    let mut steps: Vec<Step> = to.libraries.iter().map(load).collect();
     let names: BTreeSet<&String> = from.settings.keys().chain(to.settings.keys()).collect();
     let wanted = |name: &String| {
         let value = match to.settings.get(name) {
@@ -141,7 +147,7 @@ fn on_standby(from: &Snapshot, to: &Snapshot, reference: &Facts) -> Vec<Step> {
     }
     for (name, value) in &to.custom {
         if from.custom.get(name) != Some(value) {
-            steps.push(set(format!("setting {name}"), name, value));
+            steps.push(set_unless(format!("setting {name}"), name, value));
         }
     }
     if from.session_user != to.session_user {
@@ -232,6 +238,17 @@ fn set(what: String, name: &str, value: &str) -> Step {
     Step::Run {
         what,
         sql: "SELECT pg_catalog.set_config($1, $2, false) IS NULL".into(),
+        params: vec![name.into(), value.into()],
+    }
+}
+
+/// A library brings values of its own for its settings, which the session may not be allowed to set.
+fn set_unless(what: String, name: &str, value: &str) -> Step {
+    Step::Run {
+        what,
+        sql: "SELECT pg_catalog.set_config($1, $2, false) IS NULL \
+              WHERE (pg_catalog.current_setting($1, true) OPERATOR(pg_catalog.=) $2) IS NOT TRUE"
+            .into(),
         params: vec![name.into(), value.into()],
     }
 }

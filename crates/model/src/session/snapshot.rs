@@ -27,6 +27,8 @@ pub struct Snapshot {
     pub setting_bytes: Option<i64>,
     /// Something that may have set a custom setting whose name is not known. That it has not is proven by memory.
     pub may_have_unnamed: Option<Pin>,
+    /// Libraries loaded by LOAD.
+    pub libraries: BTreeSet<String>,
     /// `session_user`.
     pub session_user: String,
     /// `role`, `none` unless SET ROLE.
@@ -87,6 +89,7 @@ impl Snapshot {
     pub fn len(&self) -> usize {
         self.settings.len()
             + self.custom.len()
+            + self.libraries.len()
             + self.prepared.len()
             + self.channels.len()
             + self.sequences.len()
@@ -204,9 +207,10 @@ impl Snapshot {
             differs(format!("cursor {name}"), shown(a), shown(b));
         });
         self.temporary.differences(&there.temporary, &mut differs);
-        let channels =
+        let listed =
             |set: &BTreeSet<String>| Some(set.iter().cloned().collect::<Vec<_>>().join(","));
-        differs("listened channels".into(), channels(&self.channels), channels(&there.channels));
+        differs("listened channels".into(), listed(&self.channels), listed(&there.channels));
+        differs("libraries".into(), listed(&self.libraries), listed(&there.libraries));
         both(&self.locks, &there.locks, |lock, a, b| {
             let shown = |count: Option<&u32>| count.map(u32::to_string);
             differs(format!("advisory lock ({})", lock.arguments()), shown(a), shown(b));

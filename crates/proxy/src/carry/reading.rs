@@ -29,6 +29,7 @@ const CAPTURE_TRIES: usize = 3;
 pub(super) struct Kind<'a> {
     pub(super) identity: &'a Identity,
     pub(super) custom: BTreeSet<String>,
+    pub(super) libraries: BTreeSet<String>,
     pub(super) setval: bool,
     /// Nobody else tells what its backend holds.
     pub(super) alone: bool,
@@ -51,6 +52,7 @@ impl<'a> Kind<'a> {
         Kind {
             identity,
             custom: session.hints.custom.clone(),
+            libraries: session.hints.libraries.clone(),
             setval: session.hints.setval,
             alone,
             beneath: session.beneath.is_none(),
@@ -76,6 +78,7 @@ impl<'a> Kind<'a> {
         Subject {
             version: version.unwrap_or(ServerVersion(150_000)),
             custom: &self.custom,
+            libraries: &self.libraries,
             login_role: other.then_some(self.identity.user.as_str()),
             setval: self.setval,
             facts,
@@ -91,6 +94,7 @@ impl<'a> Kind<'a> {
         Kind {
             identity: model.identity,
             custom: model.custom.clone(),
+            libraries: BTreeSet::new(),
             setval: false,
             alone: false,
             beneath: false,
@@ -103,7 +107,7 @@ impl<'a> Kind<'a> {
     /// The same for a copy of `snapshot`, whose custom settings are all asked for.
     pub(super) fn of_copy(&self, snapshot: &Snapshot) -> Kind<'_> {
         let custom = self.custom.iter().chain(snapshot.custom.keys()).cloned().collect();
-        Kind { custom, ..*self }
+        Kind { custom, libraries: snapshot.libraries.clone(), ..*self }
     }
 }
 

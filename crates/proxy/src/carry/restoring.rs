@@ -84,6 +84,7 @@ pub(crate) async fn prove_settings(
     let settings = Snapshot {
         settings: snapshot.settings.clone(),
         custom: snapshot.custom.clone(),
+        libraries: snapshot.libraries.clone(),
         beneath: snapshot.beneath.clone(),
         setting_bytes: snapshot.setting_bytes,
         may_have_unnamed: snapshot.may_have_unnamed.clone(),

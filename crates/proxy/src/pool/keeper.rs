@@ -354,6 +354,7 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
         ..snapshot.clone()
     };
     let kinds = [
+        ("libraries that it has loaded", !rest.libraries.is_empty()),
         ("temporary objects", !rest.temporary.is_empty()),
         ("cursors", !rest.cursors.is_empty()),
         ("advisory locks", !rest.locks.is_empty()),

@@ -101,6 +101,7 @@ const SETTINGS: &[(&str, &[&str])] = &[
     ("app.tenant", &["8", "'x y'"]),
     ("app.role", &["'mine'", "DEFAULT"]),
     ("app.database", &["'mine'", "DEFAULT"]),
+    ("auto_explain.log_min_duration", &["9999", "'soon'", "DEFAULT"]),
 ];
 
 const QUERIES: &[&str] = &[
@@ -124,6 +125,9 @@ const QUERIES: &[&str] = &[
 const STATEMENTS: &[&str] = &[
     "RESET ALL",
     "RESET app.uid",
+    "LOAD 'auto_explain'",
+    "LOAD 'nowhere'",
+    "SHOW auto_explain.log_min_duration",
     "RESET search_path",
     "SET ROLE reader",
     "SET ROLE NONE",

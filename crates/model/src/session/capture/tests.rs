@@ -11,6 +11,7 @@ fn subject<'a>(facts: &'a Facts, custom: &'a BTreeSet<String>) -> Subject<'a> {
     Subject {
         version: ServerVersion(150_000),
         custom,
+        libraries: const { &BTreeSet::new() },
         login_role: None,
         setval: false,
         facts,
