@@ -9,6 +9,7 @@ use model::session::facts::{self, Facts};
 use model::switchover::{OnTimeout, Stage};
 use pg::admin::Admin;
 use pg::instance::Instance;
+use tokio::time::timeout;
 
 use crate::config::{AppServers, CellServer};
 use crate::hba;
@@ -19,6 +20,10 @@ const LAG_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// How long the target may take to have all, once nobody writes.
 const CATCH_UP_MAX: Duration = Duration::from_secs(10);
 const PROMOTE_MAX: Duration = Duration::from_secs(30);
+/// Longest wait for one answer while clients are held.
+const HELD_WAIT: Duration = Duration::from_secs(5);
+/// Of what must be done.
+const TRIES: u32 = 3;
 /// Between looks at a server during the pause (`pg_promote(true)` itself would look every 100 ms).
 const POLL: Duration = Duration::from_millis(2);
 /// How long ended backends may take to go.
@@ -62,6 +67,24 @@ fn chain(error: impl std::error::Error) -> String {
 
 async fn admin(server: &CellServer) -> Result<Admin, String> {
     Admin::connect(&server.target, &server.admin).await.map_err(chain)
+}
+
+/// For questions while clients are held, which a server answers at once.
+async fn admin_at_once(server: &CellServer) -> Result<Admin, String> {
+    let login = Admin::connect(&server.target, &server.admin);
+    let late = |_| format!("`{}` takes no login within {HELD_WAIT:?}", server.target.address);
+    let mut admin = timeout(HELD_WAIT, login).await.map_err(late)?.map_err(chain)?;
+    admin.wait = HELD_WAIT;
+    Ok(admin)
+}
+
+/// Whether what must be done, and may be done twice, is tried once more: there is no way back from here.
+fn again(tries: &mut u32, failure: &str) -> bool {
+    *tries += 1;
+    if *tries < TRIES {
+        tracing::warn!(failure, "trying again");
+    }
+    *tries < TRIES
 }
 
 /// What would be done, for `--dry-run`.
@@ -254,7 +277,7 @@ async fn reload(admin: &mut Admin) -> Result<(), String> {
 }
 
 async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) -> Done {
-    let mut old = admin(from).await?;
+    let mut old = admin_at_once(from).await?;
     let hba = hba_of(from, &mut old).await?;
     let closed = match &hba {
         Some((instance, hba)) => {
@@ -350,7 +373,7 @@ async fn capture(control: &Control, execution: &Execution) -> Done {
 
 async fn catch_up(execution: &Execution, to: &CellServer) -> Done {
     let lsn = execution.lsn.ok_or("the fence has given no position")?;
-    let mut new = admin(to).await?;
+    let mut new = admin_at_once(to).await?;
     let deadline = Instant::now() + CATCH_UP_MAX;
     loop {
         let replayed = new.replayed_lsn().await.map_err(chain)?;
@@ -370,7 +393,17 @@ async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> D
     // While the target is promoted, which is mostly waiting. Who loses its server by it is told, before the grant
     // or after.
     reported(control.order(Order::HearOut { app: execution.app.clone() }).await)?;
-    let mut new = admin(to).await?;
+    let mut tries = 0;
+    loop {
+        match promote_server(to).await {
+            Err(failure) if again(&mut tries, &failure) => (),
+            done => return done,
+        }
+    }
+}
+
+async fn promote_server(to: &CellServer) -> Done {
+    let mut new = admin_at_once(to).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
         let deadline = Instant::now() + PROMOTE_MAX;
@@ -408,7 +441,13 @@ async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
 
 /// Takes the fence back. Also right when there was none.
 async fn revert(control: &Control, execution: &Execution, from: &CellServer) -> Done {
-    let unfenced = unfence(from).await;
+    let mut tries = 0;
+    let unfenced = loop {
+        match unfence(from).await {
+            Err(failure) if again(&mut tries, &failure) => (),
+            done => break done,
+        }
+    };
     // Clients go on also where the server could not be asked: it may not have been fenced at all.
     let released = release(control, execution, &execution.from).await?;
     unfenced?;
@@ -416,7 +455,7 @@ async fn revert(control: &Control, execution: &Execution, from: &CellServer) -> 
 }
 
 async fn unfence(server: &CellServer) -> Result<(), String> {
-    let mut old = admin(server).await?;
+    let mut old = admin_at_once(server).await?;
     if let Some((instance, hba)) = hba_of(server, &mut old).await? {
         open_hba(&instance, &hba)?;
     }

@@ -41,7 +41,8 @@ impl AdminLogin {
 #[derive(Debug)]
 pub struct Admin {
     pub connection: Connection,
-    wait: Duration,
+    /// Longest wait for an answer.
+    pub wait: Duration,
 }
 
 /// Where a server stands.

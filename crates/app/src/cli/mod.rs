@@ -6,6 +6,16 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use model::switchover::OnTimeout;
 
+/// Prints a line. Whoever has closed the other end of a pipe has seen enough.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        if writeln!(std::io::stdout().lock(), $($text)*).is_err() {
+            std::process::exit(0);
+        }
+    }};
+}
+
 mod client;
 pub(crate) mod show;
 
@@ -156,7 +166,7 @@ pub(crate) fn main() -> ExitCode {
 fn check(path: &std::path::Path) -> Result<ExitCode, String> {
     let config = Config::load(path).map_err(|error| chain(&error))?;
     let cells: usize = config.control.apps.values().map(|app| app.cells.len()).sum();
-    println!("{}: {} applications, {cells} cells", path.display(), config.control.apps.len());
+    say!("{}: {} applications, {cells} cells", path.display(), config.control.apps.len());
     Ok(ExitCode::SUCCESS)
 }
 

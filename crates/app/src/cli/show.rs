@@ -17,7 +17,7 @@ type Done = Result<ExitCode, String>;
 
 fn json(value: &impl Serialize) -> Result<(), String> {
     let text = serde_json::to_string_pretty(value).map_err(|error| error.to_string())?;
-    println!("{text}");
+    say!("{text}");
     Ok(())
 }
 
@@ -30,7 +30,7 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
     let print = |cells: Vec<&str>| {
         let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-        println!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
+        say!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
     };
     print(header.to_vec());
     for row in rows {
@@ -52,13 +52,10 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
     }
     for (at, app) in status.apps.iter().enumerate() {
         if at > 0 {
-            println!();
+            say!();
         }
         let active = app.active.as_deref().unwrap_or("none");
-        println!(
-            "{}: active cell {active}, epoch {}, {} sessions",
-            app.name, app.epoch, app.sessions
-        );
+        say!("{}: active cell {active}, epoch {}, {} sessions", app.name, app.epoch, app.sessions);
         let rows: Vec<Vec<String>> = app
             .cells
             .iter()
@@ -79,7 +76,7 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
             .collect();
         table(&["cell", "state", "server", "role", "lsn", "lag", "streams"], &rows);
         for problem in &app.problems {
-            println!("! {problem}");
+            say!("! {problem}");
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -112,7 +109,7 @@ pub(super) fn sessions(global: &Global, app: &str, pinned: bool) -> Done {
             json(&report)?;
             return Ok(ExitCode::SUCCESS);
         }
-        println!("{} of {} sessions could be moved now", report.done, report.sessions);
+        say!("{} of {} sessions could be moved now", report.done, report.sessions);
         if !report.blockers.is_empty() {
             print_blockers(&report.blockers);
         }
@@ -169,18 +166,18 @@ pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest
         if global.json {
             json(&dry)?;
         } else {
-            println!("switchover of {app} from {} to {} would:", dry.from, dry.to);
-            dry.steps.iter().for_each(|step| println!("  {step}"));
-            println!("{} of {} sessions could be moved now", dry.movable, dry.sessions);
+            say!("switchover of {app} from {} to {} would:", dry.from, dry.to);
+            dry.steps.iter().for_each(|step| say!("  {step}"));
+            say!("{} of {} sessions could be moved now", dry.movable, dry.sessions);
             if !dry.blockers.is_empty() {
                 print_blockers(&dry.blockers);
             }
             dry.configured_otherwise.iter().for_each(|setting| {
-                println!(
+                say!(
                     "- the servers' configurations differ, sessions keep what they have: {setting}"
                 );
             });
-            dry.refusals.iter().for_each(|reason| println!("! it would be refused: {reason}"));
+            dry.refusals.iter().for_each(|reason| say!("! it would be refused: {reason}"));
         }
         return Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS });
     }
@@ -219,9 +216,9 @@ fn ending(execution: &Execution) -> &'static str {
 
 pub(crate) fn print_execution(execution: &Execution) {
     let (id, app, from, to) = (execution.id, &execution.app, &execution.from, &execution.to);
-    println!("execution {id}: switchover of {app} from {from} to {to}: {}", ending(execution));
+    say!("execution {id}: switchover of {app} from {from} to {to}: {}", ending(execution));
     if let Some(reason) = &execution.reason {
-        println!("reason: {reason}");
+        say!("reason: {reason}");
     }
     // A stage is shown when it has ended; the last one also while it runs.
     let last = execution.log.len().saturating_sub(1);
@@ -244,7 +241,7 @@ pub(crate) fn print_execution(execution: &Execution) {
         .collect();
     table(&["stage", "", "took", ""], &rows);
     if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
-        println!("next: holdfast retry {id}");
+        say!("next: holdfast retry {id}");
     }
 }
 
@@ -259,7 +256,7 @@ pub(super) fn move_sessions(global: &Global, app: &str, request: &MoveRequest) -
         return Ok(code);
     }
     let held = report.pauses.map_or(String::new(), |pauses| format!("; held {pauses}"));
-    println!("{} of {} sessions moved to `{}`{held}", report.done, report.sessions, request.to);
+    say!("{} of {} sessions moved to `{}`{held}", report.done, report.sessions, request.to);
     if !report.blockers.is_empty() {
         print_blockers(&report.blockers);
     }

@@ -1,172 +1,14 @@
-//! A server that dies, hangs, lies or refuses at any message of a move: the session stays what it was, where it was or
-//! where it goes; only one whose own connection was hit may end, and is told. Nothing is left behind.
+//! A server that dies, hangs, lies or refuses at any message of a move, of a switchover or of a pool: the session stays
+//! what it was, where it was or where it goes; only one whose own connection was hit may end, and is told. Nothing is
+//! left behind.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pg::Connection;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
-use wire::frame::{self, HEADER_LEN, Side};
-use wire::frontend;
 
-use crate::support::{Installation, run, shown, signal, value};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    /// The connection is cut.
-    Cut,
-    /// Nothing comes any more.
-    Hang,
-    /// A statement is answered by an error.
-    Refuse,
-    /// A bit of an answer is another.
-    Lie,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Armed {
-    fault: Fault,
-    /// Messages that pass before.
-    left: u64,
-    /// The first connection that may be hit.
-    from: u64,
-}
-
-/// Stands between Holdfast and a server.
-#[derive(Clone)]
-struct Relay {
-    armed: Arc<Mutex<Option<Armed>>>,
-    hit: Arc<Mutex<Option<u64>>>,
-    connections: Arc<AtomicU64>,
-    /// Connections by the port from which they reach the server.
-    ports: Arc<Mutex<HashMap<String, u64>>>,
-    /// What hangs ends when this changes.
-    release: Arc<watch::Sender<u64>>,
-}
-
-impl Relay {
-    async fn start(server: u16) -> (Relay, u16) {
-        let relay = Relay {
-            armed: Arc::default(),
-            hit: Arc::default(),
-            connections: Arc::default(),
-            ports: Arc::default(),
-            release: Arc::new(watch::Sender::new(0)),
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let own = relay.clone();
-        tokio::spawn(async move {
-            loop {
-                let (client, _) = listener.accept().await.unwrap();
-                let Ok(server) = TcpStream::connect(("127.0.0.1", server)).await else { continue };
-                let id = own.connections.fetch_add(1, Ordering::SeqCst);
-                let port = server.local_addr().unwrap().port().to_string();
-                own.ports.lock().unwrap().insert(port, id);
-                tokio::spawn(own.clone().carry(id, client, server));
-            }
-        });
-        (relay, port)
-    }
-
-    async fn carry(self, id: u64, client: TcpStream, server: TcpStream) {
-        client.set_nodelay(true).unwrap();
-        server.set_nodelay(true).unwrap();
-        let ((from_client, to_client), (from_server, to_server)) =
-            (client.into_split(), server.into_split());
-        tokio::select! {
-            () = self.pass(id, from_client, to_server, Side::Frontend) => (),
-            () = self.pass(id, from_server, to_client, Side::Backend) => (),
-        }
-    }
-
-    async fn pass(&self, id: u64, mut from: OwnedReadHalf, mut to: OwnedWriteHalf, side: Side) {
-        let (mut bytes, mut is_startup) = (Vec::new(), side == Side::Frontend);
-        loop {
-            let len = if is_startup {
-                let len = bytes.first_chunk::<4>().map(|len| u32::from_be_bytes(*len));
-                len.and_then(|len| usize::try_from(len).ok()).filter(|len| bytes.len() >= *len)
-            } else {
-                frame::whole(side, &bytes).unwrap().map(|(_, _, len)| len)
-            };
-            let Some(len) = len else {
-                match from.read_buf(&mut bytes).await {
-                    Ok(read) if read > 0 => continue,
-                    _ => return,
-                }
-            };
-            let mut message: Vec<u8> = bytes.drain(..len).collect();
-            if !std::mem::take(&mut is_startup) {
-                match self.fault_at(id, side, &message) {
-                    None => (),
-                    Some(Fault::Cut) => return,
-                    Some(Fault::Hang) => {
-                        let _ = self.release.subscribe().changed().await;
-                        return;
-                    }
-                    Some(Fault::Refuse) => {
-                        let name = message[HEADER_LEN..].split(|byte| *byte == 0).next().unwrap();
-                        let mut refused = Vec::new();
-                        frontend::parse(&mut refused, name, b"SELECT 1/0", &[]);
-                        message = refused;
-                    }
-                    Some(Fault::Lie) => {
-                        if let Some(last) = message.get_mut(HEADER_LEN..).and_then(<[u8]>::last_mut)
-                        {
-                            *last ^= 1;
-                        }
-                    }
-                }
-            }
-            if to.write_all(&message).await.is_err() {
-                return;
-            }
-        }
-    }
-
-    fn fault_at(&self, id: u64, side: Side, message: &[u8]) -> Option<Fault> {
-        let mut place = self.armed.lock().unwrap();
-        let armed = place.as_mut()?;
-        let counts = match (armed.fault, side, message[0]) {
-            (Fault::Refuse, Side::Frontend, b'P') => true,
-            // Most rows are of settings, one like the other.
-            (Fault::Cut | Fault::Hang, Side::Backend, tag) => !matches!(tag, b'D' | b'S'),
-            // Rows of three columns are of SHOW ALL.
-            (Fault::Lie, Side::Backend, b'D') => message.get(5..7) != Some(&[0, 3]),
-            (Fault::Lie, Side::Backend, tag) => matches!(tag, b'C' | b'Z'),
-            _ => false,
-        };
-        if !counts || id < armed.from {
-            return None;
-        }
-        if armed.left > 0 {
-            armed.left -= 1;
-            return None;
-        }
-        let fault = armed.fault;
-        *place = None;
-        *self.hit.lock().unwrap() = Some(id);
-        Some(fault)
-    }
-
-    /// The fault strikes once, after so many messages.
-    fn arm(&self, fault: Fault, left: u64, from: u64) {
-        *self.hit.lock().unwrap() = None;
-        *self.armed.lock().unwrap() = Some(Armed { fault, left, from });
-    }
-
-    /// Gives the connection that was hit.
-    fn disarm(&self) -> Option<u64> {
-        *self.armed.lock().unwrap() = None;
-        self.release.send_modify(|count| *count += 1);
-        self.hit.lock().unwrap().take()
-    }
-}
+use crate::relay::{Fault, Relay};
+use crate::support::{Installation, run, shown, value};
 
 /// The connection on which a session stands.
 async fn connection_of(relay: &Relay, subject: &mut Subject, admin: &mut Connection) -> u64 {
@@ -228,23 +70,14 @@ impl Subject {
 }
 
 /// Strikes at every message, or at one of `step` in the test run; `HOLDFAST_FAULTS` strikes at all.
-async fn strike(fault: Fault, step: u64, name: &str) {
+async fn strike(fault: Fault, in_test_run: usize, name: &str) {
     let mut installation = Installation::start(name);
-    signal(installation.pid(), "KILL");
-    installation.wait_crashed();
-    let (relay, port) = Relay::start(installation.facts.servers["a"]).await;
-    let config = std::fs::read_to_string(installation.config()).unwrap();
-    let server = format!("server = \"127.0.0.1:{}\"", installation.facts.servers["a"]);
-    let config = config.replacen(&server, &format!("server = \"127.0.0.1:{port}\""), 1);
-    let own = "[[app]]\nmove_answer_timeout = \"300ms\"";
-    std::fs::write(installation.config(), config.replacen("[[app]]", own, 1)).unwrap();
-    installation.restart(&[]);
+    let relay = Relay::before(&mut installation, "move_answer_timeout = \"300ms\"").await;
     let mut admin = installation.direct("a").await;
     run(&mut admin, "CREATE SEQUENCE s").await;
-    let step = if std::env::var_os("HOLDFAST_FAULTS").is_some() { 1 } else { step };
     let mut subject = Subject::new(&installation).await;
     let (mut struck, mut ended, mut stayed) = (0, 0, 0);
-    for left in (0_u64..).step_by(usize::try_from(step).unwrap()) {
+    for left in (0_u64..).step_by(step(in_test_run)) {
         let when = format!("{fault:?} at message {left}");
         let before = relay.connections.load(Ordering::SeqCst);
         let own = connection_of(&relay, &mut subject, &mut admin).await;
@@ -303,4 +136,149 @@ async fn a_server_that_refuses_any_statement_of_a_move() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_lies_in_any_message_about_a_copy() {
     strike(Fault::Lie, 17, "lie").await;
+}
+
+/// One of the test run's strikes, or of all.
+fn step(in_test_run: usize) -> usize {
+    if std::env::var_os("HOLDFAST_FAULTS").is_some() { 1 } else { in_test_run }
+}
+
+/// Strikes at messages of switchovers, there and back. Whatever happens, one cell is active in the end, acknowledged rows
+/// are there, the other server refuses writes, and the session is what it was or was told.
+async fn strike_switchovers(fault: Fault, in_test_run: usize, name: &str) {
+    let mut installation = Installation::start(name);
+    let own = "move_answer_timeout = \"1s\"";
+    let relay = Relay::before(&mut installation, own).await;
+    run(&mut installation.connect().await, "CREATE SEQUENCE s; CREATE TABLE t (n serial)").await;
+    let mut subject = Subject::new(&installation).await;
+    let (mut written, mut struck, mut switched, mut ended) = (0, 0, 0, 0);
+    for left in (0_u64..).step_by(step(in_test_run)) {
+        let when = format!("{fault:?} at message {left}");
+        run(&mut installation.connect().await, "INSERT INTO t DEFAULT VALUES").await;
+        written += 1;
+        let active = installation.active();
+        let other = if active == "a" { "b" } else { "a" };
+        let mut admin = installation.direct(&active).await;
+        let own = connection_of(&relay, &mut subject, &mut admin).await;
+        drop(admin);
+        relay.arm(fault, left, 0);
+        let args = ["switchover", "shop", "--to", other, "--deadline", "3s"];
+        let output = installation.holdfast_in_background(&args).await.unwrap();
+        let hit = relay.disarm();
+        let text = shown(&output);
+        if text.contains(": stuck") || text.contains("not rejoined") {
+            let id = text.split_once("execution ").unwrap().1.split(':').next().unwrap();
+            let retried = installation.holdfast(&["retry", id]);
+            assert!(!shown(&retried).contains(": stuck"), "{when}: {text} {}", shown(&retried));
+        }
+        let now = installation.active();
+        assert!(!output.status.success() || now == other, "{when}: {text}");
+        switched += u64::from(now == other);
+        let mut client = installation.connect().await;
+        run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
+        written += 1;
+        let count = value(&mut client, "SELECT count(*) FROM t").await;
+        assert_eq!(count, written.to_string(), "{when}: {text}");
+        let passive = if now == "a" { "b" } else { "a" };
+        let mut passive = installation.direct(passive).await;
+        assert!(passive.query("INSERT INTO t DEFAULT VALUES").await.is_err(), "{when}: {text}");
+        if !subject.is_alive(&when).await {
+            assert!(hit == Some(own) || now == other && hit.is_some(), "{when}: killed; {text}");
+            ended += 1;
+            subject = Subject::new(&installation).await;
+        }
+        if hit.is_none() && output.status.success() {
+            break;
+        }
+        struck += 1;
+    }
+    eprintln!("{fault:?}: struck {struck} times, switched {switched} times, ended {ended} times");
+    assert!(struck > 3, "{fault:?}: struck {struck}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_cut_off_at_any_message_of_a_switchover() {
+    strike_switchovers(Fault::Cut, 97, "cut-switch").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_hangs_at_any_message_of_a_switchover() {
+    strike_switchovers(Fault::Hang, 211, "hang-switch").await;
+}
+
+/// Strikes at messages of servers that sessions share: of their opening, of looks, of settings that they are given, and of
+/// the sessions' own statements. Whoever does not stand on what was hit has what it had.
+async fn strike_pool(fault: Fault, in_test_run: usize, name: &str) {
+    let mut installation = Installation::start_pooled(name, 2);
+    let own = "move_answer_timeout = \"500ms\"";
+    let relay = Relay::before(&mut installation, own).await;
+    let mut admin = installation.direct("a").await;
+    let set_up = |side: usize| format!("SET app.side = '{side}'; SET work_mem = '{}MB'", 5 + side);
+    let (mut struck, mut ended) = (0, 0);
+    for left in (0_u64..).step_by(step(in_test_run)) {
+        let when = format!("{fault:?} at message {left}");
+        let mut sessions = Vec::new();
+        for side in 0..4 {
+            let mut session = installation.connect().await;
+            run(&mut session, &set_up(side)).await;
+            sessions.push(session);
+        }
+        relay.arm(fault, left, 0);
+        let mut lives = Vec::new();
+        for (side, mut session) in sessions.into_iter().enumerate() {
+            let answer = tokio::time::timeout(Duration::from_millis(1_500), async {
+                let set = format!("SET app.more = '{left}'; SET lock_timeout = '{}s'", side + 1);
+                session.query(&set).await?;
+                session
+                    .query("SELECT set_config('app.last', current_setting('app.side'), false)")
+                    .await?;
+                session.value("SELECT concat_ws(' ', current_setting('app.side'), current_setting('app.last'), \
+                    current_setting('work_mem'), current_setting('lock_timeout'))").await
+            });
+            match answer.await {
+                Ok(Ok(Some(text))) => {
+                    assert_eq!(
+                        text,
+                        format!("{side} {side} {}MB {}s", 5 + side, side + 1),
+                        "{when}"
+                    );
+                    lives.push((side, session));
+                }
+                Ok(Ok(None)) => panic!("{when}: nothing"),
+                // Told, or nobody answers it.
+                Ok(Err(_)) | Err(_) => drop(session),
+            }
+        }
+        let hit = relay.disarm();
+        ended += 4 - lives.len();
+        assert!(lives.len() >= 2 || fault == Fault::Hang, "{when}: {} of 4 live", lives.len());
+        assert!(hit.is_some() || lives.len() == 4, "{when}: {} of 4 live", lives.len());
+        for (side, session) in &mut lives {
+            let now = value(session, "SELECT current_setting('app.side')").await;
+            assert_eq!(now, side.to_string(), "{when}");
+        }
+        if hit.is_none() {
+            break;
+        }
+        struck += 1;
+    }
+    for _ in 0..3 {
+        let mut session = installation.connect().await;
+        assert_eq!(value(&mut session, "SELECT 1").await, "1");
+    }
+    let backends =
+        "SELECT count(*) <= 8 FROM pg_stat_activity WHERE backend_type = 'client backend'";
+    assert_eq!(value(&mut admin, backends).await, "t");
+    eprintln!("{fault:?}: struck {struck} times, ended {ended} sessions");
+    assert!(struck > 3, "{fault:?}: struck {struck}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_cut_off_at_any_message_of_a_pool() {
+    strike_pool(Fault::Cut, 5, "cut-pool").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_hangs_at_any_message_of_a_pool() {
+    strike_pool(Fault::Hang, 17, "hang-pool").await;
 }

@@ -15,5 +15,7 @@ mod login;
 mod moves;
 mod pins;
 mod pools;
+mod relay;
 mod single;
+mod targets;
 mod twins;

@@ -253,13 +253,7 @@ async fn values_of_sequences_are_kept_or_forgotten() {
     }
     let shown = pool_of(&installation, "one").await;
     assert!(shown.contains("values of sequences") || shown.contains("currval"), "{shown}");
-    crate::support::signal(installation.pid(), "KILL");
-    installation.wait_crashed();
-    let path = installation.config();
-    let text = std::fs::read_to_string(&path).unwrap();
-    let text = text.replace("pool_size", "pool_currval = false\npool_size");
-    std::fs::write(&path, text).unwrap();
-    installation.restart(&[]);
+    installation.reconfigure(|text| text.replace("pool_size", "pool_currval = false\npool_size"));
     let mut one = named(&installation, "one").await;
     let mut other = named(&installation, "other").await;
     for session in [&mut one, &mut other] {
@@ -485,13 +479,8 @@ async fn cancel_requests_reach_their_own() {
 #[tokio::test]
 async fn the_wait_for_a_server_ends() {
     let mut installation = Installation::start_pooled("pool-wait", 1);
-    crate::support::signal(installation.pid(), "KILL");
-    installation.wait_crashed();
-    let path = installation.config();
-    let text = std::fs::read_to_string(&path).unwrap();
-    let text = text.replace("pool_size", "pool_wait_max = \"1s\"\npool_kept_max = 0\npool_size");
-    std::fs::write(&path, text).unwrap();
-    installation.restart(&[]);
+    let more = "pool_wait_max = \"1s\"\npool_kept_max = 0\npool_size";
+    installation.reconfigure(|text| text.replace("pool_size", more));
     let mut one = installation.connect().await;
     let mut other = installation.connect().await;
     run(&mut one, "LISTEN a").await;

@@ -138,6 +138,13 @@ impl Installation {
         text
     }
 
+    /// The active cell.
+    pub(crate) fn active(&self) -> String {
+        let text = shown(&self.holdfast(&["status", "shop"]));
+        let (_, rest) = text.split_once("active cell ").unwrap_or_else(|| panic!("{text}"));
+        rest.split(',').next().unwrap().to_owned()
+    }
+
     /// Begins a switchover to `b` that a busy session keeps waiting, and waits until it holds.
     pub(crate) async fn switch_until_it_holds(&self) -> tokio::task::JoinHandle<Output> {
         let args = ["switchover", "shop", "--to", "b", "--deadline", "20s"];
@@ -177,6 +184,15 @@ impl Installation {
     pub(crate) fn wait_crashed(&mut self) {
         let child = &mut self.child;
         wait_until("the crash", || child.try_wait().unwrap().is_some());
+    }
+
+    /// Kills proxy and control, and starts them with another configuration.
+    pub(crate) fn reconfigure(&mut self, change: impl FnOnce(String) -> String) {
+        signal(self.pid(), "KILL");
+        self.wait_crashed();
+        let text = std::fs::read_to_string(self.config()).unwrap();
+        std::fs::write(self.config(), change(text)).unwrap();
+        self.restart(&[]);
     }
 
     /// Starts proxy and control again, with the same state, after a crash.

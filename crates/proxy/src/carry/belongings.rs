@@ -407,8 +407,11 @@ async fn try_out(
         return Some("its text is in no known encoding".into());
     }
     let limits = "SELECT current_setting('temp_file_limit')".to_owned();
-    let limits = ask_aside(connection, subject, BEGIN_READ, &[limits]).await;
-    let limit = limits.ok().and_then(|answers| answers.first()?.rows.first()?.first()?.clone());
+    let limits = match ask_aside(connection, subject, BEGIN_READ, &[limits]).await {
+        Ok(answers) => answers,
+        Err(error) => return Some(format!("cannot be tried: {error}")),
+    };
+    let limit = limits.first().and_then(|answer| answer.rows.first()?.first()?.clone());
     if limit.as_deref() != Some("-1") {
         return Some("temp_file_limit might keep it from being opened again".into());
     }
