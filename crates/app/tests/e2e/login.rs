@@ -1,13 +1,16 @@
 //! SCRAM passed through without a password, TLS of every mode, cancel requests, limits.
 
+use std::collections::BTreeSet;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use tls::{ClientTls, SslMode};
+use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::support::{HOLDFAST, Installation, Second, connect, login, run, shown, value};
+use crate::support::{HOLDFAST, Installation, Second, connect, extended, login, run, shown, value};
 
 /// A second proxy before the same servers, with a configuration of its own.
 fn second(installation: &Installation, name: &str, proxy: &str, app: &str) -> Second {
@@ -112,6 +115,69 @@ async fn tls_of_every_mode_with_the_channel_bound() {
             .unwrap();
         assert_eq!(shown(&output).trim(), "100000", "{options}");
     }
+}
+
+/// The threads that move bytes have pools of their own, and TLS on both sides is nobody's concern.
+#[tokio::test]
+async fn sessions_share_servers_behind_tls_and_on_two_engines() {
+    let installation = Installation::start("tls-pool");
+    ask_for_scram(&installation).await;
+    let (cert, key) = certificate(&installation);
+    let data = installation.dir.join("a");
+    let owner = std::fs::metadata(&data).unwrap();
+    for (from, name) in [(&cert, "server.crt"), (&key, "server.key")] {
+        let to = data.join(name);
+        std::fs::copy(from, &to).unwrap();
+        std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::chown(&to, Some(owner.uid()), Some(owner.gid())).unwrap();
+    }
+    let mut direct = installation.direct("a").await;
+    run(&mut direct, "ALTER SYSTEM SET ssl = on").await;
+    run(&mut direct, "SELECT pg_reload_conf()").await;
+    let section = format!(
+        "engines = 2\n[proxy.tls]\ncert = \"{}\"\nkey = \"{}\"\nrequired = true\n",
+        cert.display(),
+        key.display()
+    );
+    let app = format!(
+        "auth = \"scram\"\nsslmode = \"verify-full\"\nsslrootcert = \"{}\"\npool = \"transaction\"\npool_size = 2",
+        cert.display()
+    );
+    let proxy = second(&installation, "tls-pool", &section, &app);
+    let mut sessions = Vec::new();
+    for n in 0..12 {
+        let tls = ClientTls::load(SslMode::VerifyFull, Some(&cert), None).unwrap();
+        let mut session = login(proxy.port, "app", Some("sesame"), tls, &[]).await.unwrap();
+        run(&mut session, &format!("SET app.number = '{n}'; SET lock_timeout = '{n}s'")).await;
+        let mut out = Vec::new();
+        let sql = b"SELECT current_setting('app.number') || $1 || ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+        frontend::parse(&mut out, b"mine", sql, &[]);
+        frontend::sync(&mut out);
+        extended(&mut session, &out).await;
+        sessions.push(session);
+    }
+    let mut pids = BTreeSet::new();
+    for round in 0..4 {
+        for (n, session) in sessions.iter_mut().enumerate() {
+            let mut out = Vec::new();
+            frontend::bind_text(&mut out, b"", b"mine", &[Some(format!(" {round} ").as_bytes())]);
+            frontend::execute(&mut out, b"", 0);
+            frontend::sync(&mut out);
+            let found = extended(session, &out).await;
+            assert_eq!(found, [Some(format!("{n} {round} true"))]);
+            assert_eq!(
+                value(session, "SHOW lock_timeout").await,
+                if n == 0 { "0".into() } else { format!("{n}s") }
+            );
+            let long = value(session, "SELECT repeat('x', 200000)").await;
+            assert_eq!(long.len(), 200_000);
+            pids.insert(value(session, "SELECT pg_backend_pid()").await);
+        }
+    }
+    // Custom settings cannot be taken from a server, so servers come and go, but there are four at most.
+    let servers = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+    let servers: usize = value(&mut direct, servers).await.parse().unwrap();
+    assert!(servers <= 4 && pids.len() >= 2, "{servers} servers, {}", pids.len());
 }
 
 #[tokio::test]
