@@ -54,6 +54,11 @@ pub(crate) const PINNED: &[(&str, &str, &str)] = &[
         "EXECUTE p",
     ),
     ("PREPARE p AS SELECT $$now$$::timestamptz", "the time at which it was prepared", "EXECUTE p"),
+    (
+        "PREPARE p AS SELECT '01/02/2024'::date; BEGIN; CREATE TEMP TABLE x () ON COMMIT DROP; COMMIT",
+        "a literal like a date",
+        "EXECUTE p",
+    ),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
     ("LOAD 'dict_snowball'", "LOAD", "SELECT 1"),
     (

@@ -279,6 +279,13 @@ pub struct SequenceValue {
 }
 
 impl Captured {
+    /// Pins for prepared statements whose text is so.
+    pub fn pin_prepared(&mut self, is_so: impl Fn(&str) -> bool, why: &str) {
+        let prepared = self.snapshot.prepared.iter().filter(|(_, one)| is_so(&one.text));
+        let pin = |name: &String| Pin::Prepared { name: name.clone(), why: why.into() };
+        self.pins.extend(prepared.map(|(name, _)| pin(name)));
+    }
+
     /// Adds what the backend holds that is seen from outside. To be done once, by facts that were learned after
     /// the session's last request.
     pub fn complete(&mut self, facts: &Facts, backend_pid: i32) {

@@ -75,6 +75,8 @@ pub struct Hints {
     pub setval: bool,
     /// Transactions were given modes of their own, which a chained one inherits.
     pub modes: bool,
+    /// The search path was named: prepared statements may be read anew when they are used next.
+    pub paths: bool,
     /// Libraries loaded by LOAD, of those that keep nothing for their session but settings.
     pub libraries: BTreeSet<String>,
     /// Named by a LOAD that has not completed yet.
@@ -256,6 +258,8 @@ impl Hints {
         if first.is_other(b'%') || first.is_other(b'\'') || first.kind == Kind::Unclear {
             return self.pin_custom(place);
         }
+        self.paths |= sql::name_of(first)
+            .is_some_and(|name| matches!(name.as_str(), "search_path" | "schema"));
         if sql::name_of(first).is_some_and(|name| name == "seed") {
             return self.pin(Pin::Seed { statement: place.shown() });
         }
@@ -308,7 +312,7 @@ impl Hints {
         match sql::literal_of(name).filter(|_| is_whole) {
             // PostgreSQL compares names of settings without the case of ASCII letters (`guc_name_compare`).
             Some(name) if name.contains('.') => self.learn(name.to_ascii_lowercase(), place),
-            Some(_) => (),
+            Some(name) => self.paths |= name.eq_ignore_ascii_case("search_path"),
             None => self.pin_custom(place),
         }
     }
@@ -528,6 +532,18 @@ mod tests {
         assert!(hints.pins.is_empty());
         let loaded: Vec<&str> = hints.libraries.iter().map(String::as_str).collect();
         assert_eq!(loaded, ["$libdir/plugins/pg_trgm.so", "auto_explain"]);
+    }
+
+    #[test]
+    fn a_search_path_is_noticed() {
+        for sql in [
+            "SET search_path = a",
+            "set local schema 'a'",
+            "SELECT set_config('Search_Path', '', false)",
+        ] {
+            assert!(hints(sql).paths, "{sql}");
+        }
+        assert!(!hints("SET work_mem = '1MB'").paths);
     }
 
     #[test]

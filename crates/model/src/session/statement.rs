@@ -55,6 +55,21 @@ pub fn has_literals(sql: &[u8]) -> bool {
     sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
 }
 
+/// Whether a literal looks like a date or a time of day in digits, whose meaning hangs on DateStyle or TimeZone.
+pub fn has_dated_literals(sql: &[u8]) -> bool {
+    sql::Tokens::new(sql).any(|token| match token.kind {
+        sql::Kind::Unclear => true,
+        sql::Kind::Text => {
+            let is_digit = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_digit);
+            (1..token.text.len()).any(|at| {
+                let separates = matches!(token.text[at], b'-' | b'/' | b'.' | b':' | b' ');
+                separates && is_digit(token.text.get(at - 1)) && is_digit(token.text.get(at + 1))
+            })
+        }
+        _ => false,
+    })
+}
+
 /// A name in a statement that is in `names`.
 pub fn names_one_of(sql: &[u8], names: &BTreeSet<String>) -> Option<String> {
     let named = sql::Tokens::new(sql).filter_map(|token| sql::name_of(&token));
@@ -81,6 +96,12 @@ mod tests {
             "'no'\n'w'",
         ] {
             assert!(holds_its_time(format!("select {sql}::timestamptz").as_bytes()), "{sql}");
+        }
+        for sql in ["'01/02/2024'", "$$2024-01-02$$", "E'10:00'", "'Jan 2 2024'"] {
+            assert!(has_dated_literals(format!("select {sql}::timestamptz").as_bytes()), "{sql}");
+        }
+        for sql in ["now()", "'active'", "'1 day 2 hours'", "'{1,2}'", "1 / 2 - 3"] {
+            assert!(!has_dated_literals(format!("select {sql}").as_bytes()), "{sql}");
         }
         for sql in ["now()", "'now or never, said the president'", "$$SELECT now()$$", "'nowhere'"]
         {

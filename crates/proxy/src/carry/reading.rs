@@ -25,6 +25,11 @@ use crate::session::{Identity, Session};
 /// A late cancel request may hit a capture; it is tried again this often.
 const CAPTURE_TRIES: usize = 3;
 
+const RESTYLED: &str =
+    "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings";
+const READ_ANEW: &str =
+    "has a literal like a date, and its server may read it again, as the search path has changed";
+
 /// What a session's captures are about, whichever server it stands on.
 pub(super) struct Kind<'a> {
     pub(super) identity: &'a Identity,
@@ -166,12 +171,14 @@ async fn read(
     }
     captured.pins.extend(session.known_pins());
     if session.restyled {
-        let why = "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings";
         let read = |text: &str| statement::has_literals(text.as_bytes());
-        let pins = captured.snapshot.prepared.iter().filter(|(_, p)| read(&p.text));
-        let pins = pins.map(|(name, _)| Pin::Prepared { name: name.clone(), why: why.into() });
-        let pins: Vec<Pin> = pins.collect();
-        captured.pins.extend(pins);
+        captured.pin_prepared(read, RESTYLED);
+    }
+    // Here the server may read such a statement anew, under what is set by then; elsewhere it has no reason to.
+    let reads_anew = session.hints.paths || captured.temporary_schema != 0;
+    if reads_anew && !session.restyled {
+        let read = |text: &str| statement::has_dated_literals(text.as_bytes());
+        captured.pin_prepared(read, READ_ANEW);
     }
     if !captured.shadowing.is_empty() {
         let means_two = |(name, one): (&String, &model::session::snapshot::Prepared)| {
@@ -197,7 +204,9 @@ async fn read(
             } else if statement::names_one_of(text, &captured.shadowing).is_some() {
                 "names what is temporary and permanent"
             } else if session.unnamed_restyled && statement::has_literals(text) {
-                "was prepared under another DateStyle, TimeZone, IntervalStyle or standard_conforming_strings"
+                RESTYLED
+            } else if reads_anew && statement::has_dated_literals(text) {
+                READ_ANEW
             } else {
                 return Ok(captured);
             };

@@ -18,6 +18,7 @@ use vocabulary::{Random, SCHEMA, Step, final_looks};
 
 /// OIDs below are the same in every database (`FirstNormalObjectId`).
 const FIRST_NORMAL_OID: u32 = 16384;
+const SESSIONS_UNTIL_ANEW: u64 = 200;
 
 fn env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
@@ -48,11 +49,20 @@ impl Twins {
             admin.query(&format!("CREATE DATABASE {database}")).await.unwrap();
         }
         admin.query(vocabulary::ROLES).await.unwrap();
+        let twins = Twins { installation, agent: ureq::Agent::new_with_defaults() };
+        twins.begin_anew().await;
+        twins
+    }
+
+    /// What sessions have changed for good comes apart in time: the order of rows that compare as equal, for one.
+    async fn begin_anew(&self) {
         for database in ["moved", "twin"] {
-            let mut one = connect(installation.facts.servers["a"], "postgres", database).await;
+            let mut one = connect(self.installation.facts.servers["a"], "postgres", database).await;
+            let drop = "DROP SCHEMA IF EXISTS public, one, two CASCADE; CREATE SCHEMA public; \
+                GRANT USAGE ON SCHEMA public TO PUBLIC";
+            one.query(drop).await.unwrap();
             one.query(SCHEMA).await.unwrap();
         }
-        Twins { installation, agent: ureq::Agent::new_with_defaults() }
     }
 
     /// Moves every session of the application, which is one; says what held it.
@@ -171,6 +181,9 @@ async fn random_sessions_that_share_servers_answer_as_their_twins_that_do_not() 
     let (from, count) = (env("HOLDFAST_TWINS_SEED").unwrap_or(0), env("HOLDFAST_TWINS"));
     let mut found = Vec::new();
     for number in from..from + count.unwrap_or(60) {
+        if number % SESSIONS_UNTIL_ANEW == 0 {
+            twins.begin_anew().await;
+        }
         let mut random = Random::new(number);
         let user = if random.below(2) == 0 { "postgres" } else { "guest" };
         let mut sides = [vocabulary::session(&mut random), vocabulary::beside(&mut random)];
@@ -260,6 +273,10 @@ async fn transcript(connection: &mut Connection, step: &Step) -> Vec<String> {
             _ => lines.push(format!("{} {body:?}", char::from(message.tag))),
         }
     }
+    if lines.iter().any(|line| line.starts_with("E ")) {
+        // A statement that cannot be prepared any more fails before or after its parameters are described.
+        lines.retain(|line| !line.starts_with("t "));
+    }
     if step.to_string().contains("IF EXISTS pg_temp") {
         // The notice tells whether there has ever been a temporary object; see docs/known-gaps.md.
         lines.retain(|line| !line.starts_with("N "));
@@ -302,6 +319,9 @@ async fn random_sessions_answer_as_their_twins_that_never_move() {
     let (from, count) = (env("HOLDFAST_TWINS_SEED").unwrap_or(0), env("HOLDFAST_TWINS"));
     let (mut moves, mut found) = (Moves::default(), Vec::new());
     for number in from..from + count.unwrap_or(100) {
+        if number % SESSIONS_UNTIL_ANEW == 0 {
+            twins.begin_anew().await;
+        }
         let mut random = Random::new(number);
         let user = if random.below(2) == 0 { "postgres" } else { "guest" };
         let steps = vocabulary::session(&mut random);
