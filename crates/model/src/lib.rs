@@ -10,6 +10,7 @@
 //! - [`cell`]: applications, cells, their states and the epoch.
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
+//! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
 
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ pub mod cell;
 pub mod error_chain;
 pub mod lsn;
 pub mod persisted;
+pub mod policy;
 pub mod session;
 pub mod sql;
 pub mod switchover;

@@ -14,6 +14,7 @@ mod kinds;
 mod login;
 mod moves;
 mod pins;
+mod policy;
 mod pools;
 mod relay;
 mod single;

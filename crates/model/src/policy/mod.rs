@@ -1,0 +1,227 @@
+//! The command policy: what a command does, and what the state of a cell makes of it.
+//!
+//! - here: commands, and what is known of functions, operators and views that they use.
+//! - [`rules`]: the rules, and the verdict on a request.
+//!
+//! A request passes only if each of its commands does. What a text holds is read by PostgreSQL's own grammar; what is not
+//! known is refused. The policy is the first line: a fenced server takes no writes by itself either.
+
+use std::collections::BTreeSet;
+
+pub mod rules;
+
+pub use rules::{Disposition, Policy, Refusal, Rule, Transaction};
+
+/// What a command does, at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// Gives rows, or moves in a cursor, and changes nothing.
+    Read,
+    /// Changes the session and nothing else: settings, prepared statements, channels, portals.
+    Session,
+    /// Begins a transaction that does not ask to write.
+    Begin,
+    /// Ends a transaction and keeps what it has done.
+    Commit,
+    /// Ends a transaction, or a part of one, and keeps nothing, or marks a point in it.
+    Rollback,
+    /// Runs what was prepared by SQL: that counts.
+    Execute,
+    /// Locks rows, which writes to them.
+    RowLock,
+    /// Changes rows.
+    Write,
+    /// Changes what there is: tables, functions, roles.
+    Definition,
+    /// Runs code that the text does not show all of: `DO`, `CALL`, functions that may write.
+    Code,
+    /// Asks for leave to write, whatever the server's default is.
+    Unfence,
+    /// Wakes other sessions.
+    Notify,
+    /// Locks tables.
+    Lock,
+    /// Rewrites, or keeps the books of, what there is: `VACUUM`, `ANALYZE`, `REINDEX`, `CLUSTER`, `CHECKPOINT`.
+    Maintenance,
+    /// Prepares a transaction to be committed later, by whomever, or does that.
+    TwoPhase,
+    /// Reads or writes the server's files, runs its programs, or changes its configuration.
+    Server,
+    /// A function called by its OID, by the function call protocol.
+    FunctionCall,
+    /// A command of a replication connection.
+    Replication,
+    /// Nothing is known of it.
+    Unknown,
+}
+
+impl Class {
+    pub const ALL: [Class; 19] = [
+        Class::Read,
+        Class::Session,
+        Class::Begin,
+        Class::Commit,
+        Class::Rollback,
+        Class::Execute,
+        Class::RowLock,
+        Class::Write,
+        Class::Definition,
+        Class::Code,
+        Class::Unfence,
+        Class::Notify,
+        Class::Lock,
+        Class::Maintenance,
+        Class::TwoPhase,
+        Class::Server,
+        Class::FunctionCall,
+        Class::Replication,
+        Class::Unknown,
+    ];
+
+    /// As rules and messages name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Read => "read",
+            Class::Session => "session",
+            Class::Begin => "begin",
+            Class::Commit => "commit",
+            Class::Rollback => "rollback",
+            Class::Execute => "execute",
+            Class::RowLock => "row_lock",
+            Class::Write => "write",
+            Class::Definition => "definition",
+            Class::Code => "code",
+            Class::Unfence => "unfence",
+            Class::Notify => "notify",
+            Class::Lock => "lock",
+            Class::Maintenance => "maintenance",
+            Class::TwoPhase => "two_phase",
+            Class::Server => "server",
+            Class::FunctionCall => "function_call",
+            Class::Replication => "replication",
+            Class::Unknown => "unknown",
+        }
+    }
+
+    pub fn read(name: &str) -> Option<Class> {
+        Class::ALL.into_iter().find(|class| class.name() == name)
+    }
+}
+
+/// One command of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Command {
+    /// As the manual names it, such as `SELECT`; several that are defined alike share one name.
+    pub name: &'static str,
+    pub class: Class,
+    /// Functions that it calls, without arguments: `lower`, `pg_catalog.nextval`.
+    pub functions: BTreeSet<String>,
+    pub operators: BTreeSet<String>,
+    /// Relations that it names, which may be views over functions.
+    pub relations: BTreeSet<String>,
+    /// The statement that `EXECUTE` runs, or that `PREPARE` prepares.
+    pub prepared: Option<String>,
+    /// What `PREPARE` prepares does this.
+    pub prepares: Option<Class>,
+}
+
+impl Command {
+    pub fn new(name: &'static str, class: Class) -> Command {
+        Command {
+            name,
+            class,
+            functions: BTreeSet::new(),
+            operators: BTreeSet::new(),
+            relations: BTreeSet::new(),
+            prepared: None,
+            prepares: None,
+        }
+    }
+
+    /// Its class once it is known what it calls: what may do more than read is code.
+    pub fn class_with(&self, catalog: &Catalog) -> Class {
+        let calls = self.functions.iter().any(|name| catalog.function(name) == Effect::Unknown)
+            || self.operators.iter().any(|name| catalog.operators.contains(name))
+            || self.relations.iter().any(|name| catalog.views.contains(unqualified(name)));
+        match self.class {
+            Class::Read | Class::Session if calls => Class::Code,
+            class => class,
+        }
+    }
+}
+
+/// What a function may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    Reads,
+    Unknown,
+}
+
+/// What names stand for in a database, as far as the policy is concerned. Names are without their schemas: which one is
+/// meant hangs on the search path.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Catalog {
+    /// Functions of that name are all immutable or stable, or volatile and known to be harmless.
+    pub reading: BTreeSet<String>,
+    /// Operators of which one runs a volatile function.
+    pub operators: BTreeSet<String>,
+    /// Views that call a function that is not among the reading ones.
+    pub views: BTreeSet<String>,
+}
+
+impl Catalog {
+    fn function(&self, name: &str) -> Effect {
+        if self.reading.contains(unqualified(name)) { Effect::Reads } else { Effect::Unknown }
+    }
+}
+
+fn unqualified(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+/// Asks for [`Catalog`]: kinds and names. A function counts as reading if everything of its name is declared so, or is
+/// PostgreSQL's own and harmless: random numbers, clocks, sleeping, and what only the session sees.
+pub const QUESTION: &str = "\
+    WITH harmless (name) AS (SELECT pg_catalog.unnest(ARRAY['random', 'random_normal', 'clock_timestamp', \
+        'timeofday', 'gen_random_uuid', 'uuidv4', 'uuidv7', 'pg_sleep', 'pg_sleep_for', 'pg_sleep_until', 'currval', \
+        'lastval', 'pg_is_in_recovery', 'pg_last_wal_receive_lsn', 'pg_last_wal_replay_lsn', \
+        'pg_last_xact_replay_timestamp', 'pg_relation_size', 'pg_table_size', 'pg_total_relation_size', \
+        'pg_indexes_size', 'pg_database_size', 'pg_tablespace_size', 'pg_relation_filepath', 'pg_lock_status', \
+        'pg_show_all_settings', 'pg_timezone_names', 'pg_timezone_abbrevs', 'pg_cursor', 'pg_prepared_statement', \
+        'pg_prepared_xact', 'pg_notification_queue_usage', 'pg_listening_channels', 'pg_blocking_pids', \
+        'pg_safe_snapshot_blocking_pids', 'pg_isolation_test_session_is_blocked', 'pg_current_wal_lsn', \
+        'pg_current_wal_insert_lsn', 'pg_current_wal_flush_lsn', 'pg_get_backend_memory_contexts', \
+        'pg_control_checkpoint', 'pg_control_system', 'pg_control_init', 'pg_control_recovery', 'pg_stat_get_activity'])), \
+    functions AS (SELECT p.proname, pg_catalog.bool_and(p.provolatile OPERATOR(pg_catalog.<>) 'v' \
+            OR (p.pronamespace OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace \
+                AND p.proname OPERATOR(pg_catalog.=) ANY (SELECT name FROM harmless))) AS reads \
+        FROM pg_catalog.pg_proc p WHERE p.prokind OPERATOR(pg_catalog.<>) 'p' GROUP BY p.proname) \
+    SELECT 'function', proname::pg_catalog.text FROM functions WHERE reads \
+    UNION ALL SELECT DISTINCT 'operator', o.oprname::pg_catalog.text FROM pg_catalog.pg_operator o \
+        JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) o.oprcode \
+        WHERE p.provolatile OPERATOR(pg_catalog.=) 'v' \
+    UNION ALL SELECT DISTINCT 'view', c.relname::pg_catalog.text FROM pg_catalog.pg_class c \
+        JOIN pg_catalog.pg_rewrite r ON r.ev_class OPERATOR(pg_catalog.=) c.oid \
+        JOIN pg_catalog.pg_depend d ON d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass \
+            AND d.objid OPERATOR(pg_catalog.=) r.oid \
+            AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass \
+        JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.refobjid \
+        JOIN functions f ON f.proname OPERATOR(pg_catalog.=) p.proname \
+        WHERE c.relkind OPERATOR(pg_catalog.=) 'v' AND NOT f.reads";
+
+impl Catalog {
+    /// Reads the answer to [`QUESTION`]. None if it is of another shape.
+    pub fn read<'a>(rows: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<Catalog> {
+        let mut catalog = Catalog::default();
+        for (kind, name) in rows {
+            let names = match kind {
+                "function" => &mut catalog.reading,
+                "operator" => &mut catalog.operators,
+                "view" => &mut catalog.views,
+                _ => return None,
+            };
+            names.insert(name.to_owned());
+        }
+        Some(catalog)
+    }
+}

@@ -1,0 +1,240 @@
+//! The rules, and the verdict on a request.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Class, Command};
+use crate::cell::{CellState, Epoch};
+
+/// What becomes of a request that a rule is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Disposition {
+    Accept,
+    /// The client is told.
+    Refuse,
+    /// It waits until the state changes, for a time.
+    Hold,
+    /// It goes to the active cell.
+    Redirect,
+}
+
+/// What one rule is about. An empty list is about everything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// As refusals and counters name it.
+    pub name: String,
+    pub states: Vec<CellState>,
+    pub classes: BTreeSet<Class>,
+    pub roles: Vec<String>,
+    pub databases: Vec<String>,
+    pub disposition: Disposition,
+}
+
+/// The rules of an application, of which the first that is about a command counts. What none is about is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    pub version: u64,
+    pub rules: Vec<Rule>,
+}
+
+/// What matters of the session's transaction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Transaction {
+    /// It may have written, and when it first might have, this was the epoch.
+    pub wrote_in: Option<Epoch>,
+    /// The lease covers this moment, and its epoch.
+    pub lease: Option<Epoch>,
+}
+
+/// Who asks, and where.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    pub state: CellState,
+    pub role: &'a str,
+    pub database: &'a str,
+    pub transaction: Transaction,
+}
+
+/// Why a request does not pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Of the first command that does not.
+    pub command: &'static str,
+    pub class: Class,
+    pub rule: String,
+    pub disposition: Disposition,
+    pub state: CellState,
+}
+
+/// The rule by which a commit is refused whose transaction wrote under a grant that does not hold any more.
+pub const COMMIT_RULE: &str = "commit-needs-grant";
+/// What is refused because no rule is about it.
+pub const DEFAULT_RULE: &str = "default";
+
+impl Rule {
+    fn is_about(&self, class: Class, asked: &Asked<'_>) -> bool {
+        let is_one = |list: &[String], one: &str| list.is_empty() || list.iter().any(|x| x == one);
+        (self.states.is_empty() || self.states.contains(&asked.state))
+            && (self.classes.is_empty() || self.classes.contains(&class))
+            && is_one(&self.roles, asked.role)
+            && is_one(&self.databases, asked.database)
+    }
+}
+
+impl Default for Policy {
+    /// Active: everything. Fenced: what reads, and what is of the session only. Passive: the end of a transaction that
+    /// keeps nothing. Nothing else, anywhere.
+    fn default() -> Policy {
+        let rule = |name: &str, states: &[CellState], classes: &[Class]| Rule {
+            name: name.into(),
+            states: states.to_vec(),
+            classes: classes.iter().copied().collect(),
+            roles: Vec::new(),
+            databases: Vec::new(),
+            disposition: Disposition::Accept,
+        };
+        let reads = [
+            Class::Read,
+            Class::Session,
+            Class::Begin,
+            Class::Commit,
+            Class::Rollback,
+            Class::Execute,
+        ];
+        Policy {
+            version: 1,
+            rules: vec![
+                rule("active-all", &[CellState::Active, CellState::Draining], &[]),
+                rule("fenced-reads", &[CellState::Fenced], &reads),
+                rule("end-of-transaction", &[], &[Class::Rollback]),
+            ],
+        }
+    }
+}
+
+impl Policy {
+    /// The first rule about one command.
+    pub fn rule(&self, class: Class, asked: &Asked<'_>) -> (&str, Disposition) {
+        let grant_lost = class == Class::Commit
+            && asked
+                .transaction
+                .wrote_in
+                .is_some_and(|epoch| asked.transaction.lease != Some(epoch));
+        if grant_lost {
+            return (COMMIT_RULE, Disposition::Refuse);
+        }
+        let first = self.rules.iter().find(|rule| rule.is_about(class, asked));
+        first.map_or((DEFAULT_RULE, Disposition::Refuse), |rule| (&rule.name, rule.disposition))
+    }
+
+    /// What becomes of a request of these commands, whose classes are told by `class_of`: it passes if each of them does.
+    ///
+    /// # Errors
+    /// The first command that does not pass, and by which rule.
+    pub fn judge<'a>(
+        &self,
+        commands: impl IntoIterator<Item = &'a Command>,
+        class_of: impl Fn(&Command) -> Class,
+        asked: &Asked<'_>,
+    ) -> Result<(), Refusal> {
+        for command in commands {
+            let class = class_of(command);
+            let (rule, disposition) = self.rule(class, asked);
+            if disposition != Disposition::Accept {
+                return Err(Refusal {
+                    command: command.name,
+                    class,
+                    rule: rule.to_owned(),
+                    disposition,
+                    state: asked.state,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(state: CellState) -> Asked<'static> {
+        Asked { state, role: "app", database: "shop", transaction: Transaction::default() }
+    }
+
+    fn passes(class: Class, state: CellState) -> bool {
+        Policy::default().rule(class, &asked(state)).1 == Disposition::Accept
+    }
+
+    #[test]
+    fn states_mean_what_they_say() {
+        for class in Class::ALL {
+            assert!(passes(class, CellState::Active), "{}", class.name());
+            let reads = [
+                Class::Read,
+                Class::Session,
+                Class::Begin,
+                Class::Commit,
+                Class::Rollback,
+                Class::Execute,
+            ];
+            assert_eq!(
+                passes(class, CellState::Fenced),
+                reads.contains(&class),
+                "{}",
+                class.name()
+            );
+            for state in [CellState::Passive, CellState::Promoting, CellState::Recovering] {
+                assert_eq!(passes(class, state), class == Class::Rollback, "{}", class.name());
+            }
+        }
+    }
+
+    #[test]
+    fn one_command_that_does_not_pass_is_enough() {
+        let commands = [Command::new("SELECT", Class::Read), Command::new("DELETE", Class::Write)];
+        let policy = Policy::default();
+        let class = |command: &Command| command.class;
+        assert_eq!(policy.judge(&commands, class, &asked(CellState::Active)), Ok(()));
+        let refusal = policy.judge(&commands, class, &asked(CellState::Fenced)).unwrap_err();
+        assert_eq!((refusal.command, refusal.rule.as_str()), ("DELETE", DEFAULT_RULE));
+        assert_eq!(policy.judge(&commands[..1], class, &asked(CellState::Fenced)), Ok(()));
+    }
+
+    #[test]
+    fn a_commit_needs_the_grant_under_which_its_transaction_wrote() {
+        let policy = Policy::default();
+        let commit = |state, wrote_in, lease| {
+            let transaction = Transaction { wrote_in, lease };
+            policy.rule(Class::Commit, &Asked { transaction, ..asked(state) }).1
+        };
+        let (one, two) = (Some(Epoch(1)), Some(Epoch(2)));
+        for state in [CellState::Active, CellState::Draining, CellState::Fenced] {
+            assert_eq!(commit(state, None, None), Disposition::Accept);
+            assert_eq!(commit(state, one, one), Disposition::Accept);
+            assert_eq!(commit(state, one, two), Disposition::Refuse);
+            assert_eq!(commit(state, one, None), Disposition::Refuse);
+        }
+    }
+
+    #[test]
+    fn the_first_rule_counts_and_is_about_whom_it_names() {
+        let mut policy = Policy::default();
+        policy.rules.insert(
+            0,
+            Rule {
+                name: "monitoring".into(),
+                states: vec![CellState::Passive],
+                classes: [Class::Read].into(),
+                roles: vec!["monitor".into()],
+                databases: Vec::new(),
+                disposition: Disposition::Accept,
+            },
+        );
+        let by = |role| policy.rule(Class::Read, &Asked { role, ..asked(CellState::Passive) });
+        assert_eq!(by("monitor"), ("monitoring", Disposition::Accept));
+        assert_eq!(by("app"), (DEFAULT_RULE, Disposition::Refuse));
+    }
+}
