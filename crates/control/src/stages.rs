@@ -22,8 +22,10 @@ const CATCH_UP_MAX: Duration = Duration::from_secs(10);
 const PROMOTE_MAX: Duration = Duration::from_secs(30);
 /// Longest wait for one answer while clients are held.
 const HELD_WAIT: Duration = Duration::from_secs(5);
-/// Of what must be done.
-const TRIES: u32 = 3;
+/// Between two tries of what must be done.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long taking the fence back is tried. Then clients go on all the same.
+const UNFENCE_MAX: Duration = Duration::from_secs(10);
 /// Between looks at a server during the pause (`pg_promote(true)` itself would look every 100 ms).
 const POLL: Duration = Duration::from_millis(2);
 /// How long ended backends may take to go.
@@ -78,13 +80,14 @@ async fn admin_at_once(server: &CellServer) -> Result<Admin, String> {
     Ok(admin)
 }
 
-/// Whether what must be done, and may be done twice, is tried once more: there is no way back from here.
-fn again(tries: &mut u32, failure: &str) -> bool {
-    *tries += 1;
-    if *tries < TRIES {
+/// Whether what must be done, and may be done twice, is tried once more after a pause: there is no way back from here.
+async fn again(deadline: Instant, failure: &str) -> bool {
+    let goes_on = Instant::now() + RETRY_PAUSE < deadline;
+    if goes_on {
         tracing::warn!(failure, "trying again");
+        tokio::time::sleep(RETRY_PAUSE).await;
     }
-    *tries < TRIES
+    goes_on
 }
 
 /// What would be done, for `--dry-run`.
@@ -393,20 +396,19 @@ async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> D
     // While the target is promoted, which is mostly waiting. Who loses its server by it is told, before the grant
     // or after.
     reported(control.order(Order::HearOut { app: execution.app.clone() }).await)?;
-    let mut tries = 0;
+    let deadline = Instant::now() + PROMOTE_MAX;
     loop {
-        match promote_server(to).await {
-            Err(failure) if again(&mut tries, &failure) => (),
+        match promote_server(to, deadline).await {
+            Err(failure) if again(deadline, &failure).await => (),
             done => return done,
         }
     }
 }
 
-async fn promote_server(to: &CellServer) -> Done {
+async fn promote_server(to: &CellServer, deadline: Instant) -> Done {
     let mut new = admin_at_once(to).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
-        let deadline = Instant::now() + PROMOTE_MAX;
         while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f")
         {
             if Instant::now() > deadline {
@@ -441,10 +443,10 @@ async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
 
 /// Takes the fence back. Also right when there was none.
 async fn revert(control: &Control, execution: &Execution, from: &CellServer) -> Done {
-    let mut tries = 0;
+    let deadline = Instant::now() + UNFENCE_MAX;
     let unfenced = loop {
         match unfence(from).await {
-            Err(failure) if again(&mut tries, &failure) => (),
+            Err(failure) if again(deadline, &failure).await => (),
             done => break done,
         }
     };

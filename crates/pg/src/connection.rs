@@ -332,10 +332,10 @@ impl Connection {
                     answers.push(std::mem::take(&mut current));
                 }
                 Backend::EmptyQuery => answers.push(std::mem::take(&mut current)),
-                Backend::Notice(fields) => match fields.field(b'V') {
-                    Some(b"INFO") => current.infos.push(fields.message()),
-                    _ => self.keep_notice(&message),
-                },
+                // Of statements of ours; logins have theirs kept.
+                Backend::Notice(fields) if fields.field(b'V') == Some(b"INFO") => {
+                    current.infos.push(fields.message());
+                }
                 // Never dropped: the client was promised every one.
                 Backend::Notification { .. } if self.aside.len() > NOTIFICATIONS_LEN_MAX => {
                     return Err(QueryError::TooLong);

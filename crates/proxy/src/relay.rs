@@ -11,7 +11,7 @@ use wire::frame::{FrameError, HEADER_LEN, Header, Step};
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::pool::sharing::Turn;
+use crate::pool::sharing::{HEAD_LEN_MAX, Turn};
 use crate::session::Session;
 
 /// A statement up to this length is looked at as a whole; a longer one while it passes.
@@ -95,6 +95,11 @@ impl Session {
                     {
                         break;
                     }
+                    if header.tag == b'H' && header.body_len > 0 {
+                        // The server would answer by an error and skip what follows, which nobody has asked for.
+                        let len = header.body_len;
+                        return Err(Fault::Client(FrameError::Length { tag: b'H', len, max: 0 }));
+                    }
                     let body = rest.get(HEADER_LEN..).unwrap_or_default();
                     let turn = match self.sharing {
                         None => Turn::Pass,
@@ -102,6 +107,11 @@ impl Session {
                     };
                     match turn {
                         Turn::Wait => break,
+                        Turn::Refuse => {
+                            let (tag, len) = (header.tag, header.body_len);
+                            let max = u32::try_from(HEAD_LEN_MAX).unwrap_or(u32::MAX);
+                            return Err(Fault::Client(FrameError::Length { tag, len, max }));
+                        }
                         Turn::Pass if !self.on_client_message(header, rest, body) => break,
                         Turn::Pass | Turn::Done => (),
                     }
@@ -125,7 +135,8 @@ impl Session {
         let body_len = usize_of(header.body_len);
         match header.tag {
             b'Q' | b'P' => {
-                if body.len() < body_len && body_len <= INSPECT_LEN_MAX {
+                // Of a long one the first byte at least: it tells a statement with a name from one without.
+                if body.len() < body_len && (body_len <= INSPECT_LEN_MAX || body.is_empty()) {
                     return false;
                 }
                 let note = self.protocol.on_frontend(header.tag, body.first().copied(), None);
@@ -265,6 +276,7 @@ impl Session {
                             let (fatal, state) = read_error(body);
                             self.server_said_why |= fatal;
                             if whole && self.sharing.is_some() {
+                                self.hints.on_error();
                                 insert = self.as_client_names(body);
                             }
                             self.protocol.on_backend_error(state);

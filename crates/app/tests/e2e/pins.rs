@@ -61,6 +61,7 @@ pub(crate) const PINNED: &[(&str, &str, &str)] = &[
     ),
     ("SELECT setseed(0.5)", "random seed", "SELECT 1"),
     ("LOAD 'dict_snowball'", "LOAD", "SELECT 1"),
+    ("DO $$BEGIN EXECUTE format('load %L', 'auto_explain'); END$$", "LOAD", "SELECT 1"),
     (
         "PREPARE p AS SELECT 6; DEALLOCATE p; PREPARE p AS SELECT 7",
         "together with others of its name",

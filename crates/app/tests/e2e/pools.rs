@@ -530,3 +530,141 @@ async fn hostile_names_harm_nobody() {
         assert_eq!(value(&mut other, "SELECT 1").await, "1");
     }
 }
+
+/// The messages of a batch, up to its ReadyForQuery: tags, and SQLSTATEs of errors.
+async fn tags(connection: &mut Connection) -> String {
+    let mut shown = String::new();
+    loop {
+        let message = connection.receive().await.unwrap();
+        shown.push(char::from(message.tag));
+        if let wire::backend::Backend::Error(fields) = message.view().unwrap() {
+            shown.push_str(&fields.sqlstate().unwrap().to_string());
+        }
+        if message.tag == b'Z' {
+            return shown;
+        }
+    }
+}
+
+/// A statement is judged although the names before it come in pieces, whatever they are.
+#[tokio::test]
+async fn names_that_come_in_pieces_hide_nothing() {
+    let installation = Installation::start_pooled("pool-pieces", 1);
+    let mut other = installation.connect().await;
+    let mut one = installation.connect().await;
+    let portal = vec![b'p'; 9_500];
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"", b"SELECT set_config('app.leak', 'secret', false)", &[]);
+    frontend::bind_text(&mut out, &portal, b"", &[]);
+    frontend::execute(&mut out, &portal, 0);
+    frontend::sync(&mut out);
+    let (first, rest) = out.split_at(9_000);
+    one.send(first).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    one.send(rest).await.unwrap();
+    one.answers().await.unwrap();
+    let look = "SELECT current_setting('app.leak', true)";
+    assert_eq!(value(&mut one, look).await, "secret");
+    assert_eq!(other.value(look).await.unwrap(), None);
+    // Names that nobody has are refused before anything of them reaches a server.
+    let mut rude = installation.connect().await;
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, &vec![b'p'; 100_000], b"", &[]);
+    frontend::sync(&mut out);
+    rude.send(&out).await.unwrap();
+    assert!(rude.answers().await.is_err());
+    assert_eq!(value(&mut other, "SELECT 1").await, "1");
+}
+
+/// Clients that leave in the middle of something, or stop there, leave a server that others can use, or none.
+#[tokio::test]
+async fn half_a_batch_holds_nobody_up() {
+    let installation = Installation::start_pooled("pool-halves", 1);
+    let mut last = installation.connect().await;
+    run(&mut last, "CREATE TABLE t (n int)").await;
+    let batch = |sync: bool| {
+        let mut out = Vec::new();
+        frontend::parse(&mut out, b"", b"INSERT INTO t VALUES (1)", &[]);
+        frontend::bind_text(&mut out, b"", b"", &[]);
+        frontend::execute(&mut out, b"", 0);
+        if sync {
+            frontend::sync(&mut out);
+        }
+        out
+    };
+    let mut half_execute = batch(false);
+    half_execute.truncate(half_execute.len() - 4);
+    let mut goodbye = batch(false);
+    frontend::terminate(&mut goodbye);
+    let mut odd_goodbye = Vec::new();
+    frontend::query(&mut odd_goodbye, b"SELECT pg_sleep(0.1)");
+    odd_goodbye.extend_from_slice(&[b'X', 0, 0, 0, 8, 1, 2, 3, 4]);
+    let cases = [
+        ("no sync", batch(false)),
+        ("a second one without", [batch(true), batch(false)].concat()),
+        ("goodbye", goodbye),
+        ("half a message", half_execute),
+        ("a flush with a body", b"H\0\0\0\x05x".to_vec()),
+        ("data that nobody waits for", b"d\0\0\0\x68x".to_vec()),
+        ("a goodbye with a body", odd_goodbye),
+    ];
+    for (name, bytes) in cases {
+        let mut one = installation.connect().await;
+        one.send(&bytes).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(30)).await;
+        drop(one);
+        assert_eq!(value(&mut last, "SELECT 2").await, "2", "{name}");
+    }
+    assert_eq!(value(&mut last, "SELECT count(*) FROM t").await, "1");
+    // One that stays, and says no more.
+    let mut slow = Vec::new();
+    for bytes in [b"Q\0\0\0\x20SELE".as_slice(), b"P\0\0\0\x20", b"B"] {
+        let mut one = installation.connect().await;
+        one.send(bytes).await.unwrap();
+        slow.push(one);
+        assert_eq!(value(&mut last, "SELECT 3").await, "3");
+    }
+}
+
+/// A name stands for one statement, however long it or its text is.
+#[tokio::test]
+async fn a_name_is_taken_once() {
+    let installation = Installation::start_pooled("pool-taken", 1);
+    let mut direct = installation.direct("a").await;
+    let mut pooled = installation.connect().await;
+    let long = format!("SELECT 5 /* {} */", "x".repeat(20_000));
+    let longer = format!("SELECT 6 /* {} */", "x".repeat(150_000));
+    let (full, cut) = (vec![b'n'; 70], vec![b'n'; 63]);
+    let texts = ["SELECT 7", &long, &longer];
+    let names = [b"a".as_slice(), b"b", b"c", &full, &cut];
+    for first in texts {
+        for second in texts {
+            for (at, name) in names.iter().enumerate() {
+                let mut seen = Vec::new();
+                for one in [&mut direct, &mut pooled] {
+                    let mut out = Vec::new();
+                    let other = if at == 4 { &full } else { *name };
+                    frontend::parse(&mut out, name, first.as_bytes(), &[]);
+                    frontend::sync(&mut out);
+                    frontend::parse(&mut out, other, second.as_bytes(), &[]);
+                    frontend::sync(&mut out);
+                    frontend::bind_text(&mut out, b"", name, &[]);
+                    frontend::execute(&mut out, b"", 0);
+                    frontend::sync(&mut out);
+                    frontend::close(&mut out, Target::Statement(other));
+                    frontend::sync(&mut out);
+                    frontend::bind_text(&mut out, b"", name, &[]);
+                    frontend::sync(&mut out);
+                    one.send(&out).await.unwrap();
+                    let mut shown = String::new();
+                    for _ in 0..5 {
+                        shown += &tags(one).await;
+                    }
+                    seen.push(shown);
+                }
+                let (first, second) = (first.len(), second.len());
+                assert_eq!(seen[0], seen[1], "{} {first} {second}", name.len());
+            }
+        }
+    }
+}

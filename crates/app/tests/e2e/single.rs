@@ -2,6 +2,7 @@
 
 use pg::Connection;
 use wire::backend::{Backend, TxStatus};
+use wire::frontend;
 use wire::sqlstate::SqlState;
 
 use crate::kinds::{KINDS, ROLES};
@@ -173,4 +174,43 @@ async fn no_notification_is_lost_or_comes_twice() {
     let at = heard.iter().zip(&wanted).position(|(a, b)| a != b);
     let around = at.map(|at| &heard[at.saturating_sub(3)..(at + 3).min(heard.len())]);
     assert_eq!((heard.len(), around), (wanted.len(), None));
+}
+
+/// A message may begin at the end of what has arrived: what it is about is not guessed. And what the server says about
+/// questions of ours is not the client's.
+#[tokio::test]
+async fn long_statements_move_although_their_headers_came_alone() {
+    let installation = Installation::start("alone");
+    let mut session = installation.connect().await;
+    run(&mut session, "SET client_min_messages = log; SET log_statement = 'all'").await;
+    for (number, name) in [(1, b"".as_slice()), (2, b""), (3, b"named")] {
+        let mut out = Vec::new();
+        let text = format!("SELECT {number} /* {} */", "x".repeat(40_000));
+        frontend::parse(&mut out, name, text.as_bytes(), &[]);
+        frontend::sync(&mut out);
+        session.send(&out[..5]).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        session.send(&out[5..]).await.unwrap();
+        session.answers().await.unwrap();
+    }
+    let output = installation.holdfast(&["move", "shop", "--all", "--to", "a"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    for (name, expected) in [(b"".as_slice(), "2"), (b"named", "3")] {
+        let mut out = Vec::new();
+        frontend::bind_text(&mut out, b"", name, &[]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::sync(&mut out);
+        session.send(&out).await.unwrap();
+        loop {
+            let message = session.receive().await.unwrap();
+            match message.view().unwrap() {
+                Backend::DataRow(values) => assert_eq!(values[0], Some(expected.as_bytes())),
+                Backend::Notice(fields) => {
+                    assert!(!fields.message().contains("holdfast"), "{}", fields.message());
+                }
+                Backend::Ready(_) => break,
+                _ => (),
+            }
+        }
+    }
 }

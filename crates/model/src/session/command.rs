@@ -55,8 +55,11 @@ pub fn deallocation(sql: &[u8]) -> Option<Deallocation> {
     let mut tokens = Tokens::new(sql).filter(|token| token.kind != sql::Kind::Semicolon);
     tokens.next().filter(|token| token.is_word("deallocate"))?;
     let mut name = tokens.next()?;
-    if name.is_word("prepare") {
-        name = tokens.next()?;
+    // `DEALLOCATE prepare` is about a statement of that name.
+    if name.is_word("prepare")
+        && let Some(next) = tokens.next()
+    {
+        name = next;
     }
     if tokens.next().is_some() {
         return None;
@@ -110,6 +113,7 @@ mod tests {
         assert_eq!((&*name, &sql[start..end]), (b"A b".as_slice(), b"\"A b\"".as_slice()));
         assert_eq!(deallocation(b"deallocate all"), Some(Deallocation::All));
         assert!(matches!(deallocation(b"DEALLOCATE \"all\""), Some(Deallocation::One { .. })));
+        assert!(matches!(deallocation(b"DEALLOCATE prepare"), Some(Deallocation::One { .. })));
         for sql in ["DEALLOCATE", "DEALLOCATE a; SELECT 1", "SELECT 1", "DEALLOCATE a b"] {
             assert_eq!(deallocation(sql.as_bytes()), None, "{sql}");
         }

@@ -123,6 +123,8 @@ pub const QUESTIONS: [&str; 3] = [
      WHERE adbin::text LIKE '%:funcid 2078 %' UNION ALL \
      SELECT 'computes', 'policy of ' || polrelid::regclass, NULL, NULL FROM pg_policy \
      WHERE concat(polqual::text, polwithcheck::text) LIKE '%:funcid 2078 %' UNION ALL \
+     SELECT 'load', name, NULL, NULL FROM f WHERE body ~* \
+     $$(^|;|\\mbegin|\\mthen|\\melse|\\mloop)\\s*load\\s+'|(execute|format)\\s*\\(?\\s*'load\\s+['%]$$ UNION ALL \
      SELECT 'seed', name, NULL, NULL FROM f \
      WHERE body ~* $$(\\msetseed\\s*\\(|\\mset\\s+(session\\s+|local\\s+)?seed\\M)$$ UNION ALL \
      SELECT 'setval', NULL, NULL, NULL WHERE EXISTS (SELECT FROM f WHERE body ~* $$\\msetval\\M$$) UNION ALL \
@@ -221,6 +223,10 @@ impl Facts {
             "custom" => drop(self.custom.insert(text(row, 1)?.replace('"', ""))),
             "computes" => {
                 self.pins.push(Pin::CustomSettings { statement: text(row, 1)?.to_owned() });
+            }
+            "load" => {
+                let name = format!("in function {}", text(row, 1)?);
+                self.pins.push(Pin::Library { name });
             }
             "seed" => {
                 let statement = format!("function {}", text(row, 1)?);

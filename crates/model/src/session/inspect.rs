@@ -180,11 +180,17 @@ impl Hints {
     #[inline]
     pub fn on_command_tag(&mut self, tag: &[u8]) {
         if tag.starts_with(b"LOAD") {
-            self.libraries.append(&mut self.loading);
-            if self.libraries.is_empty() {
+            if self.loading.is_empty() {
                 self.pin(Pin::Library { name: "(not seen)".into() });
             }
+            self.libraries.append(&mut self.loading);
         }
+    }
+
+    /// The server has refused something, perhaps a LOAD.
+    #[inline]
+    pub fn on_error(&mut self) {
+        self.loading.clear();
     }
 
     /// `LOAD 'name'`, a statement of its own.
@@ -235,6 +241,10 @@ impl Hints {
                 }
                 "load" if tokens.get(at + 1).is_some_and(|next| next.kind == Kind::Text) => {
                     self.on_load(&tokens, at, place);
+                }
+                // Code in a literal, whose rest is computed: `'load ' || name`, `format('load %L', name)`.
+                "load" if at == 0 && place.depth > 0 && is_cut_off(sql, tokens.get(1)) => {
+                    self.pin(Pin::Library { name: shown() });
                 }
                 name if name.starts_with("dblink") && calls(at) => {
                     self.pin(Pin::Dblink { statement: shown() });
@@ -336,6 +346,14 @@ impl Hints {
         if FINDER.is_match(body) || contains_set(body) {
             self.look_closely(body, Place { depth: place.depth + 1, ..place });
         }
+    }
+}
+
+/// What stands behind the first word comes from elsewhere.
+fn is_cut_off(sql: &[u8], next: Option<&Token<'_>>) -> bool {
+    match next {
+        None => sql.last().is_some_and(u8::is_ascii_whitespace),
+        Some(next) => next.is_other(b'%'),
     }
 }
 
@@ -512,6 +530,8 @@ mod tests {
         pins("LOAD 'postgres_fdw'", "library");
         pins("LOAD '/tmp/auto_explain'", "library");
         pins("DO $$ BEGIN LOAD 'auto_explain'; END $$", "library");
+        pins("DO $$ BEGIN EXECUTE format('load %L', 'auto_explain'); END $$", "library");
+        pins("DO $$ BEGIN EXECUTE 'LOAD ' || quote_literal('x'); END $$", "library");
     }
 
     #[test]
@@ -532,6 +552,13 @@ mod tests {
         assert!(hints.pins.is_empty());
         let loaded: Vec<&str> = hints.libraries.iter().map(String::as_str).collect();
         assert_eq!(loaded, ["$libdir/plugins/pg_trgm.so", "auto_explain"]);
+        hints.on_statement(b"LOAD 'hstore'");
+        hints.on_error();
+        hints.on_statement(b"SELECT 'load'");
+        assert!(hints.pins.is_empty());
+        // Prepared before, or by whatever: it is not known what that was.
+        hints.on_command_tag(b"LOAD");
+        assert_eq!((hints.pins.len(), hints.libraries.len()), (1, 2));
     }
 
     #[test]

@@ -136,7 +136,7 @@ impl<T: Clone + PartialEq> Names<T> {
 /// A message of the server in which names that begin with `prefix` are those that the client gave, where `name_of` knows
 /// them. Names are looked for where messages quote them. None if there are none.
 pub fn with_client_names<'a>(
-    message: &[u8],
+    message: &'a [u8],
     prefix: &[u8],
     name_of: impl Fn(&[u8]) -> Option<&'a [u8]>,
 ) -> Option<Vec<u8>> {
@@ -147,9 +147,12 @@ pub fn with_client_names<'a>(
         let (before, quoted) = rest.split_at_checked(at + 1)?;
         out.extend_from_slice(before);
         let len = quoted.iter().position(|byte| *byte == b'"').unwrap_or(quoted.len());
-        let name = quoted.get(..len).filter(|name| name.starts_with(prefix));
+        let name = quoted.get(..len).unwrap_or_default();
+        // One that nobody has, sent as such.
+        let unknown = name.strip_prefix(b"_").filter(|rest| rest.starts_with(prefix));
+        let known = if name.starts_with(prefix) { name_of(name) } else { unknown };
         rest = quoted;
-        if let Some(known) = name.and_then(&name_of) {
+        if let Some(known) = known {
             is_changed = true;
             out.extend_from_slice(known);
             // Its closing quote opens nothing.
@@ -204,7 +207,7 @@ mod tests {
             b"s_3" => Some(b"s_1".as_slice()),
             _ => None,
         };
-        let said = |text: &str| {
+        let said = |text: &'static str| {
             let said = with_client_names(text.as_bytes(), b"s_", name_of)?;
             Some(String::from_utf8(said).unwrap())
         };
@@ -213,6 +216,7 @@ mod tests {
         assert_eq!(said("a \"s_1\" b \"s_2\"\0\0").unwrap(), "a \"mine\" b \"s_2\"\0\0");
         // Called as a server would call another: each is replaced once.
         assert_eq!(said("\"s_3\" \"s_1").unwrap(), "\"s_1\" \"mine");
+        assert_eq!(said("\"_s_7\" is not there").unwrap(), "\"s_7\" is not there");
         assert_eq!(said("an odd \" and \"s_1\"").unwrap(), "an odd \" and \"mine\"");
     }
 }

@@ -290,6 +290,12 @@ impl Protocol {
         self.copy_in
     }
 
+    /// Without another word of the client everything is answered: it has not left in the middle of a batch, which would
+    /// wait for its Sync.
+    pub fn comes_to_an_end(&self) -> bool {
+        !self.batch_open && !self.skipping && !self.copy_in && !self.out_of_step
+    }
+
     /// A request is running, so that a cancel request has something to cancel.
     pub fn is_running(&self) -> bool {
         !self.requests.is_empty()

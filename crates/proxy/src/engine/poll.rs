@@ -502,7 +502,8 @@ fn say_goodbye(session: &mut Session) {
 fn leaves_its_server(session: &Session) -> bool {
     let shares = session.sharing.as_ref().is_some_and(|sharing| sharing.keeps.is_none());
     let protocol = &session.protocol;
-    shares && (protocol.is_running() && !protocol.is_copying_in() || protocol.is_idle())
+    let ends = protocol.comes_to_an_end() && session.client.scanner.at_boundary();
+    shares && ends && (protocol.is_running() || protocol.is_idle())
 }
 
 /// A server that takes no more may still have said why: it is read to its end before the session ends.

@@ -41,7 +41,7 @@ impl Session {
         let sharing = self.sharing.as_deref()?;
         let name_of = |server_name: &[u8]| {
             let last = sharing.last_named.as_ref().map(|known| (&*sharing.last_name, known));
-            let taken = sharing.taken.as_ref().map(|(known, name)| (&**name, known));
+            let taken = sharing.taken.iter().rev().map(|(known, name)| (&**name, known));
             let mut known = last.into_iter().chain(taken).chain(sharing.names.iter());
             known.find(|(_, known)| &*known.name == server_name).map(|(name, _)| name)
         };
@@ -59,6 +59,7 @@ impl Session {
         let here = &mut sharing.here;
         if tag == b'Z' && self.protocol.is_quiet() {
             here.drops_unnamed = false;
+            sharing.taken.clear();
         }
         match tag {
             b'C' | b'I' if here.unnamed == UnnamedHere::Foreign => {
@@ -201,14 +202,16 @@ impl Session {
         match tag {
             b"DEALLOCATE" => {
                 if let Some(name) = sharing.deallocates.pop_front() {
-                    if let Some(statement) = sharing.names.find(&name).cloned() {
+                    let name = name.get(..63).unwrap_or(&name);
+                    if let Some(statement) = sharing.names.find(name).cloned() {
                         sharing.here.statements.remove(&statement);
                     }
-                    sharing.names.remove(&name);
+                    sharing.names.remove(name);
                 }
             }
             b"DEALLOCATE ALL" | b"DISCARD ALL" => {
                 sharing.names.clear();
+                sharing.left.clear();
                 sharing.here.statements.clear();
             }
             _ if sharing.names_temporary && (is_of_relation(tag) || tag == b"DO") => {

@@ -363,8 +363,10 @@ pub struct Sharing {
     /// The statement that the client has named last, and its name for it.
     pub last_named: Option<Arc<Statement>>,
     pub last_name: Vec<u8>,
-    /// What the server was sent in place of a name that was taken, and that name.
-    pub taken: Option<(Arc<Statement>, Vec<u8>)>,
+    /// What the server was sent in place of names that were taken, and those names.
+    pub taken: Vec<(Arc<Statement>, Vec<u8>)>,
+    /// Names of the client that were left to the server.
+    pub left: BTreeSet<Box<[u8]>>,
     /// Others wait for a server of its pool.
     pub others_wait: bool,
 }
@@ -463,7 +465,8 @@ impl Sharing {
             asked: VecDeque::new(),
             told: Vec::new(),
             last_named: None,
-            taken: None,
+            taken: Vec::new(),
+            left: BTreeSet::new(),
             others_wait: false,
             last_name: Vec::new(),
         }

@@ -4,7 +4,7 @@
 use model::session::command::{Deallocation, deallocation, ends_transaction};
 use model::session::footprint::{Footprint, Leaves};
 use model::session::protocol::{Given, Own, Unnamed};
-use model::session::statement;
+use model::session::{names, statement};
 use model::sql;
 use wire::backend::TxStatus;
 use wire::frame::{HEADER_LEN, Header};
@@ -16,13 +16,15 @@ use crate::session::Session;
 
 /// A statement up to this length is waited for, to be looked at.
 const TEXT_LEN_MAX: usize = 100 * 1024;
-/// Names of portals and statements up to this length are looked for.
-const HEAD_LEN_MAX: usize = 8 * 1024;
+/// Names of portals and statements together may have this length.
+pub(crate) const HEAD_LEN_MAX: usize = 64 * 1024;
 
-/// Longest name of a statement that a server does not cut (`NAMEDATALEN`).
+/// Longest name of a statement that a server tells from others (`NAMEDATALEN`); the rest is not looked at.
 const NAME_LEN_MAX: usize = 63;
 /// A prepared statement up to this length is shared; its text is kept for as long as the client has it.
 const SHARED_LEN_MAX: usize = 16 * 1024;
+/// Names that were refused as taken, of which errors may speak.
+const TAKEN_MAX: usize = 16;
 /// Longest statement that is shown as a reason.
 const SHOWN_LEN_MAX: usize = 80;
 
@@ -35,14 +37,31 @@ pub(crate) enum Turn {
     Pass,
     /// Everything was done that there is to do but to pass on what the edits say.
     Done,
+    /// Its names are too long to be looked at.
+    Refuse,
+}
+
+/// The name of a Parse is there as a whole.
+fn names_end(body: &[u8]) -> bool {
+    body.iter().take(HEAD_LEN_MAX).any(|byte| *byte == 0)
+}
+
+fn wait_for_names(body: &[u8]) -> Turn {
+    if body.len() < HEAD_LEN_MAX { Turn::Wait } else { Turn::Refuse }
+}
+
+fn cut(name: &[u8]) -> &[u8] {
+    name.get(..NAME_LEN_MAX).unwrap_or(name)
 }
 
 impl Session {
     /// A message of the client begins at `at`, whose body, as far as it has arrived, is `body`.
     pub(crate) fn on_shared_message(&mut self, header: Header, at: usize, body: &[u8]) -> Turn {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
+        let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
+        let is_whole = body.len() >= body_len;
         if header.tag == b'X' {
-            let ends = self.protocol.is_running() || self.protocol.is_idle();
+            let ends = body_len == 0 && self.protocol.comes_to_an_end();
             if sharing.keeps.is_none() && !self.server.is_vacant() && ends {
                 // The server stays.
                 self.edits.push(Edit { at, skip: HEADER_LEN, insert: Vec::new() });
@@ -51,7 +70,8 @@ impl Session {
             return Turn::Pass;
         }
         if self.server.is_vacant() {
-            sharing.needs = true;
+            // Half a message keeps nobody waiting but its client.
+            sharing.needs = is_whole || body_len > TEXT_LEN_MAX;
             return Turn::Wait;
         }
         if self.protocol.runs_own() {
@@ -77,15 +97,14 @@ impl Session {
             // It may have a turn of one transaction, not of all that it has sent.
             return Turn::Wait;
         }
-        let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
-        let is_whole = body.len() >= body_len;
         let body = body.get(..body_len).unwrap_or(body);
         match header.tag {
             b'Q' if !is_whole && body_len <= TEXT_LEN_MAX => Turn::Wait,
             b'Q' => self.on_shared_query(at, body, is_whole),
             b'P' if !is_whole && body_len <= TEXT_LEN_MAX => Turn::Wait,
-            b'P' => self.on_shared_parse(at, body, is_whole),
-            b'B' if !is_whole && body.len() < HEAD_LEN_MAX => Turn::Wait,
+            b'P' if names_end(body) || is_whole => self.on_shared_parse(at, body, body_len),
+            b'P' => wait_for_names(body),
+            b'B' if !is_whole && frontend::parse_head(body).is_err() => wait_for_names(body),
             b'B' | b'D' | b'C' | b'E' if sharing.here.unnamed == UnnamedHere::Foreign => {
                 self.close_unnamed(at);
                 self.on_shared_extended(header, at, body, body_len, is_whole)
@@ -140,7 +159,7 @@ impl Session {
         match deallocation(sql) {
             Some(Deallocation::All) => return Turn::Pass,
             Some(Deallocation::One { name, start, end }) => {
-                if let Some(statement) = sharing.names.find(&name).cloned() {
+                if let Some(statement) = sharing.names.find(cut(&name)).cloned() {
                     if self.protocol.is_running() && !self.protocol.has_open_batch() {
                         return Turn::Wait;
                     }
@@ -191,27 +210,31 @@ impl Session {
         }
     }
 
-    fn on_shared_parse(&mut self, at: usize, body: &[u8], is_whole: bool) -> Turn {
+    fn on_shared_parse(&mut self, at: usize, body: &[u8], body_len: usize) -> Turn {
         let is_foreign = |sharing: &Sharing| sharing.here.unnamed == UnnamedHere::Foreign;
         if self.sharing.as_deref().is_some_and(is_foreign) {
             self.close_unnamed(at);
         }
+        let is_whole = body.len() >= body_len;
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         let head = frontend::parse_head(body).ok();
         let Some((name, sql)) = head.filter(|_| is_whole) else {
             // Too long to be looked at, or malformed.
             sharing.keep(Leaves::SOMETHING, || "a long statement".into());
-            match body.first() {
-                Some(0) => sharing.on_unnamed_sent(),
-                _ => sharing.names.unknown(),
+            let name = body.split(|byte| *byte == 0).next().unwrap_or_default();
+            if !name.is_empty() {
+                return self.on_own_parse(at, cut(name), name.len(), body_len);
             }
+            sharing.on_unnamed_sent();
             sharing.unnamed = Footprint::of(Leaves::SOMETHING);
             return Turn::Pass;
         };
+        let name_len = name.len();
+        let name = cut(name);
         let holds = statement::holds_its_time(sql);
         if name.is_empty() {
             if let Some(Deallocation::One { name, start, end }) = deallocation(sql)
-                && let Some(statement) = sharing.names.find(&name).cloned()
+                && let Some(statement) = sharing.names.find(cut(&name)).cloned()
             {
                 let mut text = sql.get(..start).unwrap_or_default().to_vec();
                 text.extend_from_slice(&statement.name);
@@ -258,14 +281,13 @@ impl Session {
             // What the name, or the transaction, is by then is not known.
             return Turn::Wait;
         }
-        let is_too_long = name.len() > NAME_LEN_MAX || body.len() > SHARED_LEN_MAX;
-        if holds || sharing.names.is_full() || is_too_long {
+        let is_own = holds || sharing.names.is_full() || sharing.left.contains(name);
+        if is_own || body.len() > SHARED_LEN_MAX {
             sharing.keep(Leaves::SOMETHING, || "a prepared statement of its own".into());
-            sharing.names.unknown();
-            return Turn::Pass;
+            return self.on_own_parse(at, name, name_len, body_len);
         }
         self.hints.on_statement(sql);
-        let rest = body.get(name.len() + 1..).unwrap_or_default();
+        let rest = body.get(name_len + 1..).unwrap_or_default();
         // Prepared under settings of the transaction, it cannot be prepared again as the same.
         self.restyled |= sharing.repaths || (sharing.restyles && statement::has_literals(sql));
         let statement = if sharing.is_unsettled || sharing.keeps.is_some() || sharing.clears {
@@ -275,15 +297,9 @@ impl Session {
         };
         let mut insert = Vec::new();
         if sharing.names.find(name).is_some() && !sharing.clears {
-            // The server is to refuse a name that is taken, so it is taken there, too.
-            let taken = sharing.pool.own_statement(b"\0\0\0");
-            insert_parse(&mut insert, &taken.name, &taken.body);
-            self.protocol.on_own(Own::Parse);
-            insert_parse(&mut insert, &taken.name, rest);
+            let taken = self.take_name(name, &mut insert);
+            insert_parse(&mut insert, &taken, rest);
             self.protocol.on_frontend(b'P', Some(1), None);
-            sharing.taken = Some((taken.clone(), name.to_vec()));
-            sharing.names.own(taken);
-            sharing.names.unknown();
         } else if sharing.has(&statement) && self.protocol.status() != TxStatus::Failed {
             if self.protocol.status() == TxStatus::InTransaction {
                 // A Parse takes the snapshot of a transaction that has none yet.
@@ -302,6 +318,44 @@ impl Session {
         }
         self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
         self.give();
+        Turn::Done
+    }
+
+    /// The server is to refuse a name that is taken, so it is taken there, too. Gives the name there.
+    fn take_name(&mut self, name: &[u8], insert: &mut Vec<u8>) -> Box<[u8]> {
+        let Some(sharing) = &mut self.sharing else { return name.into() };
+        let taken = sharing.pool.own_statement(b"\0\0\0");
+        insert_parse(insert, &taken.name, &taken.body);
+        self.protocol.on_own(Own::Parse);
+        if sharing.taken.len() < TAKEN_MAX {
+            sharing.taken.push((taken.clone(), name.to_vec()));
+        }
+        sharing.names.own(taken.clone());
+        sharing.names.unknown();
+        taken.name.clone()
+    }
+
+    /// A Parse whose name is left to the server that the session keeps. `name_len` is how long the name is before it is
+    /// cut.
+    fn on_own_parse(&mut self, at: usize, name: &[u8], name_len: usize, body_len: usize) -> Turn {
+        if self.protocol.awaits_ready() {
+            return Turn::Wait;
+        }
+        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
+        if sharing.names.find(name).is_none() || sharing.clears {
+            sharing.names.unknown();
+            if sharing.left.len() < names::NAMES_MAX {
+                sharing.left.insert(name.into());
+            }
+            return Turn::Pass;
+        }
+        let mut insert = Vec::new();
+        let taken = self.take_name(name, &mut insert);
+        insert_header(&mut insert, b'P', body_len - name_len + taken.len());
+        insert.extend_from_slice(&taken);
+        insert.push(0);
+        self.protocol.on_frontend(b'P', Some(1), None);
+        self.edits.push(Edit { at, skip: HEADER_LEN + name_len + 1, insert });
         Turn::Done
     }
 
@@ -332,7 +386,7 @@ impl Session {
             self.ensure_unnamed(at);
             return Turn::Pass;
         }
-        let Some(statement) = sharing.names.find(name).cloned() else {
+        let Some(statement) = sharing.names.find(cut(name)).cloned() else {
             return self.on_unknown_name(b'B', at, portal, name, body_len);
         };
         let footprint = statement.footprint(&sharing.pool.database);
@@ -368,7 +422,7 @@ impl Session {
         if self.protocol.awaits_ready() && sharing.names.has_pending() {
             return Turn::Wait;
         }
-        let Some(statement) = sharing.names.find(name).cloned() else {
+        let Some(statement) = sharing.names.find(cut(name)).cloned() else {
             return self.on_unknown_name(b'D', at, b"", name, body_len);
         };
         sharing.name(&statement, name);
@@ -389,11 +443,12 @@ impl Session {
         if self.protocol.awaits_ready() {
             return Turn::Wait;
         }
-        if sharing.names.find(name).is_none() {
+        let cut_name = cut(name);
+        if sharing.names.find(cut_name).is_none() {
             return self.on_unknown_name(b'C', at, b"", name, body_len);
         }
         // Others go on using it.
-        sharing.names.close(name);
+        sharing.names.close(cut_name);
         self.protocol.on_given(Given::CloseComplete);
         self.edits.push(Edit { at, skip: HEADER_LEN + body_len, insert: Vec::new() });
         self.give();
