@@ -517,6 +517,16 @@ async fn hostile_names_harm_nobody() {
             assert!(error.contains(&format!("\"{name}\"")), "{name}: {error}");
         }
     }
+    // A Parse of a name that is taken, and has no end.
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"a", b"SELECT 1", &[]);
+    frontend::sync(&mut out);
+    out.extend_from_slice(b"P\0\0\0\x05a");
+    frontend::sync(&mut out);
+    one.send(&out).await.unwrap();
+    one.answers().await.unwrap();
+    assert!(one.answers().await.unwrap_err().to_string().contains("08P01"));
+    assert_eq!(value(&mut one, "SELECT 1").await, "1");
     for (tag, body) in
         [(b'D', b"Sholdfast_1_1".as_slice()), (b'C', b"Sholdfast_1_1"), (b'D', b"Sa"), (b'C', b"S")]
     {

@@ -78,6 +78,10 @@ impl Class {
         Class::Unknown,
     ];
 
+    /// Those that write nothing by themselves.
+    pub const READING: [Class; 6] =
+        [Class::Read, Class::Session, Class::Begin, Class::Commit, Class::Rollback, Class::Execute];
+
     /// As rules and messages name it.
     pub fn name(self) -> &'static str {
         match self {

@@ -95,19 +95,11 @@ impl Default for Policy {
             databases: Vec::new(),
             disposition: Disposition::Accept,
         };
-        let reads = [
-            Class::Read,
-            Class::Session,
-            Class::Begin,
-            Class::Commit,
-            Class::Rollback,
-            Class::Execute,
-        ];
         Policy {
             version: 1,
             rules: vec![
                 rule("active-all", &[CellState::Active, CellState::Draining], &[]),
-                rule("fenced-reads", &[CellState::Fenced], &reads),
+                rule("fenced-reads", &[CellState::Fenced], &Class::READING),
                 rule("end-of-transaction", &[], &[Class::Rollback]),
             ],
         }
@@ -172,14 +164,7 @@ mod tests {
     fn states_mean_what_they_say() {
         for class in Class::ALL {
             assert!(passes(class, CellState::Active), "{}", class.name());
-            let reads = [
-                Class::Read,
-                Class::Session,
-                Class::Begin,
-                Class::Commit,
-                Class::Rollback,
-                Class::Execute,
-            ];
+            let reads = Class::READING;
             assert_eq!(
                 passes(class, CellState::Fenced),
                 reads.contains(&class),

@@ -221,12 +221,18 @@ impl Session {
         let Some((name, sql)) = head.filter(|_| is_whole) else {
             // Too long to be looked at, or malformed.
             sharing.keep(Leaves::SOMETHING, || "a long statement".into());
-            let name = body.split(|byte| *byte == 0).next().unwrap_or_default();
-            if !name.is_empty() {
-                return self.on_own_parse(at, cut(name), name.len(), body_len);
+            match body.iter().position(|byte| *byte == 0) {
+                Some(0) => {
+                    sharing.on_unnamed_sent();
+                    sharing.unnamed = Footprint::of(Leaves::SOMETHING);
+                }
+                Some(len) => {
+                    let name = body.get(..len).unwrap_or_default();
+                    return self.on_own_parse(at, cut(name), len, body_len);
+                }
+                // No name ends: it is for the server to refuse.
+                None => sharing.names.unknown(),
             }
-            sharing.on_unnamed_sent();
-            sharing.unnamed = Footprint::of(Leaves::SOMETHING);
             return Turn::Pass;
         };
         let name_len = name.len();
