@@ -126,7 +126,12 @@ impl<'a> Iterator for Tokens<'a> {
                 self.take(Kind::Word, len)
             }
             [b'0'..=b'9', ..] => {
-                let len = rest.iter().take_while(|b| is_word_part(**b) || **b == b'.').count();
+                // `1..n` of PL/pgSQL are two numbers, or one and a name.
+                let is_part = |at: usize| match rest[at] {
+                    b'.' => rest.get(at + 1) != Some(&b'.'),
+                    byte => is_word_part(byte),
+                };
+                let len = (0..rest.len()).take_while(|at| is_part(*at)).count();
                 self.take(Kind::Number, len)
             }
             _ => self.take(Kind::Other, 1),

@@ -65,6 +65,8 @@ pub enum Fault {
     Client(FrameError),
     #[error("server sent what is not the protocol: {0}")]
     Server(FrameError),
+    #[error("a prepared statement cannot be prepared again as it was")]
+    Settings,
 }
 
 fn usize_of(len: u32) -> usize {
@@ -107,6 +109,7 @@ impl Session {
                     };
                     match turn {
                         Turn::Wait => break,
+                        Turn::Lost => return Err(Fault::Settings),
                         Turn::Refuse => {
                             let (tag, len) = (header.tag, header.body_len);
                             let max = u32::try_from(HEAD_LEN_MAX).unwrap_or(u32::MAX);

@@ -678,3 +678,91 @@ async fn a_name_is_taken_once() {
         }
     }
 }
+
+/// Settings that code sets out of sight, and names that are written otherwise than they are read.
+#[tokio::test]
+async fn what_code_does_out_of_sight_stays_with_its_session() {
+    let installation = Installation::start_pooled("pool-sight", 1);
+    let mut one = installation.connect().await;
+    let mut other = installation.connect().await;
+    let make = "CREATE FUNCTION sets() RETURNS int LANGUAGE plpgsql AS \
+        $$BEGIN PERFORM set_config('work_mem', '7MB', false); RETURN 1; END$$; \
+        CREATE FUNCTION nested() RETURNS void LANGUAGE plpgsql AS \
+        $$BEGIN DO $x$BEGIN PERFORM sets(); END$x$; END$$; \
+        CREATE FUNCTION loops() RETURNS void LANGUAGE plpgsql AS \
+        $$BEGIN FOR i IN 1..sets() LOOP END LOOP; END$$; \
+        CREATE FUNCTION quotes() RETURNS void LANGUAGE plpgsql AS \
+        $$BEGIN UPDATE \"pg_settings\" SET setting = '7MB' WHERE name = 'work_mem'; END$$; \
+        CREATE FUNCTION parts(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS \
+        $$BEGIN PERFORM sets(); RETURN $1; END$$; \
+        CREATE TABLE pp (a int) PARTITION BY RANGE (parts(a)); \
+        CREATE TABLE pp1 PARTITION OF pp FOR VALUES FROM (0) TO (9); \
+        CREATE TABLE caf\u{e9} (n int); \
+        CREATE FUNCTION fires() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM sets(); RETURN NEW; END$$; \
+        CREATE TRIGGER t BEFORE INSERT ON caf\u{e9} EXECUTE FUNCTION fires()";
+    run(&mut one, make).await;
+    for sql in
+        ["SELECT nested()", "SELECT loops()", "SELECT quotes()", "INSERT INTO pp1 VALUES (1)"]
+    {
+        run(&mut one, sql).await;
+        assert_eq!(value(&mut one, "SHOW work_mem").await, "7MB", "{sql}");
+        assert_eq!(value(&mut other, "SHOW work_mem").await, "4MB", "{sql}");
+        run(&mut one, "RESET work_mem").await;
+    }
+    let mut latin = installation.connect().await;
+    run(&mut latin, "SET client_encoding = LATIN1").await;
+    let mut out = Vec::new();
+    frontend::query(&mut out, b"INSERT INTO caf\xe9 VALUES (1)");
+    latin.send(&out).await.unwrap();
+    latin.answers().await.unwrap();
+    assert_eq!(value(&mut latin, "SHOW work_mem").await, "7MB");
+    assert_eq!(value(&mut other, "SHOW work_mem").await, "4MB");
+}
+
+/// A statement whose literals mean something else by now is not prepared anew on a server that lacks it: the session is told.
+#[tokio::test]
+async fn a_literal_is_never_read_under_other_settings() {
+    let installation = Installation::start_pooled("pool-literal", 2);
+    let mut one = installation.connect().await;
+    let mut other = installation.connect().await;
+    run(&mut one, "SET datestyle = 'ISO, DMY'").await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"s", b"SELECT to_char('01/02/2020'::date, 'YYYY-MM-DD')", &[]);
+    frontend::sync(&mut out);
+    extended(&mut one, &out).await;
+    // Whichever server the other takes: one of these finds one without the statement.
+    let pid = value(&mut one, PID).await;
+    while {
+        run(&mut other, "BEGIN").await;
+        value(&mut other, PID).await != pid
+    } {
+        run(&mut one, "BEGIN").await;
+        run(&mut other, "COMMIT").await;
+        run(&mut one, "COMMIT").await;
+    }
+    run(&mut one, "SET datestyle = 'ISO, MDY'").await;
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"s", &[]);
+    frontend::execute(&mut out, b"", 0);
+    frontend::sync(&mut out);
+    one.send(&out).await.unwrap();
+    let told = crate::support::last_words(&mut one).await;
+    assert_eq!(told.0.unwrap().to_string(), "57P01", "{}", told.1);
+    run(&mut other, "COMMIT").await;
+}
+
+/// Half a message behind a whole one keeps nobody waiting for longer than a moment.
+#[tokio::test]
+async fn half_a_message_behind_a_whole_one_frees_its_server() {
+    let installation = Installation::start_pooled("pool-behind", 1);
+    let mut last = installation.connect().await;
+    for half in [b"Q".as_slice(), b"S\0\0", b"D\0\0\0\x08S"] {
+        let mut one = installation.connect().await;
+        let mut out = Vec::new();
+        frontend::query(&mut out, b"SELECT 1");
+        out.extend_from_slice(half);
+        one.send(&out).await.unwrap();
+        one.answers().await.unwrap();
+        assert_eq!(value(&mut last, "SELECT 2").await, "2");
+    }
+}

@@ -67,6 +67,8 @@ impl Footprint {
         };
         self.sets_path |= name.is_none_or(of_path);
         self.restyles |= name.is_none_or(is_sensitive);
+        // Functions stay as they were compiled under it.
+        self.leaves.something |= name.is_some_and(decides_compiling);
     }
 }
 
@@ -138,6 +140,11 @@ pub const INSENSITIVE: [&str; 16] = [
 /// Plans that are kept depend on this setting, by the literals in them.
 pub fn is_sensitive(name: &str) -> bool {
     !name.contains('.') && !INSENSITIVE.iter().any(|one| one.eq_ignore_ascii_case(name))
+}
+
+/// A setting by which PL/pgSQL compiles functions, once a session.
+pub fn decides_compiling(name: &str) -> bool {
+    name.starts_with("plpgsql.")
 }
 
 /// Names and keywords that say more than where they stand.
@@ -311,13 +318,15 @@ impl Landscape {
                     };
                     let (meaning, is_word) = (self.meaning(name), token.kind == Kind::Word);
                     let leaves = match name {
-                        _ if !is_word => Leaves::NOTHING,
+                        // Quoted or not.
+                        b"pg_settings" => Leaves::SETTINGS,
+                        _ if !is_word => word_leaves(name, &before),
+                        // Its code is in a literal.
+                        b"do" if before.word == Word::Start => Leaves::SOMETHING,
                         b"execute" | b"discard" | b"listen" | b"unlisten" | b"deallocate"
                         | b"load" | b"create" => Leaves::SOMETHING,
                         b"prepare" if before.word == Word::Start => Leaves::SOMETHING,
                         b"set" | b"reset" if before.word == Word::Start => Leaves::SETTINGS,
-                        // An update of it sets.
-                        b"pg_settings" => Leaves::SETTINGS,
                         _ => word_leaves(name, &before),
                     };
                     found = found.and(leaves).and(meaning.leaves);
@@ -342,16 +351,24 @@ enum Target {
 
 fn target<'a>(mut tokens: impl Iterator<Item = Token<'a>>) -> Target {
     let mut first = tokens.next();
-    if first.is_some_and(|token| token.is_word("local") || token.is_word("session")) {
-        first = tokens.next();
+    // `SET LOCAL SESSION AUTHORIZATION` has both.
+    for word in ["local", "session"] {
+        if first.is_some_and(|token| token.is_word(word)) {
+            first = tokens.next();
+        }
     }
     let Some(first) = first else { return Target::Setting(None) };
     if first.is_word("transaction") || first.is_word("constraints") {
         return Target::Transaction;
     }
     let dotted = tokens.next().is_some_and(|token| token.is_other(b'.'));
-    let name = crate::sql::name_of(&first);
-    Target::Setting(name.map(|name| if dotted { name + "." } else { name }))
+    // Names of settings have no case, even quoted.
+    let name = crate::sql::name_of(&first).map(|name| name.to_ascii_lowercase());
+    Target::Setting(name.map(|name| match name.as_str() {
+        _ if dotted => name + ".",
+        "schema" => "search_path".into(),
+        _ => name,
+    }))
 }
 
 /// The setting that is set behind SET or RESET, if that is a plain or a custom one.

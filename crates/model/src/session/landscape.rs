@@ -69,7 +69,8 @@ pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::tex
      SELECT 'function', p.proname::text, pg_get_expr(p.proargdefaults, 0) FROM pg_proc p \
      WHERE p.oid >= 16384 AND p.proargdefaults IS NOT NULL UNION ALL \
      SELECT 'relation', c.relname::text, pg_get_expr(t.partexprs, t.partrelid) FROM pg_partitioned_table t \
-     JOIN pg_class c ON c.oid = t.partrelid WHERE t.partexprs IS NOT NULL UNION ALL \
+     CROSS JOIN LATERAL pg_partition_tree(t.partrelid) r JOIN pg_class c ON c.oid = r.relid \
+     WHERE t.partexprs IS NOT NULL UNION ALL \
      SELECT 'everywhere', p.proname::text, quote_ident(p.proname) FROM pg_amproc a \
      JOIN pg_proc p ON p.oid = a.amproc WHERE a.oid >= 16384 AND p.oid >= 16384 UNION ALL \
      SELECT CASE WHEN EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%') THEN 'repath' ELSE 'path' END, \

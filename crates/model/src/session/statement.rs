@@ -70,6 +70,15 @@ pub fn has_dated_literals(sql: &[u8]) -> bool {
     })
 }
 
+/// Whether settings decide what a literal of the statement is: one like a date, or with a backslash, XML, or letters that
+/// hang on the encoding.
+pub fn is_read_by_settings(sql: &[u8]) -> bool {
+    let is_odd = |byte: &u8| matches!(byte, b'\\' | b'<') || !byte.is_ascii();
+    has_dated_literals(sql)
+        || !sql.is_ascii()
+        || sql::Tokens::new(sql).any(|t| t.kind == sql::Kind::Text && t.text.iter().any(is_odd))
+}
+
 /// A name in a statement that is in `names`.
 pub fn names_one_of(sql: &[u8], names: &BTreeSet<String>) -> Option<String> {
     let named = sql::Tokens::new(sql).filter_map(|token| sql::name_of(&token));

@@ -406,12 +406,18 @@ impl Engine {
                     Report::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection");
                 (!session.server_said_why).then_some(lost)
             }
+            End::Fault(Fault::Settings) => {
+                let lost = Report::fatal(SqlState::ADMIN_SHUTDOWN, Fault::Settings.to_string())
+                    .detail("settings by which its literals are read have changed, and its server serves others")
+                    .hint("connect again; prepare it after the settings, or give it parameters");
+                Some(lost)
+            }
             End::Fault(fault) => {
                 counters.protocol_errors.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(session = session.id, %fault, "session ended");
                 let state = match fault {
                     Fault::Client(_) => SqlState::PROTOCOL_VIOLATION,
-                    Fault::Server(_) => SqlState::CONNECTION_FAILURE,
+                    Fault::Server(_) | Fault::Settings => SqlState::CONNECTION_FAILURE,
                 };
                 Some(Report::fatal(state, fault.to_string()))
             }

@@ -373,6 +373,10 @@ impl Engine {
         if session.client.carry.is_empty() {
             (sharing.needs, sharing.waits_since) = (false, None);
             self.lending.leave_line(sharing.pool.id, session.id);
+            if sharing.has_closed {
+                // There was nothing else that it has waited for.
+                self.end(slot, End::Client);
+            }
         }
     }
 
@@ -415,6 +419,12 @@ impl Engine {
             let attached =
                 |slot: &Slot| slot.session.sharing.is_some() && !slot.session.is_detached();
             if self.slots.get(slot).and_then(Option::as_ref).is_some_and(attached) {
+                // Whoever stands still in the middle of a message may have somebody wait meanwhile.
+                if let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot)
+                    && let Some(sharing) = &mut session.sharing
+                {
+                    sharing.others_wait = self.lending.someone_waits(sharing.pool.id);
+                }
                 self.settle(slot);
             }
         }

@@ -100,6 +100,7 @@ impl Session {
     /// False if there is nothing to ask.
     pub(crate) fn ask_before_detached(&mut self) -> bool {
         let Some(sharing) = &mut self.sharing else { return false };
+        sharing.sets_styles = false;
         let is_clean = sharing.assigned.is_empty() && !sharing.has_values && !sharing.restyles;
         if !sharing.asked.is_empty() || is_clean {
             sharing.is_unsettled &= !sharing.asked.is_empty();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use model::session::footprint::Leaves;
+use model::session::footprint::{Leaves, decides_compiling};
 use model::session::{Landscape, Snapshot, landscape};
 use pg::admin::{Admin, AdminLogin};
 use pg::connect::{ConnectError, Login};
@@ -337,6 +337,11 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
         carry::prove_settings(session, &snapshot, &facts)
             .await
             .map_err(|reason| reason.to_string())?;
+    }
+    let is_own = |name: &&String| snapshot.custom.get(*name) != welcome.fresh.custom.get(*name);
+    let mut named = snapshot.custom.keys().filter(is_own).chain(&session.hints.custom);
+    if let Some(name) = named.find(|name| decides_compiling(name)) {
+        return Err(format!("functions are compiled under its `{name}`"));
     }
     let names = session.sharing.as_ref().map(|sharing| sharing.server_names()).unwrap_or_default();
     if let Some(name) = snapshot.prepared.keys().find(|name| !names.contains(name.as_bytes())) {

@@ -365,6 +365,8 @@ pub struct Sharing {
     pub last_name: Vec<u8>,
     /// What the server was sent in place of names that were taken, and those names.
     pub taken: Vec<(Arc<Statement>, Vec<u8>)>,
+    /// Its transaction has set, in so many words, what decides how literals are read.
+    pub sets_styles: bool,
     /// Names of the client that were left to the server.
     pub left: BTreeSet<Box<[u8]>>,
     /// Others wait for a server of its pool.
@@ -467,6 +469,7 @@ impl Sharing {
             last_named: None,
             taken: Vec::new(),
             left: BTreeSet::new(),
+            sets_styles: false,
             others_wait: false,
             last_name: Vec::new(),
         }
@@ -488,6 +491,7 @@ impl Sharing {
     fn leave(&mut self, footprint: Footprint, limits: &PoolLimits, why: impl FnOnce() -> String) {
         self.is_unsettled |= footprint.sets_any;
         self.restyles |= footprint.restyles;
+        self.sets_styles |= footprint.restyles && !footprint.leaves.something;
         self.repaths |= footprint.sets_path;
         let mut leaves = footprint.leaves;
         if leaves.values && !limits.currval {

@@ -39,6 +39,14 @@ pub(crate) enum Turn {
     Done,
     /// Its names are too long to be looked at.
     Refuse,
+    /// What it is about cannot be prepared again as it was.
+    Lost,
+}
+
+/// Letters that are others in the client's encoding than in ours, or parts of them that look like a quote or an escape.
+fn has_odd_letters(params: &crate::app::Params, sql: &[u8]) -> bool {
+    let is_plain = |name: &String| matches!(name.as_str(), "UTF8" | "SQL_ASCII");
+    !sql.is_ascii() && !params.get("client_encoding").is_some_and(is_plain)
 }
 
 /// The name of a Parse is there as a whole.
@@ -156,6 +164,7 @@ impl Session {
             sharing.here.unnamed = UnnamedHere::Own;
         }
         let sql = body.strip_suffix(&[0]).unwrap_or(body);
+        let is_odd = has_odd_letters(&self.params, sql);
         match deallocation(sql) {
             Some(Deallocation::All) => return Turn::Pass,
             Some(Deallocation::One { name, start, end }) => {
@@ -185,7 +194,11 @@ impl Session {
             }
             None => (),
         }
-        let footprint = sharing.pool.database.footprint(sql);
+        let footprint = if is_odd {
+            Footprint::of(Leaves::SOMETHING)
+        } else {
+            sharing.pool.database.footprint(sql)
+        };
         if footprint.leaves.something {
             self.close_foreign(at);
         }
@@ -265,6 +278,8 @@ impl Session {
             sharing.unnamed_clears = deallocation(sql) == Some(Deallocation::All);
             sharing.unnamed = if sharing.unnamed_clears {
                 Footprint::default()
+            } else if has_odd_letters(&self.params, sql) {
+                Footprint::of(Leaves::SOMETHING)
             } else {
                 sharing.pool.database.footprint(sql)
             };
@@ -288,6 +303,7 @@ impl Session {
             return Turn::Wait;
         }
         let is_own = holds || sharing.names.is_full() || sharing.left.contains(name);
+        let is_own = is_own || has_odd_letters(&self.params, sql);
         if is_own || body.len() > SHARED_LEN_MAX {
             sharing.keep(Leaves::SOMETHING, || "a prepared statement of its own".into());
             return self.on_own_parse(at, name, name_len, body_len);
@@ -389,8 +405,7 @@ impl Session {
             }
             let Some(sharing) = &mut self.sharing else { return Turn::Pass };
             sharing.deallocates.extend(sharing.unnamed_deallocates.clone());
-            self.ensure_unnamed(at);
-            return Turn::Pass;
+            return if self.ensure_unnamed(at) { Turn::Pass } else { Turn::Lost };
         }
         let Some(statement) = sharing.names.find(cut(name)).cloned() else {
             return self.on_unknown_name(b'B', at, portal, name, body_len);
@@ -407,7 +422,9 @@ impl Session {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         sharing.name(&statement, name);
         let mut insert = Vec::new();
-        self.ensure(&statement, &mut insert);
+        if !self.ensure(&statement, &mut insert) {
+            return Turn::Lost;
+        }
         let rest = body_len - head_len;
         insert_header(&mut insert, b'B', portal.len() + 1 + statement.name.len() + 1 + rest);
         insert.extend_from_slice(portal);
@@ -421,8 +438,7 @@ impl Session {
 
     fn on_shared_describe(&mut self, at: usize, name: &[u8], body_len: usize) -> Turn {
         if name.is_empty() {
-            self.ensure_unnamed(at);
-            return Turn::Pass;
+            return if self.ensure_unnamed(at) { Turn::Pass } else { Turn::Lost };
         }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if self.protocol.awaits_ready() && sharing.names.has_pending() {
@@ -433,7 +449,9 @@ impl Session {
         };
         sharing.name(&statement, name);
         let mut insert = Vec::new();
-        self.ensure(&statement, &mut insert);
+        if !self.ensure(&statement, &mut insert) {
+            return Turn::Lost;
+        }
         frontend::describe(&mut insert, Target::Statement(&statement.name));
         self.edits.push(Edit { at, skip: HEADER_LEN + body_len, insert });
         self.protocol.on_frontend(b'D', Some(b'S'), Some(1));
@@ -491,13 +509,23 @@ impl Session {
     }
 
     /// Sees to it that the server has a statement before what is sent next.
-    fn ensure(&mut self, statement: &std::sync::Arc<super::Statement>, insert: &mut Vec<u8>) {
-        let Some(sharing) = &mut self.sharing else { return };
+    /// False if it would not be the same: settings by which its literals are read have changed since.
+    fn ensure(
+        &mut self,
+        statement: &std::sync::Arc<super::Statement>,
+        insert: &mut Vec<u8>,
+    ) -> bool {
+        let Some(sharing) = &mut self.sharing else { return true };
         if !sharing.has(statement) {
+            let is_other = self.restyled || sharing.sets_styles;
+            if is_other && statement::is_read_by_settings(statement.sql()) {
+                return false;
+            }
             insert_parse(insert, &statement.name, &statement.body);
             sharing.names.own(statement.clone());
             self.protocol.on_own(Own::Parse);
         }
+        true
     }
 
     /// Before anything of the extended protocol: an unnamed statement of somebody else must not be met, whatever of the
@@ -516,18 +544,26 @@ impl Session {
     }
 
     /// The unnamed statement is used: if it was prepared on another server, it is prepared here.
-    fn ensure_unnamed(&mut self, at: usize) {
-        let Some(sharing) = &mut self.sharing else { return };
+    /// False if it would not be the same.
+    fn ensure_unnamed(&mut self, at: usize) -> bool {
+        let Some(sharing) = &mut self.sharing else { return true };
         if sharing.here.unnamed != UnnamedHere::Missing {
-            return;
+            return true;
         }
         sharing.here.unnamed = UnnamedHere::Own;
         if self.protocol.unnamed() == Unnamed::Last && !self.unnamed_too_long {
+            let text = self.unnamed.get(HEADER_LEN..).unwrap_or_default();
+            let text = frontend::parse_head(text).map_or(text, |(_, sql)| sql);
+            let is_other = self.unnamed_restyled || sharing.sets_styles;
+            if is_other && statement::is_read_by_settings(text) {
+                return false;
+            }
             sharing.here.has_unnamed = true;
             sharing.names.unknown();
             self.protocol.on_own(Own::Parse);
             self.edits.push(Edit { at, skip: 0, insert: self.unnamed.clone() });
         }
+        true
     }
 }
 
