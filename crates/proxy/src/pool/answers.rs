@@ -81,9 +81,13 @@ impl Session {
             sharing.deallocates.clear();
             sharing.clears = false;
         }
-        if tag == b'Z' && sharing.redefines && self.protocol.is_idle() {
-            sharing.redefines = false;
-            sharing.pool.database.mark_stale();
+        if tag == b'Z' && self.protocol.is_idle() {
+            if std::mem::take(&mut sharing.redefines) {
+                sharing.pool.database.mark_stale();
+            }
+            if std::mem::take(&mut sharing.doubts) {
+                sharing.pool.database.doubt();
+            }
         }
         sharing.on_named(self.protocol.take_named());
         if !self.server.scanner.at_boundary() {
@@ -219,7 +223,7 @@ impl Session {
                 sharing.pool.database.ask_soon();
             }
             // What a block or a procedure does is not known.
-            b"DO" | b"CALL" => sharing.redefines = true,
+            b"DO" | b"CALL" => sharing.doubts = true,
             _ => sharing.redefines |= redefines(tag),
         }
     }

@@ -24,6 +24,9 @@ pub(super) struct DatabaseState {
     pub(super) mark: String,
     /// Something was created or altered since.
     pub(super) is_stale: bool,
+    /// How often something may have been, by code that nobody has seen, and of how many of these the mark has told.
+    pub(super) doubts: u64,
+    pub(super) settled: u64,
     /// How often that has happened.
     pub(super) redefined: u64,
     /// What it is could not be learned.
@@ -33,6 +36,10 @@ pub(super) struct DatabaseState {
 }
 
 impl DatabaseState {
+    fn is_sure(&self) -> bool {
+        !self.is_stale && self.doubts == self.settled
+    }
+
     /// It was learned when the mark was this, and nothing has changed.
     pub(super) fn is_at(&self, mark: &str) -> bool {
         self.landscape.is_some() && self.mark == mark && !self.is_stale
@@ -51,7 +58,7 @@ impl Database {
     /// It is being learned what was defined anew: a moment later more is known.
     pub(super) fn is_being_learned(&self) -> bool {
         let mut state = lock(&self.state);
-        let waits = state.is_stale && !state.has_failed;
+        let waits = !state.is_sure() && !state.has_failed;
         state.is_waited_for |= waits;
         waits
     }
@@ -80,6 +87,12 @@ impl Database {
         self.changed.notify_one();
     }
 
+    /// Something may have been defined anew: until it is known, every statement may leave something.
+    pub(super) fn doubt(&self) {
+        lock(&self.state).doubts += 1;
+        self.changed.notify_one();
+    }
+
     /// Something was defined that others may not see.
     pub(super) fn ask_soon(&self) {
         self.changed.notify_one();
@@ -87,6 +100,6 @@ impl Database {
 
     pub(super) fn landscape(&self) -> Option<Arc<Landscape>> {
         let state = lock(&self.state);
-        state.landscape.clone().filter(|_| !state.is_stale)
+        state.landscape.clone().filter(|_| state.is_sure())
     }
 }

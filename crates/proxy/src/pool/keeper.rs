@@ -164,7 +164,10 @@ async fn renew(
     kept: &mut Option<Admin>,
 ) -> Result<(), String> {
     let say = |error: &dyn std::error::Error| model::chain(error);
-    let mut before = lock(&database.state).redefined;
+    let (mut before, doubts) = {
+        let state = lock(&database.state);
+        (state.redefined, state.doubts)
+    };
     let ask = async {
         let mut admin = match kept.take() {
             Some(admin) => admin,
@@ -200,6 +203,8 @@ async fn renew(
             // Something may have been defined while it was learned.
             state.is_stale = state.redefined != before;
         }
+        // What is doubted since may not be in the mark.
+        lock(&database.state).settled = doubts;
         *kept = Some(admin);
         Ok(())
     };

@@ -351,6 +351,8 @@ pub struct Sharing {
     pub names_temporary: bool,
     /// Definitions have changed in its transaction.
     pub redefines: bool,
+    /// Its transaction has run code that may have done so.
+    pub doubts: bool,
     /// The names in each DEALLOCATE that is running.
     pub deallocates: VecDeque<Box<[u8]>>,
     /// Settings that it may have set since it was attached.
@@ -461,6 +463,7 @@ impl Sharing {
             unnamed_deallocates: None,
             names_temporary: false,
             redefines: false,
+            doubts: false,
             deallocates: VecDeque::new(),
             assigned: Vec::new(),
             has_values: false,
