@@ -405,6 +405,17 @@ impl Session {
             }
             let Some(sharing) = &mut self.sharing else { return Turn::Pass };
             sharing.deallocates.extend(sharing.unnamed_deallocates.clone());
+            // There must be something that can be deallocated, on whichever server the session stands by now.
+            let gone = sharing.unnamed_deallocates.as_ref();
+            if let Some(statement) = gone.and_then(|name| sharing.names.find(cut(name))).cloned() {
+                let mut insert = Vec::new();
+                if !self.ensure(&statement, &mut insert) {
+                    return Turn::Lost;
+                }
+                if !insert.is_empty() {
+                    self.edits.push(Edit { at, skip: 0, insert });
+                }
+            }
             return if self.ensure_unnamed(at) { Turn::Pass } else { Turn::Lost };
         }
         let Some(statement) = sharing.names.find(cut(name)).cloned() else {
