@@ -766,3 +766,34 @@ async fn half_a_message_behind_a_whole_one_frees_its_server() {
         assert_eq!(value(&mut last, "SELECT 2").await, "2");
     }
 }
+
+/// Statements that are too long to be looked at do not meet those of other sessions.
+#[tokio::test]
+async fn long_statements_see_nothing_of_others() {
+    let installation = Installation::start_pooled("pool-long", 1);
+    let mut other = installation.connect().await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"s", b"SELECT 'a secret'", &[]);
+    frontend::sync(&mut out);
+    extended(&mut other, &out).await;
+    let look = |len| {
+        let look = "SELECT count(*) FROM pg_prepared_statements WHERE statement ~ 'secret'";
+        format!("{look} AND name <> 'long' /* {} */", "x".repeat(len))
+    };
+    let mut one = installation.connect().await;
+    assert_eq!(value(&mut one, &look(200_000)).await, "0");
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", b"s", &[]);
+    frontend::execute(&mut out, b"", 0);
+    frontend::sync(&mut out);
+    assert_eq!(extended(&mut other, &out).await, [Some("a secret".to_owned())]);
+    for len in [20_000, 200_000] {
+        let mut one = installation.connect().await;
+        let mut out = Vec::new();
+        frontend::parse(&mut out, b"long", look(len).as_bytes(), &[]);
+        frontend::bind_text(&mut out, b"", b"long", &[]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::sync(&mut out);
+        assert_eq!(extended(&mut one, &out).await, [Some("0".to_owned())], "{len}");
+    }
+}

@@ -157,6 +157,7 @@ impl Session {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if !is_whole {
             sharing.keep(Leaves::SOMETHING, || "a long statement".into());
+            self.close_foreign(at);
             return Turn::Pass;
         }
         sharing.here.drops_unnamed = true;
@@ -363,6 +364,8 @@ impl Session {
         if self.protocol.awaits_ready() {
             return Turn::Wait;
         }
+        // It is run without being looked at again.
+        self.close_foreign(at);
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if sharing.names.find(name).is_none() || sharing.clears {
             sharing.names.unknown();
