@@ -445,7 +445,9 @@ async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
 async fn revert(control: &Control, execution: &Execution, from: &CellServer) -> Done {
     let deadline = Instant::now() + UNFENCE_MAX;
     let unfenced = loop {
-        match unfence(from).await {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let late = |_| format!("`{}` is not unfenced within {UNFENCE_MAX:?}", from.target.address);
+        match timeout(left, unfence(from)).await.map_err(late).flatten() {
             Err(failure) if again(deadline, &failure).await => (),
             done => break done,
         }

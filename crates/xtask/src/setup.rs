@@ -14,7 +14,7 @@ struct Need {
 const SERVERS: [Need; 4] = [
     Need { path: "/usr/bin/cc", package: "build-essential" },
     // The grammar's crate asks clang for the shapes of its C functions, which takes its library and its own headers.
-    Need { path: "/usr/lib/x86_64-linux-gnu/libclang-14.so.1", package: "libclang1-14" },
+    Need { path: "/usr/lib/llvm-14/lib/libclang.so.1", package: "libclang1-14" },
     Need { path: "/usr/lib/llvm-14/lib/clang", package: "libclang-common-14-dev" },
     Need { path: "/usr/lib/postgresql/15/bin/pg_ctl", package: "postgresql" },
 ];

@@ -4,11 +4,13 @@
 
 mod support;
 
+mod batches;
 mod battery;
 mod between;
 mod crash;
 mod drivers;
 mod faults;
+mod flood;
 mod hostile;
 mod kinds;
 mod login;

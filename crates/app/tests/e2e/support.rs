@@ -365,3 +365,17 @@ impl Drop for Second {
         let _ = self.child.wait();
     }
 }
+
+/// A client of the admin database.
+pub(crate) async fn console(installation: &Installation) -> Connection {
+    let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
+    let more = [("database", "holdfast")];
+    login(installation.facts.port, "postgres", None, tls, &more).await.unwrap()
+}
+
+/// A client that gives itself a name.
+pub(crate) async fn named(installation: &Installation, name: &str) -> Connection {
+    let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
+    let more = [("application_name", name)];
+    login(installation.facts.port, "postgres", None, tls, &more).await.unwrap()
+}

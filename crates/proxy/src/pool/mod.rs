@@ -346,6 +346,8 @@ pub struct Sharing {
     pub restyles: bool,
     /// What the unnamed statement may leave, and the name that it deallocates.
     pub unnamed: Footprint,
+    /// How often anything had been defined anew when that was told.
+    pub unnamed_judged_at: u64,
     pub unnamed_deallocates: Option<Box<[u8]>>,
     /// It may have used temporary objects, so what it defines may be seen by nobody else.
     pub names_temporary: bool,
@@ -460,6 +462,7 @@ impl Sharing {
             has_closed: false,
             restyles: false,
             unnamed: Footprint::default(),
+            unnamed_judged_at: 0,
             unnamed_deallocates: None,
             names_temporary: false,
             redefines: false,

@@ -277,6 +277,7 @@ impl Session {
             }
             // What it does it does when it is run; but a Parse alone already means settings as they are now.
             sharing.unnamed_clears = deallocation(sql) == Some(Deallocation::All);
+            sharing.unnamed_judged_at = sharing.pool.database.redefined();
             sharing.unnamed = if sharing.unnamed_clears {
                 Footprint::default()
             } else if has_odd_letters(&self.params, sql) {
@@ -397,6 +398,11 @@ impl Session {
                 return Turn::Wait;
             }
             sharing.clears |= sharing.unnamed_clears;
+            let is_sql = !sharing.unnamed_clears && sharing.unnamed_deallocates.is_none();
+            if is_sql && sharing.unnamed_judged_at != sharing.pool.database.redefined() {
+                // What it calls may be something else by now.
+                sharing.unnamed = Footprint::of(Leaves::SOMETHING);
+            }
             if !sharing.unnamed.is_empty() {
                 let footprint = sharing.unnamed.clone();
                 let limits = self.app.pool.unwrap_or_default();
