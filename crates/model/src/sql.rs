@@ -125,15 +125,10 @@ impl<'a> Iterator for Tokens<'a> {
                 let len = rest.iter().take_while(|b| is_word_part(**b)).count();
                 self.take(Kind::Word, len)
             }
-            [b'0'..=b'9', ..] => {
-                // `1..n` of PL/pgSQL are two numbers, or one and a name.
-                let is_part = |at: usize| match rest[at] {
-                    b'.' => rest.get(at + 1) != Some(&b'.'),
-                    byte => is_word_part(byte),
-                };
-                let len = (0..rest.len()).take_while(|at| is_part(*at)).count();
-                self.take(Kind::Number, len)
-            }
+            [b'0'..=b'9', ..] | [b'.', b'0'..=b'9', ..] => match number_len(rest) {
+                Some(len) => self.take(Kind::Number, len),
+                None => self.unclear(),
+            },
             _ => self.take(Kind::Other, 1),
         };
         Some(token)
@@ -146,6 +141,32 @@ fn is_word_start(byte: u8) -> bool {
 
 fn is_word_part(byte: u8) -> bool {
     is_word_start(byte) || byte.is_ascii_digit() || byte == b'$'
+}
+
+/// The length of the number that `text` begins with. None if a name follows at once, which no server takes from 15 on.
+fn number_len(text: &[u8]) -> Option<usize> {
+    let digits = |from: usize, is_digit: fn(&u8) -> bool| {
+        let rest = text.get(from..).unwrap_or_default();
+        from + rest.iter().take_while(|byte| is_digit(byte) || **byte == b'_').count()
+    };
+    let mut len = match text {
+        [b'0', b'x' | b'X' | b'o' | b'O' | b'b' | b'B', ..] => digits(2, u8::is_ascii_hexdigit),
+        _ => {
+            let mut len = digits(0, u8::is_ascii_digit);
+            // `1..n` of PL/pgSQL are two numbers, or one and a name.
+            if text.get(len) == Some(&b'.') && text.get(len + 1) != Some(&b'.') {
+                len = digits(len + 1, u8::is_ascii_digit);
+            }
+            len
+        }
+    };
+    if let Some(b'e' | b'E') = text.get(len) {
+        let sign = usize::from(matches!(text.get(len + 1), Some(b'+' | b'-')));
+        text.get(len + 1 + sign).filter(|byte| byte.is_ascii_digit())?;
+        len = digits(len + 1 + sign, u8::is_ascii_digit);
+    }
+    let goes_on = text.get(len).is_some_and(|byte| is_word_part(*byte));
+    (!goes_on).then_some(len)
 }
 
 /// Comments nest, as the standard and `xcstart` say.

@@ -1,0 +1,147 @@
+#![allow(clippy::unwrap_used)]
+
+use model::policy::Class;
+use proptest::prelude::*;
+
+use super::*;
+
+fn classes(sql: &str) -> Vec<Class> {
+    commands(sql.as_bytes(), true).unwrap().iter().map(|command| command.class).collect()
+}
+
+#[test]
+fn writes_are_found_wherever_they_hide() {
+    for (sql, class) in [
+        ("WITH d AS (DELETE FROM t RETURNING *) SELECT * FROM d", Class::Write),
+        ("SELECT * FROM (SELECT * FROM t FOR UPDATE) x", Class::RowLock),
+        ("SELECT a INTO b FROM t", Class::Definition),
+        ("VALUES (1) UNION (SELECT 1 FOR SHARE)", Class::RowLock),
+        ("EXPLAIN ANALYZE INSERT INTO t VALUES (1)", Class::Write),
+        ("EXPLAIN (ANALYZE off) UPDATE t SET a = 1", Class::Write),
+        ("EXPLAIN ANALYZE EXECUTE p", Class::Execute),
+        ("EXPLAIN (COSTS off) DELETE FROM t", Class::Read),
+        ("COPY t FROM STDIN", Class::Write),
+        ("COPY (DELETE FROM t RETURNING *) TO STDOUT", Class::Write),
+        ("COPY t TO PROGRAM 'cat'", Class::Server),
+        ("COPY t TO '/tmp/x'", Class::Server),
+        ("COPY t TO STDOUT", Class::Read),
+        ("DECLARE c CURSOR FOR SELECT 1 FOR NO KEY UPDATE", Class::RowLock),
+        ("PREPARE p AS DELETE FROM t", Class::Session),
+        ("EXECUTE p", Class::Execute),
+        ("BEGIN READ WRITE", Class::Unfence),
+        ("START TRANSACTION ISOLATION LEVEL SERIALIZABLE, READ ONLY", Class::Begin),
+        ("SET TRANSACTION READ WRITE", Class::Unfence),
+        ("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE", Class::Unfence),
+        ("SET LOCAL Transaction_Read_Only TO 'off'", Class::Unfence),
+        ("SET default_transaction_read_only = on", Class::Session),
+        ("RESET default_transaction_read_only", Class::Unfence),
+        ("COMMIT PREPARED 'x'", Class::TwoPhase),
+        ("CREATE TABLE t AS EXECUTE p", Class::Definition),
+        ("/* SELECT */ TRUNCATE t", Class::Write),
+    ] {
+        assert_eq!(classes(sql), [class], "{sql}");
+    }
+    assert_eq!(classes("SELECT 1; DELETE FROM t;;"), [Class::Read, Class::Write]);
+    assert_eq!(classes(" -- nothing"), []);
+    let prepares = commands(b"PREPARE p AS DELETE FROM t", true).unwrap();
+    assert_eq!(prepares[0].prepares, Some(Class::Write));
+    assert_eq!(prepares[0].prepared.as_deref(), Some("p"));
+}
+
+#[test]
+fn what_is_called_is_named() {
+    let sql = br#"SELECT lower(a), "Odd ""x".f(1) OVER (), a OPERATOR(public.<->) b FROM "My view" WHERE EXISTS
+        (SELECT setval('s', 1)) ORDER BY g(h())"#;
+    let command = &commands(sql, true).unwrap()[0];
+    let names = |set: &std::collections::BTreeSet<String>| set.iter().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&command.functions), ["Odd \"x.f", "g", "h", "lower", "setval"]);
+    assert_eq!(names(&command.operators), ["<->"]);
+    assert_eq!(names(&command.relations), ["My view"]);
+}
+
+#[test]
+fn the_same_bytes_are_other_commands_under_old_strings() {
+    let sql = br"SELECT 'a\'; DELETE FROM t; --'";
+    let count = |conforming| commands(sql, conforming).map(|commands| commands.len());
+    assert_eq!((count(true), count(false)), (Ok(2), Ok(1)));
+}
+
+#[test]
+fn deep_and_long_texts_are_refused_or_read() {
+    let deep = format!("SELECT {}1{}", "(".repeat(50_000), ")".repeat(50_000));
+    let _ = commands(deep.as_bytes(), true);
+    let chain = format!("SELECT {}1", "1 + ".repeat(2_000));
+    assert_eq!(classes(&chain), [Class::Read]);
+    let long = vec![b' '; TEXT_LEN_MAX + 1];
+    assert_eq!(commands(&long, true), Err(GrammarError::TooLong { len: TEXT_LEN_MAX + 1 }));
+    assert!(commands(b"SELECT \xff", true).is_err() || commands(b"SELECT '\xff'", true).is_ok());
+    assert!(commands(b"SELECT \0", true).is_err());
+}
+
+proptest! {
+    #[test]
+    fn no_text_is_a_panic(sql in "(SELECT|DELETE|WITH|AS|\\(|\\)|'|\"|;|,|\\$|\\\\|[a-z]| |é){0,30}") {
+        let _ = commands(sql.as_bytes(), true);
+        let _ = commands(sql.as_bytes(), false);
+    }
+}
+
+/// Words, quoted names and semicolons, by where they begin and end, as PostgreSQL's scanner finds them. None where it
+/// refuses.
+fn scanned(sql: &str) -> Option<Vec<(usize, usize)>> {
+    use pg_query::protobuf::{KeywordKind, ScanToken, Token};
+
+    let found = pg_query::scan(sql).ok()?.tokens;
+    let is_name = |token: &ScanToken| {
+        // The `N` of `N'...'` stands for a type.
+        let is_prefix = token.token() == Token::Nchar && token.end - token.start == 1;
+        let is_keyword = token.keyword_kind() != KeywordKind::NoKeyword;
+        !is_prefix && (is_keyword || matches!(token.token(), Token::Ident | Token::Ascii59))
+    };
+    let place = |token: ScanToken| {
+        Some((usize::try_from(token.start).ok()?, usize::try_from(token.end).ok()?))
+    };
+    found.into_iter().filter(is_name).map(place).collect()
+}
+
+/// The same by `model::sql`. None where it cannot tell.
+fn tokens(sql: &str) -> Option<Vec<(usize, usize)>> {
+    use model::sql::{Kind, Tokens};
+
+    let mut found = Vec::new();
+    for token in Tokens::new(sql.as_bytes()) {
+        let start = token.text.as_ptr() as usize - sql.as_ptr() as usize;
+        match token.kind {
+            Kind::Unclear => return None,
+            Kind::Word | Kind::Quoted | Kind::Semicolon => {
+                found.push((start, start + token.text.len()));
+            }
+            _ => (),
+        }
+    }
+    Some(found)
+}
+
+/// Pieces at which a lexer may go wrong.
+const PIECES: [&str; 60] = [
+    "select", "f", "E", "e", "b", "X", "n", "N", "u&", "U&", "_", "é", "$", "$a$", "$$", "$1", "1",
+    "0x", "0b1", "1e", "2.", "..", ".", ":", "::", ":=", "'", "'", "''", "\"", "\"\"", "--", "/*",
+    "*/", "*", "/", "\\", "\n", "\r", "\t", "\x0b", "\x0c", "\u{a0}", " ", ";", "(", ")", ",", "@",
+    "-", "+", "<", ">", "=", "!", "~", "?", "%", "#", "[",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+    /// Sessions that share servers are judged by `model::sql`: what it takes for a name has to be one for the server as
+    /// well, and the other way round.
+    #[test]
+    fn our_lexer_finds_the_names_that_postgresql_finds(
+        pieces in proptest::collection::vec(proptest::sample::select(&PIECES[..]), 0..16)
+    ) {
+        let sql = pieces.concat();
+        if let (Some(ours), Some(theirs)) = (tokens(&sql), scanned(&sql)) {
+            prop_assert_eq!(ours, theirs, "{:?}", sql);
+        }
+    }
+}
