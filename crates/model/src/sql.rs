@@ -22,7 +22,7 @@ pub enum Kind {
     /// `$1`
     Param,
     Semicolon,
-    /// Any other single character.
+    /// Any other single character, and `..`.
     Other,
     /// A comment or a quote that does not end, or a backslash whose meaning hangs on a setting.
     Unclear,
@@ -125,6 +125,8 @@ impl<'a> Iterator for Tokens<'a> {
                 let len = rest.iter().take_while(|b| is_word_part(**b)).count();
                 self.take(Kind::Word, len)
             }
+            // Of ranges in PL/pgSQL.
+            [b'.', b'.', ..] => self.take(Kind::Other, 2),
             [b'0'..=b'9', ..] | [b'.', b'0'..=b'9', ..] => match number_len(rest) {
                 Some(len) => self.take(Kind::Number, len),
                 None => self.unclear(),
