@@ -9,7 +9,7 @@ use axum::extract::{Json, Path, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use control::{Control, ControlError, MoveRequest, SwitchoverRequest};
+use control::{Control, ControlError, FenceRequest, MoveRequest, SwitchoverRequest};
 use model::cell::CellState;
 use pg::admin::Admin;
 use proxy::Proxy;
@@ -40,6 +40,8 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/applications/{app}/sessions", get(sessions))
         .route("/v1/applications/{app}/switchover", post(switchover))
         .route("/v1/applications/{app}/move", post(move_sessions))
+        .route("/v1/applications/{app}/cells/{cell}/fence", post(fence))
+        .route("/v1/applications/{app}/cells/{cell}/unfence", post(unfence))
         .route("/v1/applications/{app}/executions/{id}/retry", post(retry))
         .route("/v1/executions", get(executions))
         .route("/metrics", get(metrics))
@@ -70,6 +72,9 @@ impl From<ControlError> for ApiError {
             | ControlError::NotPassive { .. }
             | ControlError::UnderWay { .. }
             | ControlError::NoActive { .. }
+            | ControlError::NotActive { .. }
+            | ControlError::NotFenced { .. }
+            | ControlError::NotNewest { .. }
             | ControlError::NotRetryable { .. } => StatusCode::CONFLICT,
             ControlError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -179,7 +184,9 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
                             "cell `{cell}` is active, but its server is in recovery"
                         ));
                     }
-                    (CellState::Passive, false) => {
+                    (CellState::Passive, false)
+                        if application.served().is_none_or(|(one, _)| one != cell) =>
+                    {
                         problems
                             .push(format!("cell `{cell}` is passive, but its server is a primary"));
                     }
@@ -200,7 +207,16 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     if let Some(id) = application.execution {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
     }
+    let served = application.served().map(|(cell, _)| cell);
     for (cell, cell_state) in &application.cells {
+        if Some(cell.as_str()) == served && application.execution.is_none() {
+            if !cell_state.takes_writes() {
+                let next = format!("holdfast unfence {name} {cell}");
+                problems
+                    .push(format!("cell `{cell}` is {cell_state}, nothing takes writes: {next}"));
+            }
+            continue;
+        }
         if matches!(cell_state, CellState::Fenced | CellState::Recovering)
             && application.execution.is_none()
         {
@@ -280,6 +296,33 @@ async fn move_sessions(
     }
 }
 
+async fn fence(
+    Extract(state): Extract<State>,
+    Path((app, cell)): Path<(String, String)>,
+    headers: HeaderMap,
+    Json(request): Json<FenceRequest>,
+) -> Result<Response, ApiError> {
+    authorize(&state, &headers)?;
+    let control = state.control.clone();
+    match tokio::spawn(async move { control.fence(&app, &cell, request).await }).await {
+        Ok(execution) => Ok(Json(execution?).into_response()),
+        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn unfence(
+    Extract(state): Extract<State>,
+    Path((app, cell)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    authorize(&state, &headers)?;
+    let control = state.control.clone();
+    match tokio::spawn(async move { control.unfence(&app, &cell).await }).await {
+        Ok(execution) => Ok(Json(execution?).into_response()),
+        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
 async fn retry(
     Extract(state): Extract<State>,
     Path((app, id)): Path<(String, u64)>,
@@ -322,8 +365,12 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
 
 /// 200 while every application is served by an active cell.
 async fn primary(Extract(state): Extract<State>) -> (StatusCode, String) {
-    match state.control.active_cells() {
-        Ok(active) if active.values().all(|cell| !cell.is_empty()) => {
+    match state.control.served_cells() {
+        Ok(served)
+            if served.values().all(|served| {
+                served.as_ref().is_some_and(|served| served.state.takes_writes())
+            }) =>
+        {
             (StatusCode::OK, "primary\n".into())
         }
         Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "an application has no active cell\n".into()),

@@ -53,12 +53,16 @@ impl Running {
         let proxy = Arc::new(Proxy::start(config.proxy.clone(), &nobody).await?);
         let mut tasks = vec![tokio::spawn(carry_orders(proxy.clone(), incoming))];
         control.recover().await?;
-        for (app, cell) in control.active_cells()? {
-            if cell.is_empty() {
+        for (app, served) in control.served_cells()? {
+            let Some(control::Served { cell, state, epoch }) = served else {
                 tracing::error!(app, "application has no active cell; its clients wait");
                 continue;
+            };
+            if !state.takes_writes() {
+                tracing::warn!(app, cell, %state, "application takes no writes");
             }
-            let order = model::barrier::Order::Release { app: app.clone(), to: cell.clone() };
+            let to = cell.clone();
+            let order = model::barrier::Order::Release { app: app.clone(), to, state, epoch };
             let report = control.order(order).await;
             if let Some(error) = report.error {
                 tracing::error!(app, cell, error, "application cannot be served");

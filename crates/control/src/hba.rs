@@ -1,11 +1,15 @@
 //! Who may still log in to a fenced server: Holdfast, and replication.
 //!
 //! `default_transaction_read_only` alone is no fence, because a session can set it back. So while a server is
-//! fenced its `pg_hba.conf` admits nobody else, and whoever is connected is ended.
+//! fenced its `pg_hba.conf` admits nobody else, and whoever is connected is ended. A server that goes on reading for clients
+//! of the proxy admits those as well, from where the proxy is.
 //!
 //! The file is not read here but by the server that lives by it (`pg_hba_file_rules`, manual section 53.9): its
 //! lists, quotes, continued lines and included files are its own. What is written is read back in the same way
 //! before it counts.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use pg::connection::Row;
 
@@ -59,40 +63,131 @@ pub fn read(rows: &[Row]) -> Result<Vec<Rule>, String> {
     Ok(rules)
 }
 
-/// A file with those of `rules` that admit `admin`, for it alone, and those of replication.
-pub fn fenced(rules: &[Rule], admin: &str) -> String {
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Peer {
+    /// A Unix socket.
+    Local,
+    Host(IpAddr),
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Peer::Local => f.write_str("the server's Unix socket"),
+            Peer::Host(address) => address.fmt(f),
+        }
+    }
+}
+
+/// Who is still let in, besides replication.
+#[derive(Debug, Clone, Copy)]
+pub struct Admitted<'a> {
+    /// Holdfast's own role, from wherever the rules let it in.
+    pub admin: &'a str,
+    /// Where everybody whom the rules let in may still come from.
+    pub proxies: &'a BTreeSet<Peer>,
+}
+
+/// A file with those of `rules` that admit whom `admitted` names, for them alone, and those of replication.
+///
+/// # Errors
+/// Whom a rule is about cannot be told here.
+pub fn fenced(rules: &[Rule], admitted: &Admitted<'_>) -> Result<String, String> {
+    let admin = admitted.admin;
     let mut out = format!("{MARK}\n");
     for rule in rules {
-        let mut line = |databases: &str, users: &str| {
+        let mut line = |databases: &str, users: &str, address: Option<String>| {
             out.push_str(&format!("{} {databases} {users}", rule.kind));
-            let address = rule.address.iter().map(|address| address_token(address));
-            let rest = address.chain(rule.netmask.iter().cloned());
-            let rest = rest.chain([rule.method.clone()]);
+            let rest = address.into_iter().chain([rule.method.clone()]);
             for token in rest.chain(rule.options.iter().map(|option| quoted(option))) {
                 out.push(' ');
                 out.push_str(&token);
             }
             out.push('\n');
         };
+        let address = || {
+            let address = rule.address.as_ref().map(|address| address_token(address))?;
+            let netmask = rule.netmask.as_ref().map(|netmask| format!(" {netmask}"));
+            Some(address + &netmask.unwrap_or_default())
+        };
         let (replication, databases): (Vec<&String>, Vec<&String>) =
             rule.databases.iter().partition(|name| *name == "replication");
         if !replication.is_empty() {
-            line("replication", &list(rule.users.iter(), &["all"]));
+            line("replication", &list(rule.users.iter(), &["all"]), address());
+        }
+        if databases.is_empty() {
+            continue;
         }
         // Whether Holdfast's role is in a group, or meant by a pattern, is the server's to know. Locking it out
         // would be worse than naming it where it was not.
         let admits = |name: &String| name == "all" || name == admin || name.starts_with(['+', '/']);
-        if !databases.is_empty() && rule.users.iter().any(admits) {
-            let keywords = ["all", "sameuser", "samerole", "samegroup"];
-            line(&list(databases.into_iter(), &keywords), &quoted(admin));
+        let databases = list(databases.into_iter(), &["all", "sameuser", "samerole", "samegroup"]);
+        if rule.users.iter().any(admits) {
+            line(&databases, &quoted(admin), address());
+        }
+        // In the order of the file, and for one address at a time: the first that was about it is still the first.
+        for peer in admitted.proxies {
+            if rule.is_about(*peer)? {
+                let address = match peer {
+                    Peer::Local => None,
+                    Peer::Host(address) => Some(whole(*address)),
+                };
+                line(&databases, &list(rule.users.iter(), &["all"]), address);
+            }
         }
     }
-    out
+    Ok(out)
 }
 
-/// Whether the rules, as the server reads them, admit nobody but `admin` and replication.
-pub fn is_fenced(rules: &[Rule], admin: &str) -> bool {
-    rules.iter().all(|rule| rule.users == [admin] || rule.databases == ["replication"])
+/// An address and the netmask of it alone.
+fn whole(address: IpAddr) -> String {
+    let netmask = if address.is_ipv4() { "32" } else { "128" };
+    format!("{address}/{netmask}")
+}
+
+impl Rule {
+    /// It is about connections from there.
+    fn is_about(&self, peer: Peer) -> Result<bool, String> {
+        let Peer::Host(peer) = peer else { return Ok(self.kind == "local") };
+        let Some(address) = self.address.as_deref().filter(|_| self.kind != "local") else {
+            return Ok(false);
+        };
+        if address == "all" || (address == "samehost" && peer.is_loopback()) {
+            return Ok(true);
+        }
+        let netmask = self.netmask.as_deref().and_then(|netmask| netmask.parse().ok());
+        match (address.parse(), netmask, peer) {
+            (Ok(IpAddr::V4(net)), Some(IpAddr::V4(mask)), IpAddr::V4(peer)) => {
+                Ok(peer.to_bits() & mask.to_bits() == net.to_bits() & mask.to_bits())
+            }
+            (Ok(IpAddr::V6(net)), Some(IpAddr::V6(mask)), IpAddr::V6(peer)) => {
+                Ok(peer.to_bits() & mask.to_bits() == net.to_bits() & mask.to_bits())
+            }
+            (Ok(_), Some(_), _) => Ok(false),
+            _ => Err(format!(
+                "whether `{address}` in pg_hba.conf means `{peer}` is the server's to know"
+            )),
+        }
+    }
+}
+
+/// Whether the rules, as the server reads them, admit nobody but whom `admitted` names, and replication.
+pub fn is_fenced(rules: &[Rule], admitted: &Admitted<'_>) -> bool {
+    let is_alone = |rule: &Rule| match (rule.address.as_deref(), rule.netmask.as_deref()) {
+        (None, _) => rule.kind == "local" && admitted.proxies.contains(&Peer::Local),
+        (Some(address), netmask) => address.parse().is_ok_and(|address: IpAddr| {
+            let ones = if address.is_ipv4() {
+                "255.255.255.255"
+            } else {
+                "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+            };
+            netmask == Some(ones) && admitted.proxies.contains(&Peer::Host(address))
+        }),
+    };
+    rules.iter().all(|rule| {
+        rule.users == [admitted.admin] || rule.databases == ["replication"] || is_alone(rule)
+    })
 }
 
 fn list<'a>(names: impl Iterator<Item = &'a String>, keywords: &[&str]) -> String {
@@ -157,15 +252,57 @@ host replication \"repl\",+\"standby\" md5
 hostssl \"shop\" \"admin\" 10.1.0.0 255.255.0.0 cert \"map=a b\"
 "
         );
-        assert_eq!(fenced(&rules, "admin"), expected);
+        assert_eq!(fenced(&rules, &of(&BTreeSet::new())).unwrap(), expected);
+    }
+
+    fn of(proxies: &BTreeSet<Peer>) -> Admitted<'_> {
+        Admitted { admin: "admin", proxies }
+    }
+
+    #[test]
+    fn whoever_comes_from_where_the_proxy_is_meets_the_rules_that_it_met() {
+        let net = |rule: Rule, address: &str, netmask: Option<&str>| Rule {
+            address: Some(address.into()),
+            netmask: netmask.map(str::to_owned),
+            ..rule
+        };
+        let proxies: BTreeSet<Peer> =
+            ["10.1.2.3", "::1"].map(|address| Peer::Host(address.parse().unwrap())).into();
+        let rules = [
+            rule("local", &["all"], &["all"], "trust"),
+            net(rule("host", &["shop"], &["bad"], "reject"), "10.1.0.0", Some("255.255.0.0")),
+            net(rule("host", &["shop"], &["app"], "md5"), "all", None),
+            net(rule("host", &["shop"], &["app"], "trust"), "10.2.0.0", Some("255.255.0.0")),
+            net(rule("host", &["all"], &["app"], "md5"), "samehost", None),
+        ];
+        // It cannot be told whether an address of another host is one of the server's own.
+        assert!(fenced(&rules, &of(&proxies)).unwrap_err().contains("`samehost`"));
+        let expected = format!(
+            "{MARK}
+local all \"admin\" trust
+host \"shop\" \"bad\" 10.1.2.3/32 reject
+host \"shop\" \"app\" 10.1.2.3/32 md5
+host \"shop\" \"app\" ::1/128 md5
+"
+        );
+        assert_eq!(fenced(&rules[..4], &of(&proxies)).unwrap(), expected);
+        let alone =
+            net(rule("host", &["shop"], &["app"], "md5"), "10.1.2.3", Some("255.255.255.255"));
+        assert!(is_fenced(std::slice::from_ref(&alone), &of(&proxies)));
+        assert!(!is_fenced(std::slice::from_ref(&alone), &of(&BTreeSet::new())));
+        assert!(!is_fenced(&rules[..1], &of(&proxies)));
+        assert!(is_fenced(&rules[..1], &of(&[Peer::Local].into())));
+        assert!(!is_fenced(&rules[1..2], &of(&proxies)));
     }
 
     #[test]
     fn what_the_server_reads_decides() {
-        assert!(is_fenced(&[rule("host", &["shop"], &["admin"], "md5")], "admin"));
-        assert!(is_fenced(&[rule("host", &["replication"], &["all"], "md5")], "admin"));
+        let none = BTreeSet::new();
+        assert!(is_fenced(&[rule("host", &["shop"], &["admin"], "md5")], &of(&none)));
+        assert!(is_fenced(&[rule("host", &["replication"], &["all"], "md5")], &of(&none)));
         // As the server reads `host shop, "postgres" all 10.0.0.0/8 md5`.
-        assert!(!is_fenced(&[rule("host", &["shop", "postgres"], &["all"], "md5")], "postgres"));
+        let admitted = Admitted { admin: "postgres", proxies: &none };
+        assert!(!is_fenced(&[rule("host", &["shop", "postgres"], &["all"], "md5")], &admitted));
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub mod runner;
 mod stages;
 
 pub use config::ControlConfig;
-pub use runner::{Control, ControlError, MoveRequest, SwitchoverRequest};
+pub use runner::{Control, ControlError, FenceRequest, MoveRequest, Served, SwitchoverRequest};
 
 /// An order and where its report goes.
 pub type Ask = (Order, oneshot::Sender<Report>);

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use model::barrier::{Blocker, Order, Report};
-use model::cell::{Application, CellState};
+use model::cell::{Application, CellState, Epoch};
 use model::persisted::{Execution, LogEntry, LogEvent};
-use model::switchover::{Ending, Next, OnTimeout, Outcome, Stage, next, resume};
+use model::switchover::{Ending, Kind, Next, OnTimeout, Outcome, Stage, next, resume};
 use serde::{Deserialize, Serialize};
 use store::Store;
 use thiserror::Error;
@@ -37,6 +37,28 @@ pub struct SwitchoverRequest {
 
 fn default_deadline_ms() -> u64 {
     30_000
+}
+
+/// What a cell is to be fenced from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FenceRequest {
+    /// From reads as well.
+    #[serde(default)]
+    pub all: bool,
+    /// How long running transactions may take to end.
+    #[serde(default = "default_deadline_ms")]
+    pub deadline_ms: u64,
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+}
+
+/// The cell that clients are attached to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    pub cell: String,
+    pub state: CellState,
+    pub epoch: Epoch,
 }
 
 /// Which sessions are to be moved, and where to.
@@ -83,6 +105,16 @@ pub enum ControlError {
     UnderWay { app: String, id: u64 },
     #[error("application `{app}` has no active cell to switch over from")]
     NoActive { app: String },
+    #[error("cell `{cell}` is {state}, only an active cell can be fenced")]
+    NotActive { cell: String, state: CellState },
+    #[error(
+        "cell `{cell}` is {state}, only a cell that was fenced takes writes again by `unfence`"
+    )]
+    NotFenced { cell: String, state: CellState },
+    #[error(
+        "cell `{cell}` is {state}, but `{newest}` took writes after it; `holdfast unfence {app} {newest}`"
+    )]
+    NotNewest { app: String, cell: String, state: CellState, newest: String },
     #[error("no execution {0}")]
     NoExecution(u64),
     #[error(
@@ -134,17 +166,22 @@ impl Control {
         Ok(Arc::new(Control { config, store, proxies, running }))
     }
 
-    /// The active cell of each application.
+    /// The cell of each application that clients are attached to.
     ///
     /// # Errors
     /// The store cannot be read.
-    pub fn active_cells(&self) -> Result<BTreeMap<String, String>, ControlError> {
-        let mut active = BTreeMap::new();
+    pub fn served_cells(&self) -> Result<BTreeMap<String, Option<Served>>, ControlError> {
+        let mut all = BTreeMap::new();
         for app in self.config.apps.keys() {
             let application = records::application(&*self.store, app)?.application;
-            active.insert(app.clone(), application.active().unwrap_or_default().to_owned());
+            let served = application.served().map(|(cell, state)| Served {
+                cell: cell.to_owned(),
+                state,
+                epoch: application.epoch,
+            });
+            all.insert(app.clone(), served);
         }
-        Ok(active)
+        Ok(all)
     }
 
     /// # Errors
@@ -284,18 +321,83 @@ impl Control {
         let _taken = self.take(app)?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
+        let SwitchoverRequest { to, deadline_ms, on_timeout, .. } = request;
+        self.execute(app, seen, Kind::Switchover, (from, to), deadline_ms, on_timeout).await
+    }
+
+    /// Fences the active cell and runs that to its end. Clients stay, and read.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn fence(
+        &self,
+        app: &str,
+        cell: &str,
+        request: FenceRequest,
+    ) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let (seen, state) = self.see(app, cell)?;
+        if state != CellState::Active {
+            return Err(ControlError::NotActive { cell: cell.into(), state });
+        }
+        let kind = if request.all { Kind::FenceAll } else { Kind::Fence };
+        let cells = (cell.to_owned(), cell.to_owned());
+        self.execute(app, seen, kind, cells, request.deadline_ms, request.on_timeout).await
+    }
+
+    /// Gives a fenced cell a new grant and runs that to its end.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn unfence(&self, app: &str, cell: &str) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let (seen, state) = self.see(app, cell)?;
+        match seen.application.served() {
+            Some((newest, _)) if newest != cell => {
+                let (app, newest) = (app.to_owned(), newest.to_owned());
+                return Err(ControlError::NotNewest { app, cell: cell.into(), state, newest });
+            }
+            Some((_, CellState::Fenced | CellState::Recovering | CellState::Passive)) => (),
+            _ => return Err(ControlError::NotFenced { cell: cell.into(), state }),
+        }
+        let cells = (cell.to_owned(), cell.to_owned());
+        self.execute(app, seen, Kind::Unfence, cells, 0, OnTimeout::Abort).await
+    }
+
+    /// An application that nothing is changing, and the state of one of its cells.
+    fn see(&self, app: &str, cell: &str) -> Result<(records::Seen, CellState), ControlError> {
+        self.check_cell(app, cell)?;
+        let seen = records::application(&*self.store, app)?;
+        if let Some(id) = seen.application.execution {
+            return Err(ControlError::UnderWay { app: app.into(), id });
+        }
+        let state = seen.application.state(cell).map_err(RecordError::Cell)?;
+        Ok((seen, state))
+    }
+
+    /// Records a new execution and runs it to its end.
+    async fn execute(
+        &self,
+        app: &str,
+        seen: records::Seen,
+        kind: Kind,
+        (from, to): (String, String),
+        deadline_ms: u64,
+        on_timeout: OnTimeout,
+    ) -> Result<Execution, ControlError> {
         let last =
             records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
         let execution = Execution {
             id: last + 1,
             app: app.into(),
+            kind,
             from,
-            to: request.to,
+            to,
             epoch: seen.application.epoch,
-            deadline_ms: request.deadline_ms,
-            on_timeout: request.on_timeout,
+            deadline_ms,
+            on_timeout,
             started_at_ms: now_ms(),
-            stage: Stage::Prepare,
+            stage: kind.first(),
             lsn: None,
             ending: None,
             reason: None,
@@ -304,14 +406,10 @@ impl Control {
         let mut application = seen.application;
         application.execution = Some(execution.id);
         records::write(&*self.store, app, seen.revision, &application, &execution)?;
-        tracing::info!(
-            app,
-            execution = execution.id,
-            from = execution.from,
-            to = execution.to,
-            "switchover begins"
-        );
-        self.run(execution, Stage::Prepare).await
+        let (id, kind_name) = (execution.id, kind.name());
+        let (from, to) = (&execution.from, &execution.to);
+        tracing::info!(app, execution = id, from, to, kind = kind_name, "execution begins");
+        self.run(execution, kind.first()).await
     }
 
     /// Moves sessions to fresh connections, while the application goes on.
@@ -341,7 +439,9 @@ impl Control {
             Some(Ending::CompletedWithoutRejoin) if seen.application.execution.is_none() => {
                 Stage::Rejoin
             }
-            Some(Ending::Stuck) => resume(execution.stage, seen.application.granted(&execution)),
+            Some(Ending::Stuck) => {
+                resume(execution.kind, execution.stage, seen.application.is_past(&execution))
+            }
             ending => return Err(ControlError::NotRetryable { id, ending }),
         };
         execution.ending = None;
@@ -371,7 +471,7 @@ impl Control {
                 );
                 continue;
             }
-            let stage = resume(execution.stage, application.granted(&execution));
+            let stage = resume(execution.kind, execution.stage, application.is_past(&execution));
             tracing::warn!(app, execution = id, found = %execution.stage, goes_on = %stage, "execution was cut off");
             self.run(execution, stage).await?;
         }
@@ -394,7 +494,7 @@ impl Control {
                 Ok(text) => (Outcome::Done, text),
                 Err(text) => (Outcome::Failed, text),
             };
-            let after = next(stage, outcome);
+            let after = next(execution.kind, stage, outcome);
             self.end(&mut execution, stage, outcome, text, took, after)?;
             match after {
                 Next::Go(next) => stage = next,
@@ -415,7 +515,9 @@ impl Control {
     fn begin(&self, execution: &mut Execution, stage: Stage) -> Result<(), ControlError> {
         let seen = records::application(&*self.store, &execution.app)?;
         let mut application = seen.application;
-        application.enter(stage, &execution.from, &execution.to).map_err(RecordError::Cell)?;
+        application
+            .enter(execution.kind, stage, &execution.from, &execution.to)
+            .map_err(RecordError::Cell)?;
         execution.stage = stage;
         execution.record(LogEntry {
             at_ms: now_ms(),
@@ -467,7 +569,7 @@ impl Control {
             tracing::info!(app, execution = id, ?ending, "execution has ended");
         }
         if matches!(after, Next::End(_))
-            || matches!(stage, Stage::Promote | Stage::Release)
+            || matches!(stage, Stage::Promote | Stage::Regrant | Stage::Release)
             || outcome == Outcome::Failed
         {
             records::write(&*self.store, &app, seen.revision, &application, execution)?;
@@ -484,6 +586,8 @@ fn matters_after_a_crash(stage: Stage) -> bool {
         | Stage::Grant
         | Stage::Promote
         | Stage::Rejoin
+        | Stage::Confine
+        | Stage::Regrant
         | Stage::Revert => true,
         // The fence is taken back by Revert, which follows every crash before the grant.
         Stage::Fence | Stage::Capture | Stage::CatchUp | Stage::Attach | Stage::Release => false,

@@ -1,12 +1,14 @@
 //! What each stage does to real servers. Every stage can be done again: after a crash it is.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::{Blocker, Order, Report};
+use model::cell::CellState;
 use model::persisted::Execution;
 use model::session::facts::{self, Facts};
-use model::switchover::{OnTimeout, Stage};
+use model::switchover::{Kind, OnTimeout, Stage};
 use pg::admin::Admin;
 use pg::instance::Instance;
 use tokio::time::timeout;
@@ -46,20 +48,35 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
     match stage {
         Stage::Prepare => prepare(control, execution, servers).await,
         Stage::Hold => hold(control, execution).await,
-        Stage::Fence => fence(control, execution, from).await,
+        Stage::Fence if execution.kind == Kind::Fence => {
+            fence(control, execution, from, Logins::OfProxy).await
+        }
+        Stage::Fence => fence(control, execution, from, Logins::Closed).await,
         Stage::Capture => capture(control, execution).await,
         Stage::CatchUp => catch_up(execution, to).await,
         // The grant is the transaction that records the begin of this stage; if it is written, it is given.
         Stage::Grant => Ok(format!("epoch {} is `{}`'s", execution.epoch.next(), execution.to)),
         Stage::Promote => promote(control, execution, to).await,
         Stage::Attach => attach(control, execution).await,
-        Stage::Release => release(control, execution, &execution.to).await,
+        Stage::Release => {
+            let state = match execution.kind {
+                Kind::Switchover | Kind::Unfence => CellState::Active,
+                Kind::Fence => CellState::Fenced,
+                Kind::FenceAll => CellState::Passive,
+            };
+            release(control, execution, &execution.to, state).await
+        }
         Stage::Rejoin => {
             let retire = Order::Retire { app: execution.app.clone() };
             reported(control.order(retire).await)?;
             rejoin(from, to).await
         }
         Stage::Revert => revert(control, execution, from).await,
+        // The record of its begin has made the cell what it is now.
+        Stage::Confine => {
+            Ok(format!("`{}` takes no writes, in epoch {}", execution.from, execution.epoch))
+        }
+        Stage::Regrant => regrant(control, execution, to).await,
     }
 }
 
@@ -279,26 +296,49 @@ async fn reload(admin: &mut Admin) -> Result<(), String> {
     Ok(())
 }
 
-async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) -> Done {
+/// Who may still log in to a fenced server, besides Holdfast and replication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Logins {
+    /// Nobody.
+    Closed,
+    /// Whoever comes from where the proxy is.
+    OfProxy,
+}
+
+async fn fence(
+    control: &Control,
+    execution: &mut Execution,
+    from: &CellServer,
+    logins: Logins,
+) -> Done {
     let mut old = admin_at_once(from).await?;
+    let report = control.order(Order::Backends { app: execution.app.clone() }).await;
+    let own: Vec<String> = reported(report)?.backends.iter().map(i32::to_string).collect();
+    let own = own.join(",");
     let hba = hba_of(from, &mut old).await?;
-    let closed = match &hba {
+    let login = match &hba {
         Some((instance, hba)) => {
-            close_hba(&mut old, instance, hba, &from.admin.user).await?;
-            true
+            let proxies = match logins {
+                Logins::Closed => BTreeSet::new(),
+                Logins::OfProxy => addresses_of(&mut old, &own).await?,
+            };
+            let admitted = hba::Admitted { admin: &from.admin.user, proxies: &proxies };
+            close_hba(&mut old, instance, hba, &admitted).await?;
+            let shown: Vec<String> = proxies.iter().map(ToString::to_string).collect();
+            match shown.as_slice() {
+                [] => "logins closed".to_owned(),
+                shown => format!("logins only from {}, where the proxy is", shown.join(", ")),
+            }
         }
-        None => false,
+        None => "logins open, as Holdfast does not manage its files".to_owned(),
     };
     old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
     reload(&mut old).await?;
     // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
     // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
-    let report = control.order(Order::Backends { app: execution.app.clone() }).await;
-    let own: Vec<String> = reported(report)?.backends.iter().map(i32::to_string).collect();
     let outsiders = format!(
         "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
-         AND NOT pid = ANY ('{{{}}}'::int4[])",
-        own.join(",")
+         AND NOT pid = ANY ('{{{own}}}'::int4[])"
     );
     let ended = old
         .value(&format!("SELECT count(pg_terminate_backend(pid)) {outsiders}"))
@@ -319,9 +359,25 @@ async fn fence(control: &Control, execution: &mut Execution, from: &CellServer) 
     let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
-    let login =
-        if closed { "logins closed" } else { "logins open, as Holdfast does not manage its files" };
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended"))
+}
+
+/// Where Holdfast's connections come from, as the server sees it: its own one, and those of the proxy.
+async fn addresses_of(old: &mut Admin, pids: &str) -> Result<BTreeSet<hba::Peer>, String> {
+    let rows = old
+        .rows(&format!(
+            "SELECT DISTINCT host(client_addr) FROM pg_stat_activity \
+             WHERE pid = pg_backend_pid() OR pid = ANY ('{{{pids}}}'::int4[])"
+        ))
+        .await
+        .map_err(chain)?;
+    let peer = |row: Vec<Option<String>>| match row.into_iter().next().flatten() {
+        None => Ok(hba::Peer::Local),
+        Some(text) => {
+            text.parse().map(hba::Peer::Host).map_err(|_| format!("`{text}` is no address"))
+        }
+    };
+    rows.into_iter().map(peer).collect()
 }
 
 /// What the server makes of its `pg_hba.conf`.
@@ -333,20 +389,21 @@ async fn close_hba(
     old: &mut Admin,
     instance: &Instance,
     hba: &Hba,
-    admin: &str,
+    admitted: &hba::Admitted<'_>,
 ) -> Result<(), String> {
     let io = |error: std::io::Error| format!("`{}`: {error}", hba.path.display());
     let text = std::fs::read(&hba.path).map_err(io)?;
     if !text.starts_with(hba::MARK.as_bytes()) {
         // The server would not load a file with an error in it, and go on with what it has loaded before.
-        let fenced = hba::fenced(&hba_rules(old).await?, admin);
+        let fenced = hba::fenced(&hba_rules(old).await?, admitted)?;
         instance.write(&hba.saved, &text).map_err(chain)?;
         instance.write(&hba.path, fenced.as_bytes()).map_err(chain)?;
     }
-    if hba::is_fenced(&hba_rules(old).await?, admin) {
+    if hba::is_fenced(&hba_rules(old).await?, admitted) {
         return Ok(());
     }
-    Err(format!("`{}` cannot be narrowed to `{admin}` and replication", hba.path.display()))
+    let (path, admin) = (hba.path.display(), admitted.admin);
+    Err(format!("`{path}` cannot be narrowed to `{admin}`, replication and the proxy"))
 }
 
 /// Puts the original back, if the file is ours.
@@ -432,8 +489,9 @@ async fn attach(control: &Control, execution: &Execution) -> Done {
     Ok(text)
 }
 
-async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
-    let order = Order::Release { app: execution.app.clone(), to: to.to_owned() };
+async fn release(control: &Control, execution: &Execution, to: &str, state: CellState) -> Done {
+    let epoch = control.application(&execution.app).map_err(chain)?.epoch;
+    let order = Order::Release { app: execution.app.clone(), to: to.to_owned(), state, epoch };
     let report = reported(control.order(order).await)?;
     Ok(match report.pauses {
         Some(pauses) => format!("{} sessions go on; held {pauses}", report.done),
@@ -443,19 +501,35 @@ async fn release(control: &Control, execution: &Execution, to: &str) -> Done {
 
 /// Takes the fence back. Also right when there was none.
 async fn revert(control: &Control, execution: &Execution, from: &CellServer) -> Done {
-    let deadline = Instant::now() + UNFENCE_MAX;
-    let unfenced = loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let late = |_| format!("`{}` is not unfenced within {UNFENCE_MAX:?}", from.target.address);
-        match timeout(left, unfence(from)).await.map_err(late).flatten() {
-            Err(failure) if again(deadline, &failure).await => (),
-            done => break done,
-        }
-    };
+    let unfenced = unfence_in_time(from).await;
     // Clients go on also where the server could not be asked: it may not have been fenced at all.
-    let released = release(control, execution, &execution.from).await?;
+    let released = release(control, execution, &execution.from, CellState::Active).await?;
     unfenced?;
     Ok(released)
+}
+
+async fn unfence_in_time(server: &CellServer) -> Result<(), String> {
+    let deadline = Instant::now() + UNFENCE_MAX;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let address = &server.target.address;
+        let late = |_| format!("`{address}` is not unfenced within {UNFENCE_MAX:?}");
+        match timeout(left, unfence(server)).await.map_err(late).flatten() {
+            Err(failure) if again(deadline, &failure).await => (),
+            done => return done,
+        }
+    }
+}
+
+/// The cell has the grant; its server is to take writes again.
+async fn regrant(control: &Control, execution: &Execution, to: &CellServer) -> Done {
+    let status = admin(to).await?.status().await.map_err(chain)?;
+    if status.in_recovery {
+        return Err(format!("the server of `{}` is in recovery, not a primary", execution.to));
+    }
+    unfence_in_time(to).await?;
+    let epoch = control.application(&execution.app).map_err(chain)?.epoch;
+    Ok(format!("epoch {epoch} is `{}`'s, its server takes writes", execution.to))
 }
 
 async fn unfence(server: &CellServer) -> Result<(), String> {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::cell::{CellState, Epoch};
 use crate::session::Pin;
 use crate::switchover::OnTimeout;
 
@@ -75,8 +76,8 @@ pub enum Order {
     /// Attach every held session to `to` and prove that it is the same. A session goes on as soon as it is
     /// attached, once all stand there that hold locks or listen: what they have is nobody else's.
     Attach { app: String, to: String },
-    /// Let every held session go on, and new logins to `to`.
-    Release { app: String, to: String },
+    /// Let every held session go on, and new logins to `to`, which is in this state and epoch from now on.
+    Release { app: String, to: String, state: CellState, epoch: Epoch },
     /// Tell and end every held session: there is no server for them, and no telling when there will be.
     GiveUp { app: String },
     /// Move one session, or all, to a fresh connection of `to`, while the rest of the application goes on. A busy one

@@ -102,6 +102,9 @@ pub struct IllegalChange {
 pub struct Application {
     pub epoch: Epoch,
     pub cells: BTreeMap<String, CellState>,
+    /// The cell that was given the last grant. What it holds is the newest, also once it is fenced.
+    #[serde(default)]
+    pub granted_to: Option<String>,
     /// The execution that is changing it; at most one at a time.
     pub execution: Option<u64>,
 }
@@ -122,7 +125,13 @@ impl Application {
         let state =
             |name: &str| if name == active { CellState::Active } else { CellState::Passive };
         let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
-        Application { epoch: Epoch(1), cells, execution: None }
+        Application { epoch: Epoch(1), cells, granted_to: Some(active.to_owned()), execution: None }
+    }
+
+    /// The cell that clients are attached to, and its state: the one that takes writes, or was the last that did.
+    pub fn served(&self) -> Option<(&str, CellState)> {
+        let name = self.active().or(self.granted_to.as_deref())?;
+        self.cells.get(name).map(|state| (name, *state))
     }
 
     /// The cell that takes writes, if one does.
@@ -155,6 +164,7 @@ impl Application {
         }
         if grants(next) && !grants(from) {
             self.epoch = self.epoch.next();
+            self.granted_to = Some(cell.into());
         }
         self.cells.insert(cell.into(), next);
         Ok(())
@@ -202,6 +212,9 @@ x.x... promoting
         app.change("b", CellState::Promoting).unwrap();
         app.change("b", CellState::Active).unwrap();
         assert_eq!((app.epoch, app.active()), (Epoch(2), Some("b")));
+        assert_eq!(app.served(), Some(("b", CellState::Active)));
+        app.change("b", CellState::Fenced).unwrap();
+        assert_eq!((app.active(), app.served()), (None, Some(("b", CellState::Fenced))));
         assert!(app.change("a", CellState::Active).is_err());
     }
 

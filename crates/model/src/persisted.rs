@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::cell::{CellError, CellState, Epoch};
-use crate::switchover::{Ending, OnTimeout, Stage};
+use crate::switchover::{Ending, Kind, OnTimeout, Stage};
 
 pub use crate::cell::Application;
 
@@ -23,12 +23,15 @@ pub fn execution_prefix(app: &str) -> String {
     format!("execution/{app}/")
 }
 
-/// One run of a switchover: what was asked, and what has happened so far.
+/// One change of an application's cells: what was asked, and what has happened so far.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Execution {
     pub id: u64,
     pub app: String,
+    #[serde(default)]
+    pub kind: Kind,
     pub from: String,
+    /// Of a switchover the target, else the same cell.
     pub to: String,
     /// The epoch before it; the grant makes it the next one.
     pub epoch: Epoch,
@@ -76,7 +79,13 @@ impl Application {
     ///
     /// # Errors
     /// The cells are not in the states that the stage follows.
-    pub fn enter(&mut self, stage: Stage, from: &str, to: &str) -> Result<(), CellError> {
+    pub fn enter(
+        &mut self,
+        kind: Kind,
+        stage: Stage,
+        from: &str,
+        to: &str,
+    ) -> Result<(), CellError> {
         match stage {
             Stage::Hold => self.change(from, CellState::Draining),
             Stage::Grant => {
@@ -86,6 +95,27 @@ impl Application {
             // Entered again after a crash, the cell is recovering already.
             Stage::Rejoin if self.state(from)? == CellState::Recovering => Ok(()),
             Stage::Rejoin => self.change(from, CellState::Recovering),
+            Stage::Confine => {
+                self.change(from, CellState::Fenced)?;
+                if kind == Kind::FenceAll {
+                    self.change(from, CellState::Recovering)?;
+                    self.change(from, CellState::Passive)?;
+                }
+                Ok(())
+            }
+            // Nothing leads from fenced to active: it is a new grant, in the next epoch.
+            Stage::Regrant => {
+                if self.state(to)? == CellState::Fenced {
+                    self.change(to, CellState::Recovering)?;
+                }
+                if self.state(to)? == CellState::Recovering {
+                    self.change(to, CellState::Passive)?;
+                }
+                if self.state(to)? == CellState::Passive {
+                    self.change(to, CellState::Promoting)?;
+                }
+                Ok(())
+            }
             Stage::Prepare
             | Stage::Fence
             | Stage::Capture
@@ -103,8 +133,8 @@ impl Application {
     /// The cells are not in the states that the stage follows.
     pub fn leave(&mut self, stage: Stage, from: &str, to: &str) -> Result<(), CellError> {
         match stage {
-            Stage::Promote if self.state(to)? == CellState::Active => Ok(()),
-            Stage::Promote => self.change(to, CellState::Active),
+            Stage::Promote | Stage::Regrant if self.state(to)? == CellState::Active => Ok(()),
+            Stage::Promote | Stage::Regrant => self.change(to, CellState::Active),
             Stage::Rejoin => self.change(from, CellState::Passive),
             Stage::Revert if self.state(from)? == CellState::Draining => {
                 self.change(from, CellState::Active)
@@ -113,9 +143,15 @@ impl Application {
         }
     }
 
-    /// Whether the grant of an execution has been made: the epoch is no longer the one before it.
-    pub fn granted(&self, execution: &Execution) -> bool {
-        self.epoch > execution.epoch
+    /// Whether an execution is past its point of no return: the epoch is no longer the one before it, or the cell that is to
+    /// be fenced is.
+    pub fn is_past(&self, execution: &Execution) -> bool {
+        match execution.kind {
+            Kind::Switchover | Kind::Unfence => self.epoch > execution.epoch,
+            Kind::Fence | Kind::FenceAll => {
+                self.cells.get(&execution.from).is_some_and(|state| !state.takes_writes())
+            }
+        }
     }
 }
 
@@ -124,11 +160,15 @@ mod tests {
     use super::*;
     use crate::switchover::{Next, Outcome, next, resume};
 
-    fn run(app: &mut Application, mut stage: Stage) -> Ending {
+    fn run(app: &mut Application, stage: Stage) -> Ending {
+        run_kind(app, Kind::Switchover, stage, "b")
+    }
+
+    fn run_kind(app: &mut Application, kind: Kind, mut stage: Stage, to: &str) -> Ending {
         loop {
-            app.enter(stage, "a", "b").unwrap();
-            app.leave(stage, "a", "b").unwrap();
-            match next(stage, Outcome::Done) {
+            app.enter(kind, stage, "a", to).unwrap();
+            app.leave(stage, "a", to).unwrap();
+            match next(kind, stage, Outcome::Done) {
                 Next::Go(after) => stage = after,
                 Next::End(ending) => return ending,
             }
@@ -145,6 +185,26 @@ mod tests {
         assert_eq!(run(&mut app, Stage::Prepare), Ending::Completed);
         assert_eq!((app.active(), app.epoch), (Some("b"), Epoch(2)));
         assert_eq!(app.cells["a"], CellState::Passive);
+    }
+
+    #[test]
+    fn a_fenced_cell_is_served_and_takes_writes_again_in_the_next_epoch() {
+        for (kind, state) in
+            [(Kind::Fence, CellState::Fenced), (Kind::FenceAll, CellState::Passive)]
+        {
+            let mut app = application();
+            assert_eq!(run_kind(&mut app, kind, kind.first(), "a"), Ending::Completed);
+            assert_eq!(
+                (app.active(), app.served(), app.epoch),
+                (None, Some(("a", state)), Epoch(1))
+            );
+            // Found after a crash between its grant and its end, it goes on.
+            app.enter(Kind::Unfence, Stage::Regrant, "a", "a").unwrap();
+            assert_eq!(app.epoch, Epoch(2));
+            let stage = Kind::Unfence.first();
+            assert_eq!(run_kind(&mut app, Kind::Unfence, stage, "a"), Ending::Completed);
+            assert_eq!((app.served(), app.epoch), (Some(("a", CellState::Active)), Epoch(2)));
+        }
     }
 
     #[test]
@@ -166,7 +226,7 @@ mod tests {
                 let mut app = application();
                 let before = app.epoch;
                 for stage in &order[..=crash] {
-                    app.enter(*stage, "a", "b").unwrap();
+                    app.enter(Kind::Switchover, *stage, "a", "b").unwrap();
                     if *stage != order[crash] || after_leave {
                         app.leave(*stage, "a", "b").unwrap();
                     }
@@ -175,7 +235,7 @@ mod tests {
                     continue;
                 }
                 let granted = app.epoch > before;
-                let ending = run(&mut app, resume(order[crash], granted));
+                let ending = run(&mut app, resume(Kind::Switchover, order[crash], granted));
                 let (active, ended) =
                     if granted { ("b", Ending::Completed) } else { ("a", Ending::Aborted) };
                 assert_eq!(

@@ -1,10 +1,46 @@
-//! A planned switchover: its stages in order, what follows each outcome, and where a crashed one goes on.
+//! Planned changes of an application's cells: their stages in order, what follows each outcome, and where a crashed one
+//! goes on.
 //!
-//! Up to the grant the old server is intact and every failure goes back to it. The grant is the point of no
-//! return: it is one durable transaction that begins the next epoch, and from then on the way leads forward
-//! only, also after a crash.
+//! Up to its point of no return an execution leaves the server intact, and every failure goes back. That point is one
+//! durable transaction: of a switchover the grant, which begins the next epoch, of a fence the record that the cell is
+//! fenced. From then on the way leads forward only, also after a crash.
 
 use serde::{Deserialize, Serialize};
+
+/// What an execution is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Another cell becomes the active one.
+    #[default]
+    Switchover,
+    /// The active cell becomes fenced: it reads, and clients stay.
+    Fence,
+    /// The active cell becomes passive: it neither reads nor writes, and clients stay.
+    FenceAll,
+    /// The cell that was active last is given a new grant.
+    Unfence,
+}
+
+impl Kind {
+    /// Its first stage.
+    pub fn first(self) -> Stage {
+        match self {
+            Kind::Switchover => Stage::Prepare,
+            Kind::Fence | Kind::FenceAll => Stage::Hold,
+            Kind::Unfence => Stage::Regrant,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Switchover => "switchover",
+            Kind::Fence => "fence",
+            Kind::FenceAll => "fence --all",
+            Kind::Unfence => "unfence",
+        }
+    }
+}
 
 /// What is being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -33,10 +69,14 @@ pub enum Stage {
     Rejoin,
     /// Before the grant: the old server takes writes again, held work goes on there.
     Revert,
+    /// The cell is fenced, or passive, from now on. The point of no return of a fence.
+    Confine,
+    /// The fenced cell is given the next epoch, and its server takes writes again.
+    Regrant,
 }
 
 impl Stage {
-    pub const ALL: [Stage; 11] = [
+    pub const ALL: [Stage; 13] = [
         Stage::Prepare,
         Stage::Hold,
         Stage::Capture,
@@ -48,13 +88,15 @@ impl Stage {
         Stage::Release,
         Stage::Rejoin,
         Stage::Revert,
+        Stage::Confine,
+        Stage::Regrant,
     ];
 
     /// Clients are held while it runs. If it can go neither on nor back, they must be told: no wait is without end.
     /// Reverting is not among these: it lets them go on first.
     pub fn holds_clients(self) -> bool {
-        use Stage::{Attach, Capture, CatchUp, Fence, Grant, Hold, Promote};
-        matches!(self, Hold | Capture | Fence | CatchUp | Grant | Promote | Attach)
+        use Stage::{Attach, Capture, CatchUp, Confine, Fence, Grant, Hold, Promote};
+        matches!(self, Hold | Capture | Fence | CatchUp | Grant | Promote | Attach | Confine)
     }
 
     pub fn name(self) -> &'static str {
@@ -70,6 +112,8 @@ impl Stage {
             Stage::Release => "release",
             Stage::Rejoin => "rejoin",
             Stage::Revert => "revert",
+            Stage::Confine => "confine",
+            Stage::Regrant => "regrant",
         }
     }
 }
@@ -109,9 +153,14 @@ pub enum Next {
 }
 
 /// What comes after `stage` has ended so.
-pub fn next(stage: Stage, outcome: Outcome) -> Next {
+pub fn next(kind: Kind, stage: Stage, outcome: Outcome) -> Next {
     use Next::{End, Go};
+    let fences = matches!(kind, Kind::Fence | Kind::FenceAll);
     match (stage, outcome) {
+        (Stage::Hold, Outcome::Done) if fences => Go(Stage::Fence),
+        (Stage::Fence, Outcome::Done) if fences => Go(Stage::Confine),
+        (Stage::Confine | Stage::Regrant, Outcome::Done) => Go(Stage::Release),
+        (Stage::Release, Outcome::Done) if kind != Kind::Switchover => End(Ending::Completed),
         (Stage::Prepare, Outcome::Done) => Go(Stage::Hold),
         (Stage::Hold, Outcome::Done) => Go(Stage::Capture),
         (Stage::Capture, Outcome::Done) => Go(Stage::Fence),
@@ -134,21 +183,30 @@ pub fn next(stage: Stage, outcome: Outcome) -> Next {
             Outcome::Failed,
         ) => Go(Stage::Revert),
         // The epoch is the target's. Going back would need a new grant, which is a switchover of its own.
-        (Stage::Promote | Stage::Attach | Stage::Release | Stage::Revert, Outcome::Failed) => {
-            End(Ending::Stuck)
-        }
+        (
+            Stage::Promote
+            | Stage::Attach
+            | Stage::Release
+            | Stage::Revert
+            | Stage::Confine
+            | Stage::Regrant,
+            Outcome::Failed,
+        ) => End(Ending::Stuck),
         (Stage::Rejoin, Outcome::Failed) => End(Ending::CompletedWithoutRejoin),
     }
 }
 
-/// Where an execution goes on that was found with `stage` under way. `granted` is what the store says.
-pub fn resume(stage: Stage, granted: bool) -> Stage {
-    match (stage, granted) {
-        (Stage::Rejoin, true) => Stage::Rejoin,
+/// Where an execution goes on that was found with `stage` under way. `is_past` says that the store has its point of no
+/// return.
+pub fn resume(kind: Kind, stage: Stage, is_past: bool) -> Stage {
+    match (kind, stage, is_past) {
         // Held sessions are gone with the process that held them, so what is left is the server's part.
-        (Stage::Promote | Stage::Attach | Stage::Release | Stage::Grant, true) => Stage::Promote,
-        (_, true) => Stage::Promote,
-        (_, false) => Stage::Revert,
+        (Kind::Switchover, Stage::Rejoin, true) => Stage::Rejoin,
+        (Kind::Switchover, _, true) => Stage::Promote,
+        (Kind::Fence | Kind::FenceAll, _, true) => Stage::Release,
+        (Kind::Switchover | Kind::Fence | Kind::FenceAll, _, false) => Stage::Revert,
+        // It begins with its grant, and there is nothing to go back to.
+        (Kind::Unfence, ..) => Stage::Regrant,
     }
 }
 
@@ -167,19 +225,28 @@ pub enum OnTimeout {
 mod tests {
     use super::*;
 
+    /// The stages that a kind has, in `next`'s order from its first, and its way back.
+    fn ways(kind: Kind) -> String {
+        let shown = |next| match next {
+            Next::Go(stage) => stage.name().to_owned(),
+            Next::End(ending) => format!("{ending:?}"),
+        };
+        let (mut table, mut stage) = (String::new(), kind.first());
+        loop {
+            let (done, failed) =
+                (next(kind, stage, Outcome::Done), next(kind, stage, Outcome::Failed));
+            table.push_str(&format!("{stage}: {}, else {}\n", shown(done), shown(failed)));
+            stage = match done {
+                Next::Go(stage) => stage,
+                Next::End(_) => return table,
+            };
+        }
+    }
+
     #[test]
     fn every_stage_has_its_way() {
-        let mut table = String::new();
-        for stage in Stage::ALL {
-            let shown = |next| match next {
-                Next::Go(stage) => stage.name().to_owned(),
-                Next::End(ending) => format!("{ending:?}"),
-            };
-            let (done, failed) = (next(stage, Outcome::Done), next(stage, Outcome::Failed));
-            table.push_str(&format!("{stage}: {}, else {}\n", shown(done), shown(failed)));
-        }
         assert_eq!(
-            table,
+            ways(Kind::Switchover),
             "\
 prepare: hold, else revert
 hold: capture, else revert
@@ -191,37 +258,54 @@ promote: attach, else Stuck
 attach: release, else Stuck
 release: rejoin, else Stuck
 rejoin: Completed, else CompletedWithoutRejoin
-revert: Aborted, else Stuck
 "
         );
+        let fence = "\
+hold: fence, else revert
+fence: confine, else revert
+confine: release, else Stuck
+release: Completed, else Stuck
+";
+        assert_eq!((ways(Kind::Fence), ways(Kind::FenceAll)), (fence.into(), fence.into()));
+        let unfence = "regrant: release, else Stuck\nrelease: Completed, else Stuck\n";
+        assert_eq!(ways(Kind::Unfence), unfence);
+        assert_eq!(next(Kind::Fence, Stage::Revert, Outcome::Done), Next::End(Ending::Aborted));
     }
 
     #[test]
     fn whoever_is_held_where_it_is_stuck_is_told() {
-        let stuck = |stage: &Stage| next(*stage, Outcome::Failed) == Next::End(Ending::Stuck);
+        let stuck = |stage: &Stage| {
+            next(Kind::Switchover, *stage, Outcome::Failed) == Next::End(Ending::Stuck)
+        };
         let told: Vec<Stage> =
             Stage::ALL.into_iter().filter(stuck).filter(|s| s.holds_clients()).collect();
-        // Release and revert are stuck only after clients go on.
-        assert_eq!(told, [Stage::Promote, Stage::Attach]);
+        // Release and revert are stuck only after clients go on; nobody is held for a new grant.
+        assert_eq!(told, [Stage::Promote, Stage::Attach, Stage::Confine]);
     }
 
     #[test]
     fn every_way_ends() {
-        for mut stage in Stage::ALL {
-            let mut steps = 0;
-            while let Next::Go(after) = next(stage, Outcome::Done) {
-                stage = after;
-                steps += 1;
-                assert!(steps < 20);
+        for kind in [Kind::Switchover, Kind::Fence, Kind::FenceAll, Kind::Unfence] {
+            for mut stage in Stage::ALL {
+                let mut steps = 0;
+                while let Next::Go(after) = next(kind, stage, Outcome::Done) {
+                    stage = after;
+                    steps += 1;
+                    assert!(steps < 20);
+                }
             }
         }
     }
 
     #[test]
-    fn a_crash_goes_back_before_the_grant_and_forward_after_it() {
+    fn a_crash_goes_back_before_the_point_of_no_return_and_forward_after_it() {
         for stage in Stage::ALL {
-            assert_eq!(resume(stage, false), Stage::Revert);
-            assert!(matches!(resume(stage, true), Stage::Promote | Stage::Rejoin));
+            assert_eq!(resume(Kind::Switchover, stage, false), Stage::Revert);
+            let after = resume(Kind::Switchover, stage, true);
+            assert!(matches!(after, Stage::Promote | Stage::Rejoin));
+            assert_eq!(resume(Kind::Fence, stage, false), Stage::Revert);
+            assert_eq!(resume(Kind::Fence, stage, true), Stage::Release);
+            assert_eq!(resume(Kind::Unfence, stage, true), Stage::Regrant);
         }
     }
 }

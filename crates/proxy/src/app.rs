@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use model::barrier::Reason;
+use model::cell::{CellState, Epoch};
+use model::policy::{self, Catalog};
 use model::session::facts::{self, Facts};
 use pg::Target;
 use pg::admin::{Admin, AdminLogin};
@@ -13,9 +15,13 @@ use tokio::sync::watch;
 
 use crate::auth::Authenticator;
 use crate::carry::Prepared;
-use crate::config::{AppConfig, MoveLimits, PoolLimits};
+use crate::config::{AppConfig, MoveLimits, PolicyConfig, PoolLimits};
+use crate::confine::texts::Texts;
+use crate::confine::{Counts, Regime};
 use crate::pool::Pools;
 
+/// Databases of which it is known what their names stand for.
+const CATALOGS_MAX: usize = 1_000;
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
 const PARAM_SETS_MAX: usize = 256;
 
@@ -55,6 +61,13 @@ pub struct App {
     pub auth: Authenticator,
     /// How Holdfast itself logs in.
     pub admin: AdminLogin,
+    /// The rules by which commands are judged, and how often each was about one.
+    pub policy: PolicyConfig,
+    pub(crate) policy_counts: Vec<Counts>,
+    pub(crate) texts: Texts,
+    regime: Mutex<Arc<Regime>>,
+    /// There is something to judge in the state of the cell.
+    is_confined: AtomicBool,
     gate: watch::Sender<Gate>,
     /// Sessions are to be handed out at their next safe point. Set with the gate.
     pub holding: AtomicBool,
@@ -83,6 +96,17 @@ impl App {
             cells,
             auth: Authenticator::new(config.auth, config.admin.clone()),
             admin: config.admin,
+            policy_counts: config.policy.counts(),
+            policy: config.policy,
+            texts: Texts::default(),
+            regime: Mutex::new(Arc::new(Regime {
+                number: 0,
+                cell: active.to_owned(),
+                state: CellState::Active,
+                epoch: Epoch(0),
+                catalogs: BTreeMap::new(),
+            })),
+            is_confined: AtomicBool::new(false),
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
             sessions: AtomicUsize::new(0),
@@ -101,6 +125,97 @@ impl App {
         match &*self.gate.borrow() {
             Gate::Open(cell) => Some(cell.clone()),
             Gate::Held => None,
+        }
+    }
+
+    /// The state in which commands are judged, unless everything is accepted.
+    #[inline]
+    pub(crate) fn regime(&self) -> Option<Arc<Regime>> {
+        // Whoever changes it sees to it that what was passed before does not count any more.
+        self.is_confined.load(Ordering::Acquire).then(|| self.regime_now())
+    }
+
+    #[cold]
+    pub(crate) fn regime_now(&self) -> Arc<Regime> {
+        self.regime.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Why nobody can log in: the cell neither reads nor writes, and its server admits nobody.
+    pub(crate) fn refuses_logins(&self) -> Option<String> {
+        let regime = self.regime()?;
+        let is_closed =
+            !matches!(regime.state, CellState::Active | CellState::Draining | CellState::Fenced);
+        is_closed
+            .then(|| format!("cell `{}` is {} and takes no clients", regime.cell, regime.state))
+    }
+
+    /// From here on the cell is in this state, and commands are judged in it. What the names of `databases` stand for is
+    /// learned before, where that matters.
+    pub(crate) async fn confine(
+        &self,
+        cell: &Cell,
+        state: CellState,
+        epoch: Epoch,
+        databases: &BTreeSet<String>,
+    ) {
+        let is_confined = !self.policy.policy.accepts_all(state);
+        let mut catalogs = BTreeMap::new();
+        if is_confined {
+            for database in databases {
+                if let Some(catalog) = self.catalog(cell, database).await {
+                    catalogs.insert(database.clone(), Arc::new(catalog));
+                }
+            }
+        }
+        let mut regime = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = regime.number + 1;
+        *regime = Arc::new(Regime { number, cell: cell.name.clone(), state, epoch, catalogs });
+        self.is_confined.store(is_confined, Ordering::Release);
+    }
+
+    /// Learns what the names of a database stand for, if commands are judged and nobody has before.
+    pub(crate) async fn learn_catalog(&self, cell: &Cell, database: &str) {
+        let Some(regime) = self.regime() else { return };
+        if regime.catalogs.contains_key(database) || regime.catalogs.len() >= CATALOGS_MAX {
+            return;
+        }
+        let Some(catalog) = self.catalog(cell, database).await else { return };
+        let mut now = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
+        // The state may have changed meanwhile.
+        if now.number == regime.number {
+            let mut catalogs = now.catalogs.clone();
+            catalogs.insert(database.to_owned(), Arc::new(catalog));
+            let Regime { number, state, epoch, .. } = **now;
+            let cell = now.cell.clone();
+            *now = Arc::new(Regime { number, cell, state, epoch, catalogs });
+        }
+    }
+
+    async fn catalog(&self, cell: &Cell, database: &str) -> Option<Catalog> {
+        let login = AdminLogin { database: database.to_owned(), ..self.admin.clone() };
+        let ask = async {
+            let mut admin =
+                Admin::connect(&cell.target, &login).await.map_err(|error| model::chain(&error))?;
+            let rows = admin.rows(policy::QUESTION).await.map_err(|error| model::chain(&error))?;
+            let cell = |row: &'_ Vec<Option<String>>, at: usize| row.get(at).cloned().flatten();
+            let rows: Option<Vec<(String, String)>> =
+                rows.iter().map(|row| cell(row, 0).zip(cell(row, 1))).collect();
+            let rows = rows.unwrap_or_default();
+            Catalog::read(rows.iter().map(|(kind, name)| (kind.as_str(), name.as_str())))
+                .ok_or_else(|| "the catalogs are of another shape".to_owned())
+        };
+        let wait_max = self.moves.answer_timeout;
+        let late = |_| format!("no answer in {wait_max:?}");
+        match tokio::time::timeout(wait_max, ask).await.map_err(late).flatten() {
+            Ok(mut catalog) => {
+                catalog.reading.extend(self.policy.reading.iter().cloned());
+                Some(catalog)
+            }
+            Err(error) => {
+                // Whatever calls something is refused then.
+                tracing::warn!(app = self.name, database, error, "functions are not known");
+                None
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use model::policy::Policy;
 use pg::Target;
 use pg::admin::AdminLogin;
 use pg::stream::Keepalive;
@@ -94,6 +95,29 @@ impl Default for PoolLimits {
     }
 }
 
+/// The rules of an application, and how they are applied.
+#[derive(Debug, Clone)]
+pub struct PolicyConfig {
+    pub policy: Policy,
+    /// What would be refused is counted and logged, and passes.
+    pub shadow: bool,
+    /// The longest wait of a command by a rule that holds.
+    pub hold_max: Duration,
+    /// Functions that change nothing, whatever the catalog says of them.
+    pub reading: Vec<String>,
+}
+
+impl Default for PolicyConfig {
+    fn default() -> PolicyConfig {
+        PolicyConfig {
+            policy: Policy::default(),
+            shadow: false,
+            hold_max: Duration::from_secs(30),
+            reading: Vec::new(),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct AppConfig {
     pub name: String,
@@ -102,6 +126,7 @@ pub struct AppConfig {
     pub moves: MoveLimits,
     /// None: each session has a server of its own.
     pub pool: Option<PoolLimits>,
+    pub policy: PolicyConfig,
     pub cells: BTreeMap<String, Target>,
     pub auth: AuthConfig,
     /// How Holdfast itself logs in, for the verifiers of clients.

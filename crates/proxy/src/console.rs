@@ -13,8 +13,8 @@ use crate::proxy::Shared;
 /// Longest command that is read.
 const COMMAND_LEN_MAX: usize = 16 * 1024;
 
-const TOPICS: [&str; 10] = [
-    "CELLS", "CLIENTS", "CONFIG", "HELP", "PINS", "POOLS", "SERVERS", "SESSIONS", "STATS",
+const TOPICS: [&str; 11] = [
+    "CELLS", "CLIENTS", "CONFIG", "HELP", "PINS", "POOLS", "RULES", "SERVERS", "SESSIONS", "STATS",
     "VERSION",
 ];
 
@@ -257,8 +257,24 @@ async fn show(shared: &Shared, topic: &str) -> Option<Table> {
                 .collect(),
         },
         "CELLS" => Table {
-            columns: vec!["app", "cell", "server", "serves", "sessions"],
+            columns: vec!["app", "cell", "server", "serves", "state", "epoch", "sessions"],
             rows: cells(shared).await,
+        },
+        "RULES" => Table {
+            columns: vec![
+                "app",
+                "rule",
+                "states",
+                "classes",
+                "roles",
+                "databases",
+                "disposition",
+                "accepted",
+                "refused",
+                "held",
+                "shadowed",
+            ],
+            rows: shared.apps.iter().flat_map(|app| app.rules()).collect(),
         },
         "STATS" => {
             let sum = |read: &dyn Fn(&crate::engine::Counters) -> u64| {
@@ -321,11 +337,17 @@ async fn cells(shared: &Shared) -> Vec<Vec<String>> {
                 views.iter().filter(|view| view.app == app.name && view.cell == *name).count();
             let serves = Some(name) == active.as_ref();
             let address = cell.target.address.to_string();
+            let regime = app.regime_now();
+            // Of others the proxy is told nothing.
+            let known = serves.then(|| (regime.state.to_string(), regime.epoch.to_string()));
+            let (state, epoch) = known.unwrap_or_default();
             rows.push(vec![
                 app.name.clone(),
                 name.clone(),
                 address,
                 serves.to_string(),
+                state,
+                epoch,
                 sessions.to_string(),
             ]);
         }

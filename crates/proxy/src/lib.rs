@@ -26,6 +26,7 @@ pub mod app;
 mod auth;
 mod carry;
 pub mod config;
+mod confine;
 mod console;
 pub mod engine;
 mod listener;

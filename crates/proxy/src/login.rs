@@ -122,6 +122,11 @@ async fn connection(mut client: Client, shared: &Arc<Shared>, place: Place) -> O
     };
     // Authentication reads from the server, so it waits for the gate as the login does.
     let Some(cell) = app.pass_gate().await else { return Err(Refused) };
+    if let Some(why) = app.refuses_logins() {
+        let hint = format!("`holdfast status {}` says what to do", app.name);
+        let report = Report::fatal(SqlState::CANNOT_CONNECT_NOW, why).hint(hint);
+        return client.refuse(report).await;
+    }
     let credential =
         Box::pin(authenticate(&mut client, shared, &app, &cell, &request.user)).await?;
     Box::pin(attach(client, shared, app, request, credential, startup.version, place)).await
@@ -404,6 +409,7 @@ async fn attach(
         return Box::pin(attach(client, shared, app, request, login.credential, version, place))
             .await;
     };
+    app.learn_catalog(&cell, &request.database).await;
     let pool = match app.pool {
         Some(_) if !request.replication => {
             app.pools.of(&request.user, &request.database, &login.params)
@@ -488,6 +494,9 @@ async fn attach(
         unnamed: Vec::new(),
         unnamed_too_long: false,
         has_prepared: false,
+        names: Default::default(),
+        has_prepared_by_sql: false,
+        confined: None,
         restyled: false,
         beneath: None,
         unnamed_restyled: false,

@@ -282,6 +282,10 @@ impl Proxy {
             let count = u64::try_from(app.sessions.load(Ordering::SeqCst)).unwrap_or(0);
             (format!("{{app=\"{}\"}}", app.name), count)
         });
+        let rules: Vec<(String, u64)> =
+            self.shared.apps.iter().flat_map(|app| app.rule_counts()).collect();
+        let help = "Commands that a rule of the policy was about, by what became of them.";
+        write_metric(out, "holdfast_policy_commands_total", "counter", help, &rules);
         write_metric(out, "holdfast_sessions", "gauge", "Sessions.", &per_app.collect::<Vec<_>>());
         let held = self.shared.apps.iter().map(|app| {
             (format!("{{app=\"{}\"}}", app.name), u64::from(app.holding.load(Ordering::SeqCst)))

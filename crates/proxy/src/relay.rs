@@ -11,7 +11,8 @@ use wire::frame::{FrameError, HEADER_LEN, Header, Step};
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::pool::sharing::{HEAD_LEN_MAX, Turn};
+use crate::confine::texts;
+use crate::pool::sharing::{HEAD_LEN_MAX, Turn, cut, has_odd_letters};
 use crate::session::Session;
 
 /// A statement up to this length is looked at as a whole; a longer one while it passes.
@@ -80,6 +81,7 @@ impl Session {
     /// They are not the protocol.
     pub fn on_client_bytes(&mut self, bytes: &[u8]) -> Result<Pass, Fault> {
         let mut at = 0;
+        let regime = self.app.regime();
         loop {
             let rest = bytes.get(at..).unwrap_or_default();
             match self.client.scanner.peek(rest).map_err(Fault::Client)? {
@@ -87,6 +89,9 @@ impl Session {
                 Step::Body(len) => {
                     if self.long.is_some() {
                         self.on_long_text(rest.get(..len).unwrap_or_default());
+                    }
+                    if self.swallows() {
+                        self.swallow(at, len);
                     }
                     self.client.scanner.pass(len);
                     at += len;
@@ -103,9 +108,16 @@ impl Session {
                         return Err(Fault::Client(FrameError::Length { tag: b'H', len, max: 0 }));
                     }
                     let body = rest.get(HEADER_LEN..).unwrap_or_default();
+                    let turn = match &regime {
+                        // Its own question goes first.
+                        Some(regime) if !self.protocol.runs_own() => {
+                            self.on_confined_message(regime, header, at, body)
+                        }
+                        _ => Turn::Pass,
+                    };
                     let turn = match self.sharing {
-                        None => Turn::Pass,
-                        Some(_) => self.on_shared_message(header, at, body),
+                        Some(_) if turn == Turn::Pass => self.on_shared_message(header, at, body),
+                        _ => turn,
                     };
                     match turn {
                         Turn::Wait => break,
@@ -142,6 +154,7 @@ impl Session {
                 if body.len() < body_len && (body_len <= INSPECT_LEN_MAX || body.is_empty()) {
                     return false;
                 }
+                let is_read = !self.protocol.is_skipping();
                 let note = self.protocol.on_frontend(header.tag, body.first().copied(), None);
                 self.has_prepared |= header.tag == b'P' && body.first().is_some_and(|b| *b != 0);
                 let whole = body.len() >= body_len;
@@ -151,8 +164,16 @@ impl Session {
                 } else if header.tag == b'Q' {
                     self.hints.on_statement(body.strip_suffix(&[0]).unwrap_or(body));
                 } else {
-                    let text = frontend::parse_head(body).map_or(body, |(_, sql)| sql);
+                    let (name, text) = frontend::parse_head(body).unwrap_or((b"", body));
                     self.hints.on_statement(text);
+                    if !name.is_empty() && is_read && self.sharing.is_none() {
+                        self.on_named_parse(name, Some(text));
+                    }
+                }
+                let is_named = header.tag == b'P' && body.first().is_some_and(|b| *b != 0);
+                if is_named && is_read && !whole && self.sharing.is_none() {
+                    let name = body.split(|byte| *byte == 0).next().unwrap_or_default();
+                    self.on_named_parse(name, None);
                 }
                 if note == Note::KeepUnnamed {
                     self.unnamed_restyled = false;
@@ -174,6 +195,11 @@ impl Session {
                 if body.len() < body_len.min(2) {
                     return false;
                 }
+                if header.tag == b'C' && body.first() == Some(&b'S') && self.sharing.is_none() {
+                    let name = body.get(1..body_len.min(body.len())).unwrap_or_default();
+                    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+                    self.names.forget(cut(name));
+                }
                 self.protocol.on_frontend(header.tag, body.first().copied(), body.get(1).copied());
             }
             b'F' => {
@@ -191,6 +217,45 @@ impl Session {
             }
         }
         true
+    }
+
+    /// A Parse with a name is passed. What it is will count if it succeeds.
+    #[cold]
+    fn on_named_parse(&mut self, name: &[u8], sql: Option<&[u8]>) {
+        let name = cut(name);
+        let sql = sql.filter(|sql| sql.len() <= texts::TEXT_LEN_MAX);
+        let sql = sql.filter(|sql| !has_odd_letters(&self.params, sql));
+        if self.names.is_full() {
+            self.names.forget(name);
+            self.names.unknown();
+            return;
+        }
+        let text = sql.map(|sql| self.app.texts.get(sql));
+        self.names.parse(name, text, true);
+    }
+
+    /// What has become of statements with a name, if that is not counted with the server's.
+    #[inline]
+    fn after_own_answer(&mut self) {
+        if self.sharing.is_none() && self.names.has_pending() {
+            let named = self.protocol.take_named();
+            for _ in 0..named.answered {
+                self.names.answered();
+            }
+            self.names.skipped(named.skipped);
+        }
+    }
+
+    /// The server has answered with an error or is ready.
+    #[cold]
+    fn after_confined_answer(&mut self, tag: u8) {
+        let Some(confined) = &mut self.confined else { return };
+        if tag == b'E' || self.protocol.is_idle() {
+            confined.forget_portals();
+        }
+        if self.protocol.is_quiet() {
+            confined.forget_refusals();
+        }
     }
 
     #[cold]
@@ -257,12 +322,21 @@ impl Session {
                             self.requests += 1;
                             let status = body.first().and_then(|byte| TxStatus::from_byte(*byte));
                             self.protocol.on_backend(b'Z', status);
+                            if self.confined.is_some() {
+                                self.after_confined_answer(b'Z');
+                            }
                         }
                         b'S' => self.on_parameter(body.get(..body_len).unwrap_or_default()),
                         b'A' => self.on_notification(body),
                         b'C' => {
                             self.hints.on_command_tag(body);
-                            self.has_prepared |= body.starts_with(b"PREPARE\0");
+                            let prepares = body.starts_with(b"PREPARE\0");
+                            self.has_prepared |= prepares;
+                            self.has_prepared_by_sql |= prepares;
+                            if body.starts_with(b"DEALLOCATE") || body.starts_with(b"DISCARD ALL\0")
+                            {
+                                self.names.clear();
+                            }
                             if body.starts_with(b"SAVEPOINT\0") {
                                 self.protocol.on_savepoint();
                             }
@@ -282,7 +356,13 @@ impl Session {
                                 self.hints.on_error();
                                 insert = self.as_client_names(body);
                             }
+                            if whole && let Some(confined) = &mut self.confined {
+                                insert = confined.told(body).or(insert);
+                            }
                             self.protocol.on_backend_error(state);
+                            if self.confined.is_some() {
+                                self.after_confined_answer(b'E');
+                            }
                         }
                         tag => fate = self.protocol.on_backend(tag, None),
                     }
@@ -297,6 +377,7 @@ impl Session {
                         self.edits.push(Edit { at, skip: HEADER_LEN + len, insert });
                     }
                     at += HEADER_LEN + len;
+                    self.after_own_answer();
                     if self.sharing.is_some() {
                         self.after_shared_answer(header.tag, at);
                     }

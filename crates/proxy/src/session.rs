@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use model::barrier::{Blocker, NamedSession, Reason};
 use model::session::inspect::Hints;
+use model::session::names::Names;
 use model::session::replay::Step;
 use model::session::{Pin, Protocol};
 use pg::stream::Parts;
@@ -16,6 +17,8 @@ use wire::frame::{Scanner, Side};
 use wire::scram::Credential;
 
 use crate::app::{App, Cell, Params};
+use crate::confine::Confined;
+use crate::confine::texts::Text;
 use crate::pool::Sharing;
 use crate::proxy::Place;
 use crate::relay::{Edit, LongText};
@@ -134,6 +137,12 @@ pub struct Session {
     pub unnamed_too_long: bool,
     /// It has had statements with a name.
     pub has_prepared: bool,
+    /// What its named statements are, if it shares no servers.
+    pub(crate) names: Names<Option<Arc<Text>>>,
+    /// SQL's PREPARE has been run.
+    pub has_prepared_by_sql: bool,
+    /// What is known of it while its commands are judged.
+    pub(crate) confined: Option<Box<Confined>>,
     /// Since it has, a setting has changed by which the server reads literals when it prepares a statement.
     pub restyled: bool,
     /// What RESET finds, once it was asked: it stays the same wherever the session goes.

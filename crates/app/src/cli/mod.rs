@@ -96,6 +96,27 @@ enum Verb {
         #[arg(long, value_name = "abort|force", default_value = "abort", value_parser = on_timeout)]
         on_timeout: OnTimeout,
     },
+    /// Let the active cell take no more writes; clients stay connected and read.
+    #[command(after_help = "Example: holdfast fence shop a --deadline 10s --on-timeout force")]
+    Fence {
+        app: String,
+        cell: String,
+        /// Refuse writes, and go on reading; this is the default.
+        #[arg(long, conflicts_with = "all")]
+        writes: bool,
+        /// Refuse reads as well: the cell becomes passive.
+        #[arg(long)]
+        all: bool,
+        /// How long running transactions may take to end.
+        #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration_ms)]
+        deadline: u64,
+        /// What becomes of sessions whose transactions do not end: give the fence up, or end them with an error.
+        #[arg(long, value_name = "abort|force", default_value = "abort", value_parser = on_timeout)]
+        on_timeout: OnTimeout,
+    },
+    /// Give a fenced cell a new grant, in the next epoch: it takes writes again.
+    #[command(after_help = "Example: holdfast unfence shop a")]
+    Unfence { app: String, cell: String },
     /// Move sessions to fresh connections, while the application goes on.
     #[command(after_help = "Example: holdfast move shop --session 7 --to a")]
     Move {
@@ -147,6 +168,11 @@ pub(crate) fn main() -> ExitCode {
                 control::SwitchoverRequest { to, dry_run, deadline_ms: deadline, on_timeout };
             show::switchover(&cli.global, &app, &request)
         }
+        Verb::Fence { app, cell, writes: _, all, deadline, on_timeout } => {
+            let request = control::FenceRequest { all, deadline_ms: deadline, on_timeout };
+            show::fence(&cli.global, &app, &cell, &request)
+        }
+        Verb::Unfence { app, cell } => show::unfence(&cli.global, &app, &cell),
         Verb::Move { app, session, all: _, to, deadline } => {
             let request = control::MoveRequest { session, to, deadline_ms: deadline };
             show::move_sessions(&cli.global, &app, &request)

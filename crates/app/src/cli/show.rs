@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use control::runner::DryRun;
-use control::{MoveRequest, SwitchoverRequest};
+use control::{FenceRequest, MoveRequest, SwitchoverRequest};
 use model::barrier::{Blocker, Report};
 use model::persisted::{Execution, LogEvent};
-use model::switchover::Ending;
+use model::switchover::{Ending, Kind};
 use proxy::session::SessionView;
 use serde::Serialize;
 
@@ -185,6 +185,18 @@ pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest
     ended(global, &execution)
 }
 
+pub(super) fn fence(global: &Global, app: &str, cell: &str, request: &FenceRequest) -> Done {
+    let path = format!("/v1/applications/{app}/cells/{cell}/fence");
+    let execution: Execution = client::post(global, &path, request)?;
+    ended(global, &execution)
+}
+
+pub(super) fn unfence(global: &Global, app: &str, cell: &str) -> Done {
+    let path = format!("/v1/applications/{app}/cells/{cell}/unfence");
+    let execution: Execution = client::post(global, &path, &serde_json::json!({}))?;
+    ended(global, &execution)
+}
+
 pub(super) fn retry(global: &Global, id: u64) -> Done {
     let all: Vec<Execution> = client::get(global, "/v1/executions")?;
     let found =
@@ -216,7 +228,13 @@ fn ending(execution: &Execution) -> &'static str {
 
 pub(crate) fn print_execution(execution: &Execution) {
     let (id, app, from, to) = (execution.id, &execution.app, &execution.from, &execution.to);
-    say!("execution {id}: switchover of {app} from {from} to {to}: {}", ending(execution));
+    let ending = ending(execution);
+    match execution.kind {
+        Kind::Switchover => {
+            say!("execution {id}: switchover of {app} from {from} to {to}: {ending}");
+        }
+        kind => say!("execution {id}: {} of {app}, cell {to}: {ending}", kind.name()),
+    }
     if let Some(reason) = &execution.reason {
         say!("reason: {reason}");
     }

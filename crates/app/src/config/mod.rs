@@ -21,6 +21,7 @@ use tls::{ClientTls, ServerTls, SslMode, SslNegotiation};
 use toml::de::DeTable;
 use wire::scram::{Credential, Secret};
 
+mod policy;
 mod reader;
 
 pub(crate) use reader::{Mistake, read_duration};
@@ -315,6 +316,7 @@ fn read_app(
     let databases = table.texts(mistakes, "databases").unwrap_or_default();
     let moves = read_moves(table, mistakes);
     let pool = read_pool(table, mistakes);
+    let policy = policy::read(table, mistakes);
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -373,7 +375,7 @@ fn read_app(
         cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
     let databases =
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
-    let app = AppConfig { name, databases, moves, pool, cells: targets, auth, admin };
+    let app = AppConfig { name, databases, moves, pool, policy, cells: targets, auth, admin };
     Some((app, AppServers { first_active, cells }))
 }
 

@@ -7,6 +7,7 @@ mod support;
 mod batches;
 mod battery;
 mod between;
+mod cells;
 mod crash;
 mod drivers;
 mod faults;

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 pub mod rules;
 
-pub use rules::{Disposition, Policy, Refusal, Rule, Transaction};
+pub use rules::{Asked, Disposition, Policy, Refusal, Rule, Transaction};
 
 /// What a command does, at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -142,11 +142,19 @@ impl Command {
         }
     }
 
-    /// Its class once it is known what it calls: what may do more than read is code.
-    pub fn class_with(&self, catalog: &Catalog) -> Class {
-        let calls = self.functions.iter().any(|name| catalog.function(name) == Effect::Unknown)
-            || self.operators.iter().any(|name| catalog.operators.contains(name))
-            || self.relations.iter().any(|name| catalog.views.contains(unqualified(name)));
+    /// Its class once it is known what it calls: what may do more than read is code. Without a catalog nothing is known.
+    pub fn class_with(&self, catalog: Option<&Catalog>) -> Class {
+        let calls = match catalog {
+            Some(catalog) => {
+                self.functions.iter().any(|name| catalog.function(name) == Effect::Unknown)
+                    || self.operators.iter().any(|name| catalog.operators.contains(name))
+                    || self.relations.iter().any(|name| catalog.views.contains(unqualified(name)))
+            }
+            None => {
+                let names = [&self.functions, &self.operators, &self.relations];
+                names.iter().any(|names| !names.is_empty())
+            }
+        };
         match self.class {
             Class::Read | Class::Session if calls => Class::Code,
             class => class,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Class, Command};
+use super::Class;
 use crate::cell::{CellState, Epoch};
 
 /// What becomes of a request that a rule is about.
@@ -14,10 +14,25 @@ pub enum Disposition {
     Accept,
     /// The client is told.
     Refuse,
-    /// It waits until the state changes, for a time.
+    /// It waits until the state changes, for a time, and is refused then.
     Hold,
-    /// It goes to the active cell.
-    Redirect,
+}
+
+impl Disposition {
+    pub const ALL: [Disposition; 3] = [Disposition::Accept, Disposition::Refuse, Disposition::Hold];
+
+    /// As the configuration and counters name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Disposition::Accept => "accept",
+            Disposition::Refuse => "refuse",
+            Disposition::Hold => "hold",
+        }
+    }
+
+    pub fn read(name: &str) -> Option<Disposition> {
+        Disposition::ALL.into_iter().find(|disposition| disposition.name() == name)
+    }
 }
 
 /// What one rule is about. An empty list is about everything.
@@ -63,7 +78,8 @@ pub struct Refusal {
     /// Of the first command that does not.
     pub command: &'static str,
     pub class: Class,
-    pub rule: String,
+    /// By its number, see [`Policy::name_of`].
+    pub rule: usize,
     pub disposition: Disposition,
     pub state: CellState,
 }
@@ -107,41 +123,64 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// The first rule about one command.
-    pub fn rule(&self, class: Class, asked: &Asked<'_>) -> (&str, Disposition) {
+    /// The rules that stand where none of the list is about a command, behind which the list is numbered on.
+    pub const BUILT_IN: [&'static str; 2] = [DEFAULT_RULE, COMMIT_RULE];
+
+    /// The rule of that number, as [`Policy::judge`] counts them.
+    pub fn name_of(&self, rule: usize) -> &str {
+        match self.rules.get(rule) {
+            Some(rule) => &rule.name,
+            None => Policy::BUILT_IN.get(rule - self.rules.len()).copied().unwrap_or_default(),
+        }
+    }
+
+    /// Whether a cell in this state takes everything from everybody, so that nothing need be judged.
+    pub fn accepts_all(&self, state: CellState) -> bool {
+        let about = |rule: &&Rule| rule.states.is_empty() || rule.states.contains(&state);
+        for rule in self.rules.iter().filter(about) {
+            if rule.disposition != Disposition::Accept {
+                return false;
+            }
+            if rule.classes.is_empty() && rule.roles.is_empty() && rule.databases.is_empty() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The first rule about one command, by its number.
+    pub fn rule(&self, class: Class, asked: &Asked<'_>) -> (usize, Disposition) {
         let grant_lost = class == Class::Commit
             && asked
                 .transaction
                 .wrote_in
                 .is_some_and(|epoch| asked.transaction.lease != Some(epoch));
+        let count = self.rules.len();
         if grant_lost {
-            return (COMMIT_RULE, Disposition::Refuse);
+            return (count + 1, Disposition::Refuse);
         }
-        let first = self.rules.iter().find(|rule| rule.is_about(class, asked));
-        first.map_or((DEFAULT_RULE, Disposition::Refuse), |rule| (&rule.name, rule.disposition))
+        let mut rules = self.rules.iter().enumerate();
+        let first = rules.find(|(_, rule)| rule.is_about(class, asked));
+        first.map_or((count, Disposition::Refuse), |(at, rule)| (at, rule.disposition))
     }
 
-    /// What becomes of a request of these commands, whose classes are told by `class_of`: it passes if each of them does.
+    /// What becomes of a request of these commands, each with its name and its class: it passes if each of them does. Each
+    /// rule that was about one is counted by its number.
     ///
     /// # Errors
     /// The first command that does not pass, and by which rule.
-    pub fn judge<'a>(
+    pub fn judge(
         &self,
-        commands: impl IntoIterator<Item = &'a Command>,
-        class_of: impl Fn(&Command) -> Class,
+        commands: impl IntoIterator<Item = (&'static str, Class)>,
         asked: &Asked<'_>,
+        mut count: impl FnMut(usize, Disposition),
     ) -> Result<(), Refusal> {
-        for command in commands {
-            let class = class_of(command);
+        for (command, class) in commands {
             let (rule, disposition) = self.rule(class, asked);
+            count(rule, disposition);
             if disposition != Disposition::Accept {
-                return Err(Refusal {
-                    command: command.name,
-                    class,
-                    rule: rule.to_owned(),
-                    disposition,
-                    state: asked.state,
-                });
+                let state = asked.state;
+                return Err(Refusal { command, class, rule, disposition, state });
             }
         }
         Ok(())
@@ -179,13 +218,16 @@ mod tests {
 
     #[test]
     fn one_command_that_does_not_pass_is_enough() {
-        let commands = [Command::new("SELECT", Class::Read), Command::new("DELETE", Class::Write)];
+        let commands = [("SELECT", Class::Read), ("DELETE", Class::Write)];
         let policy = Policy::default();
-        let class = |command: &Command| command.class;
-        assert_eq!(policy.judge(&commands, class, &asked(CellState::Active)), Ok(()));
-        let refusal = policy.judge(&commands, class, &asked(CellState::Fenced)).unwrap_err();
-        assert_eq!((refusal.command, refusal.rule.as_str()), ("DELETE", DEFAULT_RULE));
-        assert_eq!(policy.judge(&commands[..1], class, &asked(CellState::Fenced)), Ok(()));
+        let mut counted = Vec::new();
+        let count = |rule, disposition| counted.push((rule, disposition));
+        let refusal = policy.judge(commands, &asked(CellState::Fenced), count).unwrap_err();
+        assert_eq!((refusal.command, policy.name_of(refusal.rule)), ("DELETE", DEFAULT_RULE));
+        assert_eq!(counted, [(1, Disposition::Accept), (3, Disposition::Refuse)]);
+        assert_eq!(policy.judge(commands, &asked(CellState::Active), |_, _| ()), Ok(()));
+        let one = commands.into_iter().take(1);
+        assert_eq!(policy.judge(one, &asked(CellState::Fenced), |_, _| ()), Ok(()));
     }
 
     #[test]
@@ -218,8 +260,24 @@ mod tests {
                 disposition: Disposition::Accept,
             },
         );
-        let by = |role| policy.rule(Class::Read, &Asked { role, ..asked(CellState::Passive) });
+        let by = |role| {
+            let (rule, disposition) =
+                policy.rule(Class::Read, &Asked { role, ..asked(CellState::Passive) });
+            (policy.name_of(rule), disposition)
+        };
         assert_eq!(by("monitor"), ("monitoring", Disposition::Accept));
         assert_eq!(by("app"), (DEFAULT_RULE, Disposition::Refuse));
+    }
+
+    #[test]
+    fn nothing_is_judged_where_everything_is_accepted() {
+        let mut policy = Policy::default();
+        assert!(policy.accepts_all(CellState::Active));
+        assert!(!policy.accepts_all(CellState::Fenced));
+        let mut rule = policy.rules[0].clone();
+        rule.disposition = Disposition::Refuse;
+        rule.classes = [Class::Definition].into();
+        policy.rules.insert(0, rule);
+        assert!(!policy.accepts_all(CellState::Active));
     }
 }

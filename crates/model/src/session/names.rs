@@ -106,6 +106,16 @@ impl<T: Clone + PartialEq> Names<T> {
         }
     }
 
+    /// The name may be gone: nothing is known of it until it is prepared again.
+    pub fn forget(&mut self, name: &[u8]) {
+        self.known.remove(name);
+        for pending in &mut self.pending {
+            if matches!(pending, Pending::Parse { name: named, .. } if **named == *name) {
+                *pending = Pending::Unknown;
+            }
+        }
+    }
+
     /// So many of the oldest were skipped.
     pub fn skipped(&mut self, count: usize) {
         self.pending.drain(..count.min(self.pending.len()));
@@ -184,6 +194,21 @@ mod tests {
         assert_eq!(names.answered(), None);
         assert_eq!(names.find(b"a"), Some(&2));
         assert!(names.answered().is_none() && names.pending.is_empty());
+    }
+
+    #[test]
+    fn a_forgotten_name_is_not_known_until_it_is_prepared_again() {
+        let mut names = Names::default();
+        names.parse(b"a", 1, true);
+        names.answered();
+        names.parse(b"b", 2, true);
+        names.forget(b"a");
+        names.forget(b"b");
+        assert_eq!((names.find(b"a"), names.find(b"b")), (None, None));
+        assert_eq!(names.answered(), None);
+        assert!(names.find(b"b").is_none() && names.is_empty());
+        names.parse(b"b", 3, true);
+        assert_eq!(names.find(b"b"), Some(&3));
     }
 
     #[test]

@@ -327,6 +327,11 @@ impl Protocol {
         self.status
     }
 
+    /// A Parse without a name is on its way.
+    pub fn parses_unnamed(&self) -> bool {
+        self.requests.contains(&Request::ParseUnnamed)
+    }
+
     pub fn unnamed(&self) -> Unnamed {
         self.unnamed
     }

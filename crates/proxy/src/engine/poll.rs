@@ -219,8 +219,10 @@ impl Engine {
             Command::Resume(app) => {
                 for slot in self.matching(&Want::App(app)) {
                     let Some(Some(entry)) = self.slots.get_mut(slot) else { continue };
-                    let Some(sharing) = &mut entry.session.sharing else { continue };
-                    if std::mem::take(&mut sharing.waits_for_names) {
+                    let sharing = entry.session.sharing.as_mut();
+                    let waits_for_names =
+                        sharing.is_some_and(|sharing| std::mem::take(&mut sharing.waits_for_names));
+                    if waits_for_names || entry.session.is_held_by_rule() {
                         entry.session.carry_waits = true;
                         self.drive(slot);
                     }
@@ -326,11 +328,17 @@ impl Engine {
         if !self.lending.is_empty() {
             self.tick_pools();
         }
-        if self.idle_timeout_s == 0 {
-            return;
-        }
         for slot in 0..self.slots.len() {
-            let Some(Some(entry)) = self.slots.get(slot) else { continue };
+            let Some(Some(entry)) = self.slots.get_mut(slot) else { continue };
+            if entry.session.is_held_by_rule() {
+                // Its time may be over.
+                entry.session.carry_waits = true;
+                self.drive(slot);
+                continue;
+            }
+            if self.idle_timeout_s == 0 {
+                continue;
+            }
             let session = &entry.session;
             if session.protocol.is_idle()
                 && now.saturating_sub(session.active_at) > self.idle_timeout_s
@@ -564,10 +572,13 @@ fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> 
     written(session, passed);
     let mut waits = session.wanted;
     let mut closed = closed;
-    if let Some(sharing) = &mut session.sharing {
+    if session.sharing.is_some() || session.confined.is_some() {
         // A whole message that has not passed waits for something.
         let message = wire::frame::whole(wire::frame::Side::Frontend, &session.client.carry);
-        waits |= sharing.needs || matches!(message, Ok(Some(_)));
+        waits |= matches!(message, Ok(Some(_))) && !session.is_held_by_rule();
+    }
+    if let Some(sharing) = &mut session.sharing {
+        waits |= sharing.needs;
         sharing.has_closed |= closed;
         closed = sharing.has_closed;
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Order, Pauses, Reason, Report};
+use model::cell::{CellState, Epoch};
 use model::session::Facts;
 use model::session::capture::Captured;
 use model::switchover::OnTimeout;
@@ -121,11 +122,11 @@ impl Mover {
             Order::Hold { app, deadline_ms, on_timeout } => {
                 self.hold(&app, Duration::from_millis(deadline_ms), on_timeout).await
             }
-            Order::Backends { app } => Ok(self.backends(&app)),
+            Order::Backends { app } => self.backends(&app).await,
             Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
             Order::HearOut { app } => self.hear_out(&app),
             Order::Attach { app, to } => self.attach(&app, &to).await,
-            Order::Release { app, to } => self.release(&app, &to).await,
+            Order::Release { app, to, state, epoch } => self.release(&app, &to, state, epoch).await,
             Order::GiveUp { app } => self.give_up(&app).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
             Order::Move { app, session, to, deadline_ms } => {
@@ -249,17 +250,15 @@ impl Mover {
         Ok(report)
     }
 
-    fn backends(&self, app: &str) -> Report {
-        let held =
-            self.holdings.get(app).map(|holding| holding.sessions.as_slice()).unwrap_or_default();
-        Report {
-            backends: held
-                .iter()
-                .filter(|held| !held.session.is_detached())
-                .map(|held| held.session.backend_pid)
-                .collect(),
-            ..Report::default()
-        }
+    async fn backends(&mut self, app: &str) -> Result<Report, String> {
+        let mut report = Report::default();
+        let Some(holding) = self.holdings.get_mut(app) else { return Ok(report) };
+        // Those that are still being read are held as well.
+        let lost = holding.settle().await?;
+        let attached = holding.sessions.iter().filter(|held| !held.session.is_detached());
+        report.backends = attached.map(|held| held.session.backend_pid).collect();
+        self.end_lost(lost, &mut report);
+        Ok(report)
     }
 
     async fn busy(&self, app: &App) -> Vec<Blocker> {
@@ -479,7 +478,13 @@ impl Mover {
     }
 
     /// Opens the gate to `to` and gives every held session back to an engine.
-    async fn release(&mut self, app: &str, to: &str) -> Result<Report, String> {
+    async fn release(
+        &mut self,
+        app: &str,
+        to: &str,
+        state: CellState,
+        epoch: Epoch,
+    ) -> Result<Report, String> {
         let app = self.app(app)?;
         let cell = Mover::cell(&app, to)?;
         app.forget();
@@ -490,7 +495,11 @@ impl Mover {
         let lost = holding.settle().await?;
         let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
         self.end_lost(lost, &mut report);
+        app.confine(&cell, state, epoch, &holding.databases).await;
         app.open(cell.clone());
+        for engine in &self.shared.engines {
+            engine.send(Command::Resume(app.clone()));
+        }
         // On a new server these would be lost ones.
         self.take_in(&mut holding).await;
         for held in std::mem::take(&mut holding.sessions) {

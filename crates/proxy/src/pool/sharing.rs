@@ -15,7 +15,7 @@ use crate::relay::Edit;
 use crate::session::Session;
 
 /// A statement up to this length is waited for, to be looked at.
-const TEXT_LEN_MAX: usize = 100 * 1024;
+pub(crate) const TEXT_LEN_MAX: usize = 100 * 1024;
 /// Names of portals and statements together may have this length.
 pub(crate) const HEAD_LEN_MAX: usize = 64 * 1024;
 
@@ -44,7 +44,7 @@ pub(crate) enum Turn {
 }
 
 /// Letters that are others in the client's encoding than in ours, or parts of them that look like a quote or an escape.
-fn has_odd_letters(params: &crate::app::Params, sql: &[u8]) -> bool {
+pub(crate) fn has_odd_letters(params: &crate::app::Params, sql: &[u8]) -> bool {
     let is_plain = |name: &String| matches!(name.as_str(), "UTF8" | "SQL_ASCII");
     !sql.is_ascii() && !params.get("client_encoding").is_some_and(is_plain)
 }
@@ -58,7 +58,8 @@ fn wait_for_names(body: &[u8]) -> Turn {
     if body.len() < HEAD_LEN_MAX { Turn::Wait } else { Turn::Refuse }
 }
 
-fn cut(name: &[u8]) -> &[u8] {
+/// As the server takes it for its table of names.
+pub(crate) fn cut(name: &[u8]) -> &[u8] {
     name.get(..NAME_LEN_MAX).unwrap_or(name)
 }
 
@@ -160,10 +161,7 @@ impl Session {
             self.close_foreign(at);
             return Turn::Pass;
         }
-        sharing.here.drops_unnamed = true;
-        if sharing.here.unnamed == UnnamedHere::Missing {
-            sharing.here.unnamed = UnnamedHere::Own;
-        }
+        sharing.on_query_sent();
         let sql = body.strip_suffix(&[0]).unwrap_or(body);
         let is_odd = has_odd_letters(&self.params, sql);
         match deallocation(sql) {
@@ -598,6 +596,14 @@ impl Sharing {
         self.last_named = Some(statement.clone());
         self.last_name.clear();
         self.last_name.extend_from_slice(name);
+    }
+
+    /// A simple query drops the unnamed statement.
+    pub(crate) fn on_query_sent(&mut self) {
+        self.here.drops_unnamed = true;
+        if self.here.unnamed == UnnamedHere::Missing {
+            self.here.unnamed = UnnamedHere::Own;
+        }
     }
 
     fn on_unnamed_sent(&mut self) {

@@ -52,7 +52,7 @@ impl Statement {
         Statement { id, name, body: body.into(), footprint: Mutex::default() }
     }
 
-    pub(super) fn sql(&self) -> &[u8] {
+    pub(crate) fn sql(&self) -> &[u8] {
         let end = self.body.iter().position(|byte| *byte == 0);
         self.body.get(..end.unwrap_or(self.body.len())).unwrap_or_default()
     }

@@ -1,0 +1,224 @@
+//! The states of cells, as clients meet them: fenced and given a new grant, with every connection kept.
+
+use pg::Connection;
+use wire::backend::{Backend, TxStatus};
+use wire::frontend;
+use wire::sqlstate::SqlState;
+
+use crate::support::{Installation, connect, console, extended, run, shown, value};
+
+const SET_UP: &str = "CREATE TABLE t (n int); INSERT INTO t VALUES (1); CREATE SEQUENCE s; \
+    CREATE FUNCTION writes() RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (7) RETURNING n'; \
+    CREATE FUNCTION reads() RETURNS int STABLE LANGUAGE sql AS 'SELECT 1'; \
+    CREATE VIEW v AS SELECT writes() AS n";
+
+/// What a fenced cell refuses, each a request of its own.
+const REFUSED: [&str; 22] = [
+    "INSERT INTO t VALUES (2)",
+    "WITH w AS (DELETE FROM t RETURNING n) SELECT * FROM w",
+    "SELECT 1; UPDATE t SET n = 3",
+    "SELECT n FROM t FOR UPDATE",
+    "SELECT n INTO u FROM t",
+    "SELECT nextval('s')",
+    "SELECT writes()",
+    "SELECT * FROM v",
+    "EXPLAIN ANALYZE DELETE FROM t",
+    "COPY t FROM STDIN",
+    "COPY t TO PROGRAM 'cat'",
+    "DO 'BEGIN END'",
+    "CREATE TABLE u (n int)",
+    "TRUNCATE t",
+    "NOTIFY c",
+    "VACUUM t",
+    "BEGIN READ WRITE",
+    "SET default_transaction_read_only = off",
+    "SELECT set_config('transaction_read_only', 'off', false)",
+    "PREPARE TRANSACTION 'x'",
+    "SELECT pg_advisory_lock(1)",
+    "SELECT this is no SQL",
+];
+
+async fn refused(session: &mut Connection, sql: &str) -> String {
+    let error = session.query(sql).await.map(|_| ()).expect_err(sql);
+    assert_eq!(error.sqlstate(), Some(SqlState::READ_ONLY_SQL_TRANSACTION), "{sql}: {error}");
+    error.to_string()
+}
+
+fn holdfast(installation: &Installation, args: &[&str]) -> String {
+    let output = installation.holdfast(args);
+    assert!(output.status.success(), "{args:?}: {}", shown(&output));
+    shown(&output)
+}
+
+fn not_done(installation: &Installation, args: &[&str]) -> String {
+    let output = installation.holdfast(args);
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {}", shown(&output));
+    shown(&output)
+}
+
+fn parse(name: &[u8], sql: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    frontend::parse(&mut out, name, sql.as_bytes(), &[]);
+    out
+}
+
+/// Bind and Execute of a prepared statement.
+fn execute(name: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    frontend::bind_text(&mut out, b"", name, &[]);
+    frontend::execute(&mut out, b"", 0);
+    out
+}
+
+fn sync(mut messages: Vec<u8>) -> Vec<u8> {
+    frontend::sync(&mut messages);
+    messages
+}
+
+/// The messages of a batch up to its ReadyForQuery: tags, SQLSTATEs of errors, and where the transaction stands.
+async fn batch(session: &mut Connection, messages: Vec<u8>) -> String {
+    session.send(&sync(messages)).await.unwrap();
+    let mut found = String::new();
+    loop {
+        let message = session.receive().await.unwrap();
+        match message.view().unwrap() {
+            Backend::Error(fields) => {
+                found.push_str(&format!("[{}]", fields.sqlstate().unwrap()));
+            }
+            Backend::Ready(status) => {
+                found.push(match status {
+                    TxStatus::Idle => 'I',
+                    TxStatus::InTransaction => 'T',
+                    TxStatus::Failed => 'E',
+                });
+                return found;
+            }
+            Backend::ParameterStatus { .. } => (),
+            _ => found.push(char::from(message.tag)),
+        }
+    }
+}
+
+/// One session through all states: it is never disconnected, and what it had prepared is judged by what it does now.
+async fn a_cell_goes_through_its_states(installation: Installation) {
+    let mut one = installation.connect().await;
+    let mut other = installation.connect().await;
+    run(&mut one, SET_UP).await;
+    let mut prepared = parse(b"w", "INSERT INTO t VALUES (9)");
+    prepared.extend(parse(b"r", "SELECT n FROM t"));
+    prepared.extend(parse(b"f", "SELECT reads()"));
+    extended(&mut one, &sync(prepared)).await;
+    extended(&mut other, &sync(parse(b"", "DELETE FROM t"))).await;
+    run(&mut one, "SET application_name = 'kept'; SET default_transaction_read_only = off").await;
+
+    let text = holdfast(&installation, &["fence", "shop", "a", "--deadline", "10s"]);
+    assert!(text.contains("execution 1: fence of shop, cell a: completed"), "{text}");
+    assert!(text.contains("logins only from 127.0.0.1"), "{text}");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("nothing takes writes: holdfast unfence shop a"), "{status}");
+    for args in [
+        &["fence", "shop", "a"][..],
+        &["unfence", "shop", "b"],
+        &["switchover", "shop", "--to", "b"],
+    ] {
+        not_done(&installation, args);
+    }
+    for sql in REFUSED {
+        refused(&mut one, sql).await;
+        assert_eq!(one.status, TxStatus::Idle, "{sql}");
+    }
+    let text = refused(&mut one, "DELETE FROM t").await;
+    assert_eq!(text, "cannot execute DELETE in cell `a`, which is fenced (25006)");
+    assert_eq!(value(&mut one, "SELECT count(*) FROM t WHERE n = 1").await, "1");
+    assert_eq!(value(&mut one, "SHOW application_name").await, "kept");
+    assert_eq!(batch(&mut one, execute(b"r")).await, "2DCI");
+    assert_eq!(batch(&mut one, execute(b"f")).await, "2DCI");
+    assert_eq!(batch(&mut one, execute(b"w")).await, "2[25006]I");
+    // What follows in the batch is skipped, and the next batch is not.
+    let mut two = execute(b"w");
+    two.extend(execute(b"r"));
+    two = sync(two);
+    two.extend(execute(b"r"));
+    assert_eq!(batch(&mut one, two).await, "2[25006]I");
+    let mut rest = String::new();
+    while !rest.ends_with('Z') {
+        rest.push(char::from(one.receive().await.unwrap().tag));
+    }
+    assert_eq!(rest, "2DCZ");
+    assert_eq!(batch(&mut other, execute(b"")).await, "2[25006]I");
+    assert_eq!(batch(&mut other, parse(b"", "SELECT 1")).await, "1I");
+    assert_eq!(batch(&mut other, execute(b"")).await, "2DCI");
+    // A name that is taken stands for what it stood for.
+    assert_eq!(batch(&mut one, parse(b"w", "SELECT 1")).await, "[42P05]I");
+    assert_eq!(batch(&mut one, execute(b"w")).await, "2[25006]I");
+    // The server itself fails the transaction.
+    run(&mut one, "BEGIN; SELECT 1").await;
+    refused(&mut one, "INSERT INTO t VALUES (2)").await;
+    assert_eq!(one.status, TxStatus::Failed);
+    let answer = one.query("SELECT 1").await.unwrap_err();
+    assert_eq!(answer.sqlstate().unwrap().to_string(), "25P02");
+    run(&mut one, "ROLLBACK").await;
+    assert_eq!(one.status, TxStatus::Idle);
+    // Statements prepared by SQL are known from then on.
+    let mut fresh = installation.connect().await;
+    run(&mut fresh, "PREPARE mine AS SELECT n FROM t WHERE n = 1; EXECUTE mine").await;
+    run(&mut fresh, "PREPARE theirs AS DELETE FROM t").await;
+    refused(&mut fresh, "EXECUTE theirs").await;
+    refused(&mut fresh, "EXECUTE nobodys").await;
+    let mut call = Vec::new();
+    call.extend_from_slice(b"F\0\0\0\x0e\0\0\x06\x27\0\0\0\0\0\0");
+    fresh.send(&call).await.unwrap();
+    assert!(fresh.answers().await.is_err());
+    let long = format!("SELECT 1 /* {} */", "x".repeat(300_000));
+    refused(&mut fresh, &long).await;
+    assert_eq!(value(&mut fresh, "SELECT 2").await, "2");
+    // Whoever comes past the proxy meets a server that is read-only.
+    let error = installation.direct("a").await.query("INSERT INTO t VALUES (2)").await.unwrap_err();
+    assert_eq!(error.sqlstate(), Some(SqlState::READ_ONLY_SQL_TRANSACTION));
+    let cells = console(&installation).await.query("SHOW CELLS").await.unwrap().remove(0).rows;
+    assert_eq!(cells[0][4].as_deref(), Some("fenced"));
+    let rules = console(&installation).await.query("SHOW RULES").await.unwrap().remove(0).rows;
+    let default = rules.iter().find(|rule| rule[1].as_deref() == Some("default")).unwrap();
+    let refusals: usize = default[8].as_deref().unwrap().parse().unwrap();
+    assert!(refusals > REFUSED.len(), "{rules:?}");
+
+    let text = holdfast(&installation, &["unfence", "shop", "a"]);
+    assert!(text.contains("epoch 2 is `a`'s"), "{text}");
+    run(&mut one, "INSERT INTO t VALUES (2)").await;
+    assert_eq!(batch(&mut one, execute(b"w")).await, "2CI");
+    assert_eq!(value(&mut other, "SELECT writes()").await, "7");
+    assert_eq!(value(&mut one, "SELECT count(*) FROM t").await, "4");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("active cell a, epoch 2") && !status.contains('!'), "{status}");
+
+    let text = holdfast(&installation, &["fence", "shop", "a", "--all"]);
+    assert!(text.contains("logins closed"), "{text}");
+    for session in [&mut one, &mut other] {
+        let error = session.query("SELECT 1").await.unwrap_err();
+        assert_eq!(error.sqlstate(), Some(SqlState::CANNOT_CONNECT_NOW), "{error}");
+        assert_eq!(session.status, TxStatus::Idle);
+        let mut messages = parse(b"", "SELECT 1");
+        messages.extend(execute(b""));
+        let answer = batch(session, messages).await;
+        assert!(answer.ends_with("[57P03]I"), "{answer}");
+    }
+    let error = connect(installation.facts.port, "postgres", None).await.unwrap_err();
+    assert!(error.to_string().contains("is passive"), "{error}");
+    holdfast(&installation, &["unfence", "shop", "a"]);
+    run(&mut one, "INSERT INTO t VALUES (3)").await;
+    assert_eq!(value(&mut other, "SELECT count(*) FROM t").await, "5");
+    assert_eq!(value(&mut one, "SHOW application_name").await, "kept");
+    installation.switch_to("b");
+    run(&mut one, "INSERT INTO t VALUES (4)").await;
+}
+
+#[tokio::test]
+async fn a_fenced_cell_reads_and_takes_writes_again_by_a_new_grant() {
+    a_cell_goes_through_its_states(Installation::start("fenced")).await;
+}
+
+/// Sessions that share servers.
+#[tokio::test]
+async fn shared_servers_are_fenced_for_each_session() {
+    a_cell_goes_through_its_states(Installation::start_pooled("fenced-pool", 2)).await;
+}
