@@ -4,7 +4,7 @@
 use pg::Connection;
 use wire::frontend::{self, Target};
 
-use crate::support::{Installation, extended, run, value};
+use crate::support::{Installation, console, extended, run, value};
 
 /// Names that look like the servers' own, and messages that do not end: whoever sends them harms nobody else.
 #[tokio::test]
@@ -241,4 +241,73 @@ async fn long_statements_see_nothing_of_others() {
         frontend::sync(&mut out);
         assert_eq!(extended(&mut one, &out).await, [Some("0".to_owned())], "{len}");
     }
+}
+
+/// What is skipped behind an error has not been done: neither a statement that was let go of nor one that was made for a
+/// DEALLOCATE. And whoever leaves leaves no session behind.
+#[tokio::test]
+async fn what_is_skipped_holds_no_server() {
+    let installation = Installation::start_pooled("pool-skipped", 2);
+    let mut secret = installation.connect().await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"s", b"SELECT 'a secret of another'", &[]);
+    frontend::sync(&mut out);
+    extended(&mut secret, &out).await;
+    let fails = |out: &mut Vec<u8>| {
+        frontend::parse(out, b"", b"SELECT 1/0", &[]);
+        frontend::bind_text(out, b"", b"", &[]);
+        frontend::execute(out, b"", 0);
+    };
+    // Statements of others that were to be let go of are let go of later.
+    let mut one = installation.connect().await;
+    let look =
+        b"SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%another'".as_slice();
+    for _ in 0..2 {
+        let mut out = Vec::new();
+        fails(&mut out);
+        frontend::parse(&mut out, b"", look, &[]);
+        frontend::bind_text(&mut out, b"", b"", &[]);
+        frontend::execute(&mut out, b"", 0);
+        frontend::sync(&mut out);
+        one.send(&out).await.unwrap();
+        assert!(one.answers().await.is_err());
+        assert_eq!(value(&mut one, std::str::from_utf8(look).unwrap()).await, "0");
+    }
+    drop(one);
+    // A DEALLOCATE behind an error, on a server that lacks the statement.
+    let mut holder = installation.connect().await;
+    let mut one = installation.connect().await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"a", b"SELECT 56", &[]);
+    frontend::sync(&mut out);
+    extended(&mut one, &out).await;
+    run(&mut holder, "BEGIN").await;
+    let mut out = Vec::new();
+    fails(&mut out);
+    frontend::query(&mut out, b"DEALLOCATE a");
+    frontend::sync(&mut out);
+    one.send(&out).await.unwrap();
+    assert!(one.answers().await.is_err());
+    run(&mut holder, "COMMIT").await;
+    drop(one);
+    // A client that leaves without having read that its session keeps a server.
+    let mut one = installation.connect().await;
+    let mut out = Vec::new();
+    frontend::parse(&mut out, b"z", b"SELECT '5'", &[]);
+    frontend::sync(&mut out);
+    extended(&mut one, &out).await;
+    let mut out = Vec::new();
+    frontend::query(&mut out, b"SET TimeZone = 'Asia/Tokyo'");
+    frontend::terminate(&mut out);
+    one.send(&out).await.unwrap();
+    drop(one);
+    drop(secret);
+    drop(holder);
+    let mut admin = console(&installation).await;
+    while admin.query("SHOW SESSIONS").await.unwrap().iter().any(|answer| !answer.rows.is_empty()) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let (mut one, mut other) = (installation.connect().await, installation.connect().await);
+    run(&mut one, "BEGIN").await;
+    run(&mut other, "BEGIN").await;
 }

@@ -15,24 +15,31 @@ pub struct Leaves {
     pub values: bool,
     /// Anything.
     pub something: bool,
+    /// It may define something anew, which its command tag does not say. What others may leave hangs on it.
+    pub defines: bool,
 }
 
 impl Leaves {
-    pub const NOTHING: Leaves = Leaves { settings: false, values: false, something: false };
+    pub const NOTHING: Leaves =
+        Leaves { settings: false, values: false, something: false, defines: false };
     pub const SETTINGS: Leaves = Leaves { settings: true, ..Leaves::NOTHING };
     pub const VALUES: Leaves = Leaves { values: true, ..Leaves::NOTHING };
     pub const SOMETHING: Leaves = Leaves { something: true, ..Leaves::NOTHING };
+    /// Nothing is known of it.
+    pub const ANYTHING: Leaves = Leaves { defines: true, ..Leaves::SOMETHING };
 
     pub fn and(self, other: Leaves) -> Leaves {
         Leaves {
             settings: self.settings || other.settings,
             values: self.values || other.values,
             something: self.something || other.something,
+            defines: self.defines || other.defines,
         }
     }
 
+    /// Nothing is left in its session.
     pub fn is_nothing(self) -> bool {
-        self == Leaves::NOTHING
+        !(self.settings || self.values || self.something)
     }
 }
 
@@ -59,16 +66,17 @@ impl Footprint {
         self.leaves.is_nothing() && self.sets.is_empty() && !self.sets_any
     }
 
-    fn set(&mut self, name: Option<&str>) {
+    /// `folds`: see [`Landscape::folds`].
+    fn set(&mut self, name: Option<&str>, folds: bool) {
         self.sets_any = true;
         // The role, and the user, decide what `$user` in it is.
         let of_path = |name| {
             matches!(name, "search_path" | "role" | "authorization" | "session_authorization")
         };
         self.sets_path |= name.is_none_or(of_path);
-        self.restyles |= name.is_none_or(is_sensitive);
-        // Functions stay as they were compiled under it.
-        self.leaves.something |= name.is_some_and(decides_compiling);
+        self.restyles |= folds || name.is_none_or(is_sensitive);
+        // Functions stay as they were compiled under it, and the seed of random numbers cannot be read.
+        self.leaves.something |= name.is_some_and(|name| decides_compiling(name) || name == "seed");
     }
 }
 
@@ -87,7 +95,7 @@ impl Assigned {
 }
 
 /// Settings whose values SHOW gives as they are, and that change nothing but themselves.
-const PLAIN: [&str; 27] = [
+const PLAIN: [&str; 26] = [
     "DateStyle",
     "IntervalStyle",
     "TimeZone",
@@ -114,7 +122,6 @@ const PLAIN: [&str; 27] = [
     "synchronous_commit",
     "tcp_user_timeout",
     "work_mem",
-    "xmloption",
 ];
 
 /// Settings that no plan depends on, or that the server itself makes plans anew for.
@@ -202,7 +209,7 @@ impl Landscape {
         let mut tokens = Tokens::new(sql).peekable();
         while let Some(token) = tokens.next() {
             let leaves = match token.kind {
-                Kind::Unclear => return Footprint::of(Leaves::SOMETHING),
+                Kind::Unclear => return Footprint::of(Leaves::ANYTHING),
                 Kind::Semicolon => {
                     (before, verb) = (Before::default(), Verb::None);
                     continue;
@@ -210,7 +217,7 @@ impl Landscape {
                 Kind::Word | Kind::Quoted => {
                     let mut place = [0; NAME_LEN_MAX];
                     let Some(name) = folded(&token, &mut place) else {
-                        return Footprint::of(Leaves::SOMETHING);
+                        return Footprint::of(Leaves::ANYTHING);
                     };
                     let mut meaning = self.meaning(name);
                     let is_word = token.kind == Kind::Word;
@@ -218,13 +225,13 @@ impl Landscape {
                         Verb::None => {
                             let read = if is_word { Verb::read(name) } else { None };
                             let Some(read) = read else {
-                                return Footprint::of(Leaves::SOMETHING);
+                                return Footprint::of(Leaves::ANYTHING);
                             };
                             verb = read;
                             if verb == Verb::Set {
                                 match target(tokens.clone()) {
                                     Target::Transaction => (),
-                                    Target::Setting(name) => found.set(name.as_deref()),
+                                    Target::Setting(name) => found.set(name.as_deref(), self.folds),
                                 }
                             }
                             if verb == Verb::Set
@@ -257,7 +264,7 @@ impl Landscape {
                         Verb::Explain
                             if is_word && matches!(name, b"execute" | b"create" | b"declare") =>
                         {
-                            return Footprint::of(Leaves::SOMETHING);
+                            return Footprint::of(Leaves::ANYTHING);
                         }
                         // It makes a table, a temporary one where the search path says so.
                         Verb::Explain | Verb::Other
@@ -272,21 +279,24 @@ impl Landscape {
                         && let Some(assigned) = configuration(tokens.clone())
                     {
                         meaning.leaves = Leaves::NOTHING;
-                        found.set(Some(&assigned.name));
+                        found.set(Some(&assigned.name), self.folds);
                         if assigned.is_custom() || !assigned.is_local {
                             found.sets.push(assigned);
                         }
                     }
+                    if name == b"set_config" && sets_seed(tokens.clone()) {
+                        meaning.leaves = Leaves::SOMETHING;
+                    }
                     let calls = tokens.peek().is_some_and(|next| next.is_other(b'('));
                     let unknown = calls && !meaning.is_known && !before.names_something;
                     before = Before::word(name, is_word, meaning, &before);
-                    let unknown = if unknown { Leaves::SOMETHING } else { Leaves::NOTHING };
+                    let unknown = if unknown { Leaves::ANYTHING } else { Leaves::NOTHING };
                     leaves.and(meaning.leaves).and(unknown)
                 }
                 _ => {
                     // A statement may begin with a parenthesis, and nothing else but a word.
                     if verb == Verb::None && !token.is_other(b'(') {
-                        return Footprint::of(Leaves::SOMETHING);
+                        return Footprint::of(Leaves::ANYTHING);
                     }
                     before = Before { names_something: token.is_other(b')'), ..before };
                     before.word = Word::Other;
@@ -296,7 +306,7 @@ impl Landscape {
             found.leaves = found.leaves.and(leaves);
         }
         if found.leaves.settings || found.leaves.something {
-            found.set(None);
+            found.set(None, self.folds);
         }
         // Functions that are called under another search path stay as they were compiled there.
         found.leaves.something |= self.depends_on_path && found.sets_path;
@@ -309,12 +319,12 @@ impl Landscape {
         let mut before = Before { word: Word::Start, ..Before::default() };
         for token in Tokens::new(body) {
             match token.kind {
-                Kind::Unclear => return Leaves::SOMETHING,
+                Kind::Unclear => return Leaves::ANYTHING,
                 Kind::Semicolon => before = Before { word: Word::Start, ..Before::default() },
                 Kind::Word | Kind::Quoted => {
                     let mut place = [0; NAME_LEN_MAX];
                     let Some(name) = folded(&token, &mut place) else {
-                        return Leaves::SOMETHING;
+                        return Leaves::ANYTHING;
                     };
                     let (meaning, is_word) = (self.meaning(name), token.kind == Kind::Word);
                     let leaves = match name {
@@ -322,9 +332,16 @@ impl Landscape {
                         b"pg_settings" => Leaves::SETTINGS,
                         _ if !is_word => word_leaves(name, &before),
                         // Its code is in a literal.
-                        b"do" if before.word == Word::Start => Leaves::SOMETHING,
-                        b"execute" | b"discard" | b"listen" | b"unlisten" | b"deallocate"
-                        | b"load" | b"create" => Leaves::SOMETHING,
+                        b"do" | b"alter" | b"drop" | b"comment" | b"grant" | b"revoke"
+                        | b"import" | b"reassign" | b"security"
+                            if before.word == Word::Start =>
+                        {
+                            Leaves::ANYTHING
+                        }
+                        b"execute" | b"create" => Leaves::ANYTHING,
+                        b"discard" | b"listen" | b"unlisten" | b"deallocate" | b"load" => {
+                            Leaves::SOMETHING
+                        }
                         b"prepare" if before.word == Word::Start => Leaves::SOMETHING,
                         b"set" | b"reset" if before.word == Word::Start => Leaves::SETTINGS,
                         _ => word_leaves(name, &before),
@@ -436,6 +453,12 @@ fn configuration<'a>(mut tokens: impl Iterator<Item = Token<'a>>) -> Option<Assi
     Some(Assigned { name, is_local })
 }
 
+/// A call of `set_config` sets the seed of random numbers, if only for its transaction: they go on from there.
+fn sets_seed<'a>(mut tokens: impl Iterator<Item = Token<'a>>) -> bool {
+    let name = tokens.nth(1).and_then(|token| crate::sql::literal_of(&token));
+    name.is_some_and(|name| name.eq_ignore_ascii_case("seed"))
+}
+
 fn is_plain_byte(byte: u8) -> bool {
     byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'_' | b'.')
 }
@@ -536,9 +559,11 @@ fn word_leaves(name: &[u8], before: &Before) -> Leaves {
         // An update of it sets.
         b"pg_settings" if before.updates => Leaves::SETTINGS,
         // Its rows are those of the server connection.
-        b"pg_prepared_statements" | b"pg_prepared_statement" | b"pg_my_temp_schema" => {
-            Leaves::SOMETHING
-        }
+        b"pg_prepared_statements"
+        | b"pg_prepared_statement"
+        | b"pg_my_temp_schema"
+        | b"pg_backend_memory_contexts"
+        | b"pg_get_backend_memory_contexts" => Leaves::SOMETHING,
         // They run SQL of their own, or read what is named in a literal.
         _ if RUNS_SQL.iter().any(|prefix| name.starts_with(prefix)) => Leaves::SOMETHING,
         _ if name.starts_with(b"pg_temp") || name.starts_with(b"pg_toast_temp") => {

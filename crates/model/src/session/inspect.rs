@@ -322,6 +322,9 @@ impl Hints {
         match sql::literal_of(name).filter(|_| is_whole) {
             // PostgreSQL compares names of settings without the case of ASCII letters (`guc_name_compare`).
             Some(name) if name.contains('.') => self.learn(name.to_ascii_lowercase(), place),
+            Some(name) if name.eq_ignore_ascii_case("seed") => {
+                self.pin(Pin::Seed { statement: place.shown() });
+            }
             Some(name) => self.paths |= name.eq_ignore_ascii_case("search_path"),
             None => self.pin_custom(place),
         }

@@ -37,6 +37,8 @@ pub struct Landscape {
     /// There are functions whose compiled form depends on the search path: types of their variables are looked up
     /// once in a session.
     pub depends_on_path: bool,
+    /// There are functions that are called immutable and read settings or the user: plans hold what they gave.
+    pub folds: bool,
 }
 
 /// What Holdfast's own connection is asked, under `search_path = pg_catalog`. A row is a kind, a name and a text:
@@ -46,6 +48,7 @@ pub struct Landscape {
 /// - `function`, `relation`: what may be risky, with a text of it.
 /// - `path`, `repath`: a function whose compiled form depends on the search path, as types of one name are in several
 ///   schemas; and one that has a search path of its own then.
+/// - `folds`: an immutable function that reads settings or the user.
 /// - `everywhere`: what is used without being named, such as an operator or a cast, with its function's name.
 pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::text AS name, lanname::text AS language, \
      provolatile, proconfig, CASE WHEN prosqlbody IS NULL THEN prosrc ELSE pg_get_function_sqlbody(p.oid) END AS body, \
@@ -56,7 +59,8 @@ pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::tex
      WHERE oid < 16384 AND prokind <> 'a' UNION ALL \
      SELECT DISTINCT 'known', proname::text, NULL FROM pg_proc WHERE oid < 16384 AND prokind = 'a' UNION ALL \
      SELECT CASE WHEN language IN ('sql','plpgsql') THEN 'function' \
-     WHEN language = 'internal' OR language = 'c' AND (provolatile <> 'v' OR extension IN ('uuid-ossp','pgcrypto',\
+     WHEN language = 'internal' AND EXISTS (SELECT FROM pg_proc b WHERE b.oid < 16384 AND b.prosrc = body \
+     AND b.provolatile <> 'v') OR language = 'c' AND (provolatile <> 'v' OR extension IN ('uuid-ossp','pgcrypto',\
      'hstore','citext','ltree','intarray','cube','earthdistance','fuzzystrmatch','unaccent','btree_gin',\
      'btree_gist','postgis','vector','pg_stat_statements','postgres_fdw','file_fdw','lo','seg')) THEN 'known' \
      ELSE 'opaque' END, name, CASE WHEN language IN ('sql','plpgsql') THEN body END FROM own UNION ALL \
@@ -74,9 +78,12 @@ pub const QUESTION: &str = "WITH own AS MATERIALIZED (SELECT p.oid, proname::tex
      SELECT 'everywhere', p.proname::text, quote_ident(p.proname) FROM pg_amproc a \
      JOIN pg_proc p ON p.oid = a.amproc WHERE a.oid >= 16384 AND p.oid >= 16384 UNION ALL \
      SELECT CASE WHEN EXISTS (SELECT FROM unnest(proconfig) c WHERE c LIKE 'search_path=%') THEN 'repath' ELSE 'path' END, \
-     name, NULL FROM own WHERE language IN ('sql','plpgsql') AND EXISTS (SELECT FROM pg_type WHERE oid >= 16384 \
-     AND typnamespace IN (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast|temp)') AND typelem = 0 \
-     GROUP BY typname HAVING count(*) > 1) UNION ALL \
+     name, NULL FROM own WHERE language IN ('sql','plpgsql') AND EXISTS (SELECT FROM pg_type t WHERE t.oid >= 16384 AND t.typelem = 0 \
+     AND t.typnamespace IN (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast|temp)') \
+     AND EXISTS (SELECT FROM pg_type o WHERE o.typname = t.typname AND o.oid <> t.oid AND o.typelem = 0 \
+     AND o.typnamespace IN (SELECT oid FROM pg_namespace WHERE nspname !~ '^pg_(toast|temp)'))) UNION ALL \
+     SELECT 'folds', name, NULL FROM own WHERE provolatile = 'i' AND language IN ('sql','plpgsql') \
+     AND body ~* $$\\m(current_setting|current_user|current_role|session_user|user|current_schemas?|set_config)\\M$$ UNION ALL \
      SELECT 'relation', relname::text, NULL FROM pg_class WHERE relkind IN ('r','v','m','p','f') UNION ALL \
      SELECT 'relation', c.relname::text, pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d \
      JOIN pg_class c ON c.oid = d.adrelid WHERE c.relpersistence <> 't' UNION ALL \
@@ -197,7 +204,7 @@ const HARMLESS: [&str; 45] = [
 ];
 
 /// Functions whose name begins like a harmless one.
-const NOT_HARMLESS: [&str; 2] = ["pg_stat_reset", "lo_import"];
+const NOT_HARMLESS: [&str; 3] = ["pg_stat_reset", "lo_import", "pg_get_backend_memory"];
 
 /// Keywords that may stand before a parenthesis, and those behind which an expression begins.
 const BEFORE_PARENTHESIS: &str = "all and any array as asc by case cast char character coalesce conflict cross cube \
@@ -235,7 +242,7 @@ impl Landscape {
                     landscape.add(name, leaves);
                 }
                 "volatile" | "known" => landscape.add(name, Leaves::NOTHING),
-                "opaque" => landscape.add(name, Leaves::SOMETHING),
+                "opaque" => landscape.add(name, Leaves::ANYTHING),
                 "function" | "relation" => {
                     landscape.add(name, Leaves::NOTHING);
                     if !of_object.is_empty() {
@@ -244,6 +251,7 @@ impl Landscape {
                 }
                 "everywhere" => everywhere.push((name, of_object)),
                 "path" => landscape.depends_on_path = true,
+                "folds" => landscape.folds = true,
                 // What it calls is compiled under its search path.
                 "repath" => landscape.add(name, Leaves::SOMETHING),
                 _ => return Err(Unreadable("known kind of name")),

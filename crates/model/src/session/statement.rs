@@ -29,8 +29,10 @@ pub(super) fn repeatable(name: &str, prepared: &mut Prepared) -> Result<(), &'st
 /// Whether a statement holds a literal that is read once, when it is prepared (manual, "Special Values" of dates),
 /// also next to a time. Every kind of literal is looked at.
 pub fn holds_its_time(sql: &[u8]) -> bool {
-    let of_now = |word: &str| ["now", "today", "tomorrow", "yesterday"].contains(&word);
-    let of_time = |word: &str| word.len() <= 4 || word.contains(|c: char| c.is_ascii_digit());
+    const NOW: [&str; 5] = ["now", "today", "tomorrow", "yesterday", "allballs"];
+    // `Wed tomorrow 08:00 pm America/New_York` has as many as there can be; a list or a range has more of them.
+    const PARTS_MAX: usize = 5;
+    let is_list = |text: &str| text.trim_start().starts_with(['{', '[', '(']);
     let mut before = sql::Kind::Other;
     sql::Tokens::new(sql).any(|token| {
         let continues = std::mem::replace(&mut before, token.kind) == sql::Kind::Text;
@@ -42,11 +44,13 @@ pub fn holds_its_time(sql: &[u8]) -> bool {
             Some((tag, body)) => body.get(..body.len().saturating_sub(tag.len() + 2)),
             None => text.split_once('\'').map(|(_, rest)| rest.trim_end_matches('\'')),
         };
-        let inner = inner.unwrap_or_default();
+        // Code that asks for the time does so when it runs.
+        let inner = &inner.unwrap_or_default().replace("now(", "(");
         // A word that is put together from parts or from codes is not read here.
         let is_coded = continues || (!text.starts_with('\'') && inner.contains('\\'));
         let words = || inner.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
-        is_coded || (words().any(of_now) && words().all(|word| of_now(word) || of_time(word)))
+        let is_short = || inner.split_whitespace().count() <= PARTS_MAX || is_list(inner);
+        is_coded || (words().any(|word| NOW.contains(&word)) && is_short())
     })
 }
 
@@ -55,28 +59,28 @@ pub fn has_literals(sql: &[u8]) -> bool {
     sql::Tokens::new(sql).any(|token| matches!(token.kind, sql::Kind::Text | sql::Kind::Unclear))
 }
 
-/// Whether a literal looks like a date or a time of day in digits, whose meaning hangs on DateStyle or TimeZone.
-pub fn has_dated_literals(sql: &[u8]) -> bool {
-    sql::Tokens::new(sql).any(|token| match token.kind {
+/// Whether settings decide what a literal of the statement is. DateStyle, TimeZone and IntervalStyle decide only about
+/// literals with digits, of which those of up to three digits alone are no date and no time of day; array_nulls about lists;
+/// others about a backslash, XML, or letters that hang on the encoding.
+pub fn is_read_by_settings(sql: &[u8]) -> bool {
+    let mut has_text = false;
+    let mut names_xml = false;
+    let reads = sql::Tokens::new(sql).any(|token| match token.kind {
         sql::Kind::Unclear => true,
         sql::Kind::Text => {
-            let is_digit = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_digit);
-            (1..token.text.len()).any(|at| {
-                let separates = matches!(token.text[at], b'-' | b'/' | b'.' | b':' | b' ');
-                separates && is_digit(token.text.get(at - 1)) && is_digit(token.text.get(at + 1))
-            })
+            has_text = true;
+            let quoted = token.text.iter().filter(|byte| !matches!(byte, b'\'' | b'$'));
+            let is_short = quoted.clone().all(u8::is_ascii_digit) && quoted.count() <= 3;
+            let is_odd = |byte: &u8| matches!(byte, b'\\' | b'<' | b'{') || byte.is_ascii_digit();
+            !is_short && token.text.iter().any(is_odd)
+        }
+        sql::Kind::Word => {
+            names_xml |= token.text.get(..3).is_some_and(|word| word.eq_ignore_ascii_case(b"xml"));
+            false
         }
         _ => false,
-    })
-}
-
-/// Whether settings decide what a literal of the statement is: one like a date, or with a backslash, XML, or letters that
-/// hang on the encoding.
-pub fn is_read_by_settings(sql: &[u8]) -> bool {
-    let is_odd = |byte: &u8| matches!(byte, b'\\' | b'<') || !byte.is_ascii();
-    has_dated_literals(sql)
-        || !sql.is_ascii()
-        || sql::Tokens::new(sql).any(|t| t.kind == sql::Kind::Text && t.text.iter().any(is_odd))
+    });
+    reads || !sql.is_ascii() || (has_text && names_xml)
 }
 
 /// A name in a statement that is in `names`.
@@ -100,17 +104,33 @@ mod tests {
             "n'yesterday'",
             "'{now}'",
             "'[now,)'",
+            "'[now,infinity)'",
+            "'{now,infinity}'",
+            "'today Europe/Berlin'",
+            "'tomorrow 08:00 America/New_York'",
+            "'allballs'",
             "E'\\x6eow'",
             "U&'n\\006fw'",
             "'no'\n'w'",
         ] {
             assert!(holds_its_time(format!("select {sql}::timestamptz").as_bytes()), "{sql}");
         }
-        for sql in ["'01/02/2024'", "$$2024-01-02$$", "E'10:00'", "'Jan 2 2024'"] {
-            assert!(has_dated_literals(format!("select {sql}::timestamptz").as_bytes()), "{sql}");
+        for sql in [
+            "'01/02/2024'",
+            "$$2024-01-02$$",
+            "E'10:00'",
+            "'Jan 2 2024'",
+            "'20240102'",
+            "'1000'",
+            "'-1 day 2 hours'",
+            "'{a,NULL}'",
+            "'abc'::xml",
+            "'\\x00'",
+        ] {
+            assert!(is_read_by_settings(format!("select {sql}").as_bytes()), "{sql}");
         }
-        for sql in ["now()", "'active'", "'1 day 2 hours'", "'{1,2}'", "1 / 2 - 3"] {
-            assert!(!has_dated_literals(format!("select {sql}").as_bytes()), "{sql}");
+        for sql in ["now()", "'active'", "'5'", "'123'", "1 / 2 - 3", "$1"] {
+            assert!(!is_read_by_settings(format!("select {sql}").as_bytes()), "{sql}");
         }
         for sql in ["now()", "'now or never, said the president'", "$$SELECT now()$$", "'nowhere'"]
         {

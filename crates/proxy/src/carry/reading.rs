@@ -177,7 +177,7 @@ async fn read(
     // Here the server may read such a statement anew, under what is set by then; elsewhere it has no reason to.
     let reads_anew = session.hints.paths || captured.temporary_schema != 0;
     if reads_anew && !session.restyled {
-        let read = |text: &str| statement::has_dated_literals(text.as_bytes());
+        let read = |text: &str| statement::is_read_by_settings(text.as_bytes());
         captured.pin_prepared(read, READ_ANEW);
     }
     if !captured.shadowing.is_empty() {
@@ -205,7 +205,7 @@ async fn read(
                 "names what is temporary and permanent"
             } else if session.unnamed_restyled && statement::has_literals(text) {
                 RESTYLED
-            } else if reads_anew && statement::has_dated_literals(text) {
+            } else if reads_anew && statement::is_read_by_settings(text) {
                 READ_ANEW
             } else {
                 return Ok(captured);

@@ -216,8 +216,8 @@ impl Lending {
         line.idle.iter().rev().find_map(|at| {
             let server = idle(at)?;
             let welcome = pool.welcome(&server.cell)?;
-            let depends = server.here.is_used && pool.database.depends_on_path();
-            Some((*at, Some(transition(&server.here.state, state, &welcome, depends)?)))
+            let bound = pool.database.bound().of(server.here.is_used);
+            Some((*at, Some(transition(&server.here.state, state, &welcome, bound)?)))
         })
     }
 
@@ -305,9 +305,9 @@ impl Lending {
             Some(None)
         } else {
             let welcome = line.pool.welcome(&server.cell);
-            let depends = server.here.is_used && line.pool.database.depends_on_path();
-            let text = welcome
-                .and_then(|welcome| transition(&server.here.state, &state, &welcome, depends));
+            let bound = line.pool.database.bound().of(server.here.is_used);
+            let text =
+                welcome.and_then(|welcome| transition(&server.here.state, &state, &welcome, bound));
             text.map(Some)
         };
         match text {

@@ -51,6 +51,10 @@ impl Engine {
         match sharing.lent.take() {
             Some(at) => {
                 sharing.go_away(&session.app.pools);
+                if session.protocol.is_running() {
+                    // Nobody will hear what it has defined.
+                    sharing.pool.database.doubt();
+                }
                 self.lending.dismiss(at);
                 let mut chores = Chores::default();
                 self.lending.provide(&session.app, &sharing.pool, &mut chores);
@@ -141,6 +145,8 @@ impl Engine {
                     self.look(slot);
                 }
             }
+            // What it has left goes with its server.
+            Some(_) if session.client_gone => self.end(slot, End::Client),
             Some(_) => (),
         }
     }
@@ -211,6 +217,15 @@ impl Engine {
         here.state = sharing.state.clone();
         (here.unnamed, here.is_used) = (Default::default(), true);
         (here.drops_unnamed, here.doubts_unnamed) = (false, false);
+        // What was prepared under settings of a transaction is of no use to anybody.
+        let mut closes = Vec::new();
+        for (_, alias) in std::mem::take(&mut here.aliases) {
+            if here.statements.remove(&alias) {
+                frontend::close(&mut closes, frontend::Target::Statement(&alias.name));
+                session.protocol.on_own(Own::Close);
+            }
+        }
+        session.server.push(&closes);
         let params = here.params.take();
         sharing.here = here;
         match text.filter(|text| !text.is_empty()) {

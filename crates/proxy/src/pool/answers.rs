@@ -61,6 +61,13 @@ impl Session {
             here.drops_unnamed = false;
             sharing.taken.clear();
         }
+        if tag == b'E' {
+            // What was to be let go of behind it may be there still.
+            let closing = std::mem::take(&mut here.closing);
+            here.perhaps.extend(closing);
+        } else if tag == b'Z' && self.protocol.is_quiet() {
+            here.closing.clear();
+        }
         match tag {
             b'C' | b'I' if here.unnamed == UnnamedHere::Foreign => {
                 // A simple query was read, and has dropped it (`exec_simple_query`).
@@ -219,11 +226,9 @@ impl Session {
                 sharing.left.clear();
                 sharing.here.statements.clear();
             }
-            _ if sharing.names_temporary && (is_of_relation(tag) || tag == b"DO") => {
-                sharing.pool.database.ask_soon();
-            }
-            // What a block or a procedure does is not known.
+            // What a block or a procedure does is not known, nor whether what is temporary is all.
             b"DO" | b"CALL" => sharing.doubts = true,
+            _ if sharing.names_temporary && is_of_relation(tag) => sharing.doubts = true,
             _ => sharing.redefines |= redefines(tag),
         }
     }

@@ -6,7 +6,7 @@ use model::session::Landscape;
 use model::session::footprint::{Footprint, Leaves};
 use tokio::sync::Notify;
 
-use super::lock;
+use super::{Bound, lock};
 
 /// What names stand for in one database of an application, and whether that still holds.
 #[derive(Debug)]
@@ -51,7 +51,7 @@ impl Database {
     pub(super) fn footprint(&self, sql: &[u8]) -> Footprint {
         match self.landscape() {
             Some(landscape) => landscape.of_text(sql),
-            None => Footprint::of(Leaves::SOMETHING),
+            None => Footprint::of(Leaves::ANYTHING),
         }
     }
 
@@ -63,9 +63,12 @@ impl Database {
         waits
     }
 
-    /// Compiled functions depend on the search path.
-    pub(crate) fn depends_on_path(&self) -> bool {
-        lock(&self.state).landscape.as_ref().is_none_or(|landscape| landscape.depends_on_path)
+    /// What its functions are bound to; if nothing is known of them, to everything.
+    pub(crate) fn bound(&self) -> Bound {
+        match &lock(&self.state).landscape {
+            Some(landscape) => Bound { depends: landscape.depends_on_path, folds: landscape.folds },
+            None => Bound { depends: true, folds: true },
+        }
     }
 
     /// Why every statement may leave something.
@@ -88,13 +91,8 @@ impl Database {
     }
 
     /// Something may have been defined anew: until it is known, every statement may leave something.
-    pub(super) fn doubt(&self) {
+    pub(crate) fn doubt(&self) {
         lock(&self.state).doubts += 1;
-        self.changed.notify_one();
-    }
-
-    /// Something was defined that others may not see.
-    pub(super) fn ask_soon(&self) {
         self.changed.notify_one();
     }
 

@@ -44,6 +44,11 @@ const CHANGED_PAUSE: Duration = Duration::from_secs(1);
 /// What was learned for looks holds for so long.
 const FACTS_AGE_MAX: Duration = Duration::from_secs(5);
 
+/// Custom settings that roles or databases have by default, and that the session has as well.
+const CUSTOM_DEFAULTS: &str = "SELECT DISTINCT pg_catalog.lower(name) FROM (SELECT pg_catalog.split_part(c, '=', 1) AS name \
+    FROM pg_catalog.pg_db_role_setting, pg_catalog.unnest(setconfig) c) n \
+    WHERE pg_catalog.strpos(name, '.') OPERATOR(pg_catalog.>) 0 AND pg_catalog.current_setting(name, true) IS NOT NULL";
+
 /// Runs until the task is dropped. Of jobs there is at most one for each session and each server that limits allow.
 pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<Job>) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
@@ -82,13 +87,15 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
         let error = "roles and the configuration have changed since the session's login";
         return Err(NotOpened { error: error.into(), refused: Some(SqlState::ADMIN_SHUTDOWN) });
     }
-    let old = pool.welcome(&cell).filter(|_| pool.is_retired.load(Ordering::Relaxed));
-    let mut connection = match old {
-        // A login of now may give something else.
-        Some(old) => carry::login_as_before(&old, &identity, app.moves)
-            .await
-            .map_err(|reason| NotOpened::new(reason.to_string()))?,
-        None => cell.target.login(&login).await.map_err(|error| {
+    let before = pool.welcome(&cell);
+    let mut opened = match &before {
+        Some(old) if pool.is_retired.load(Ordering::Relaxed) => {
+            Some(as_before(old, &identity, app).await?)
+        }
+        _ => None,
+    };
+    if opened.is_none() {
+        let connection = cell.target.login(&login).await.map_err(|error| {
             let state = match &error {
                 ConnectError::Refused { sqlstate, .. } => Some(*sqlstate),
                 _ => None,
@@ -99,8 +106,17 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
                 code.starts_with("28") || code.starts_with("3D") || code == "42501"
             });
             NotOpened { error: model::chain(&error), refused }
-        })?,
-    };
+        })?;
+        ask_marks(app, &cell).await.map_err(NotOpened::new)?;
+        opened = match &before {
+            // Since the last look roles or their defaults have changed: this is not what its sessions had.
+            Some(old) if pool.is_retired.load(Ordering::Relaxed) => {
+                Some(as_before(old, &identity, app).await?)
+            }
+            _ => Some(connection),
+        };
+    }
+    let Some(mut connection) = opened else { return Err(NotOpened::new("it is not open")) };
     let welcome = {
         let _one = pool.welcoming.lock().await;
         pool.learn(app, &cell, &identity, &mut connection).await.map_err(NotOpened::new)?
@@ -115,6 +131,34 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
     );
     let here = Here { params: Some(params), ..Here::default() };
     Ok(Box::new(Server { leg, pid, secret, cell: welcome.cell.clone(), here }))
+}
+
+/// A login of now may give something else.
+async fn as_before(old: &Welcome, identity: &Identity, app: &App) -> Result<Connection, NotOpened> {
+    let opened = carry::login_as_before(old, identity, app.moves).await;
+    let mut connection = opened.map_err(|reason| NotOpened::new(reason.to_string()))?;
+    // A custom setting that has a default by now cannot be taken away from a login.
+    let rows = connection.rows(CUSTOM_DEFAULTS).await;
+    let rows = rows.map_err(|error| NotOpened::new(model::chain(&error)))?;
+    let is_new = |name: &String| {
+        !old.fresh.custom.contains_key(name) && !old.fresh.settings.contains_key(name)
+    };
+    match rows.into_iter().flatten().flatten().find(is_new) {
+        Some(name) => {
+            let error = format!("since the session's login `{name}` has a default");
+            Err(NotOpened { error, refused: Some(SqlState::ADMIN_SHUTDOWN) })
+        }
+        None => Ok(connection),
+    }
+}
+
+/// Whether logins that are known still hold.
+async fn ask_marks(app: &App, cell: &Cell) -> Result<(), String> {
+    let say = |error: &dyn std::error::Error| model::chain(error);
+    let mut admin = Admin::connect(&cell.target, &app.admin).await.map_err(|error| say(&error))?;
+    let rows = admin.rows(landscape::LOGINS_QUESTION).await.map_err(|error| say(&error))?;
+    app.pools.mark(&cell.name, rows.into_iter().next().unwrap_or_default());
+    Ok(())
 }
 
 impl Pool {
@@ -215,7 +259,6 @@ async fn renew(
 /// Asks every second, and whenever a session has defined something, what names stand for by now.
 pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
     let mut kept: HashMap<(String, String), Option<Admin>> = HashMap::new();
-    let mut logins: Option<(String, Vec<Option<String>>)> = None;
     let mut took = Duration::ZERO;
     loop {
         // However much there is to ask, it is a small part of the time; unless somebody waits for the answer.
@@ -254,24 +297,7 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
                 app.pools.retire();
                 continue;
             };
-            if let Some((of_cell, before)) = &logins
-                && *of_cell == cell.name
-            {
-                if before.first() != marks.first() {
-                    tracing::info!(app = app.name, "the server has read its configuration anew");
-                    app.pools.reloaded();
-                }
-                if before.get(1) != marks.get(1) {
-                    tracing::info!(
-                        app = app.name,
-                        ?before,
-                        ?marks,
-                        "roles or databases have changed"
-                    );
-                    app.pools.retire();
-                }
-            }
-            logins = Some((cell.name.clone(), marks));
+            app.pools.mark(&cell.name, marks);
         }
         took = began.elapsed();
     }

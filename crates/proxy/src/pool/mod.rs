@@ -35,7 +35,7 @@ mod state;
 mod statement;
 
 pub use database::Database;
-pub use state::{Beyond, State};
+pub use state::{Beyond, Bound, State};
 pub(crate) use state::{reads_otherwise, same_state, transition};
 pub use statement::Statement;
 use statement::{SERVER_NAME, STYLES, StatementKey};
@@ -222,6 +222,8 @@ pub struct Pools {
     pools: Mutex<HashMap<PoolKey, Arc<Pool>>>,
     databases: Mutex<HashMap<String, Arc<Database>>>,
     changed: Arc<Notify>,
+    /// `landscape::LOGINS_QUESTION`'s marks, as they were last, and of which cell.
+    marks: Mutex<Option<(String, Vec<Option<String>>)>>,
     /// Pools that get no new sessions.
     retired: Mutex<Vec<Weak<Pool>>>,
     /// Held by each session that has left its engine with its server.
@@ -284,6 +286,20 @@ impl Pools {
         // What a login gave before the roles changed cannot be told from what it gave before the configuration did.
         for pool in lock(&self.retired).drain(..).filter_map(|pool| pool.upgrade()) {
             pool.is_lost.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// What marks of logins are now. If they have changed, logins that are known do not hold any more.
+    fn mark(&self, cell: &str, marks: Vec<Option<String>>) {
+        let before = lock(&self.marks).replace((cell.to_owned(), marks.clone()));
+        let Some((_, before)) = before.filter(|(of_cell, _)| of_cell == cell) else { return };
+        if before.first() != marks.first() {
+            tracing::info!(cell, "the server has read its configuration anew");
+            self.reloaded();
+        }
+        if before.get(1) != marks.get(1) {
+            tracing::info!(cell, ?before, ?marks, "roles or databases have changed");
+            self.retire();
         }
     }
 
@@ -427,6 +443,12 @@ pub struct Here {
     pub params: Option<Params>,
     /// A session has been attached to it: functions may have been compiled.
     pub is_used: bool,
+    /// Statements of others that were let go of, but for an error before that nobody has seen yet.
+    pub closing: Vec<Arc<Statement>>,
+    /// Statements that were perhaps not.
+    pub perhaps: Vec<Arc<Statement>>,
+    /// What is used in their place while the session's settings are of its transaction.
+    pub aliases: HashMap<u64, Arc<Statement>>,
     /// Something other than settings may have been left there, so it is not shared again.
     pub is_tainted: bool,
 }
@@ -490,7 +512,9 @@ impl Sharing {
     pub(crate) fn take_foreign(&mut self) -> Vec<Arc<Statement>> {
         let own: HashSet<u64> = self.names.statements().map(|statement| statement.id).collect();
         let foreign = self.here.statements.extract_if(|statement| !own.contains(&statement.id));
-        foreign.collect()
+        let mut foreign: Vec<Arc<Statement>> = foreign.collect();
+        foreign.append(&mut self.here.perhaps);
+        foreign
     }
 
     /// A statement is sent that may leave this.
@@ -500,6 +524,7 @@ impl Sharing {
         self.sets_styles |= footprint.restyles && !footprint.leaves.something;
         self.repaths |= footprint.sets_path;
         let mut leaves = footprint.leaves;
+        self.doubts |= leaves.defines;
         if leaves.values && !limits.currval {
             (leaves.values, self.has_values) = (false, true);
         }
@@ -548,6 +573,7 @@ impl Sharing {
     /// From now on it keeps its server, until a look at it.
     fn keep(&mut self, leaves: Leaves, why: impl FnOnce() -> String) {
         self.here.is_tainted |= leaves.values || leaves.something;
+        self.doubts |= leaves.defines;
         (self.is_unsettled, self.restyles, self.repaths) = (true, true, true);
         match &mut self.keeps {
             Some(keeps) => {

@@ -1,6 +1,8 @@
 //! The messages of clients that share servers: each statement is looked at before it is sent, and the names of
 //! prepared statements are those of the server.
 
+use std::sync::Arc;
+
 use model::session::command::{Deallocation, deallocation, ends_transaction};
 use model::session::footprint::{Footprint, Leaves};
 use model::session::protocol::{Given, Own, Unnamed};
@@ -10,7 +12,7 @@ use wire::backend::TxStatus;
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend::{self, Target};
 
-use super::{Asked, SERVER_NAME, Sharing, UnnamedHere};
+use super::{Asked, SERVER_NAME, Sharing, Statement, UnnamedHere};
 use crate::relay::Edit;
 use crate::session::Session;
 
@@ -120,7 +122,8 @@ impl Session {
             }
             b'B' | b'D' | b'C' => self.on_shared_extended(header, at, body, body_len, is_whole),
             b'F' => {
-                sharing.keep(Leaves::SOMETHING, || "a function call".into());
+                sharing.keep(Leaves::ANYTHING, || "a function call".into());
+                self.close_foreign(at);
                 Turn::Pass
             }
             _ => Turn::Pass,
@@ -157,13 +160,14 @@ impl Session {
     fn on_shared_query(&mut self, at: usize, body: &[u8], is_whole: bool) -> Turn {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if !is_whole {
-            sharing.keep(Leaves::SOMETHING, || "a long statement".into());
+            sharing.keep(Leaves::ANYTHING, || "a long statement".into());
             self.close_foreign(at);
             return Turn::Pass;
         }
         sharing.on_query_sent();
         let sql = body.strip_suffix(&[0]).unwrap_or(body);
-        let is_odd = has_odd_letters(&self.params, sql);
+        let is_odd = has_odd_letters(&self.params, sql) || self.may_be_odd(sql);
+        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         match deallocation(sql) {
             Some(Deallocation::All) => return Turn::Pass,
             Some(Deallocation::One { name, start, end }) => {
@@ -177,12 +181,21 @@ impl Session {
                     let mut insert = Vec::new();
                     if !sharing.has(&statement) {
                         // There must be something that can be deallocated.
-                        let mut made = b"PREPARE ".to_vec();
-                        made.extend_from_slice(&statement.name);
-                        made.extend_from_slice(b" AS SELECT 1");
-                        frontend::query(&mut insert, &made);
-                        self.protocol.on_own(Own::Query);
-                        sharing.asked.push_back(Asked::Nothing);
+                        if self.protocol.has_open_batch() {
+                            // Behind an error both are skipped.
+                            insert_parse(&mut insert, &statement.name, b"SELECT 1\0\0\0");
+                            sharing.names.own(statement.clone());
+                            self.protocol.on_own(Own::Parse);
+                            // It is not what its name says.
+                            sharing.here.is_tainted = true;
+                        } else {
+                            let mut made = b"PREPARE ".to_vec();
+                            made.extend_from_slice(&statement.name);
+                            made.extend_from_slice(b" AS SELECT 1");
+                            frontend::query(&mut insert, &made);
+                            self.protocol.on_own(Own::Query);
+                            sharing.asked.push_back(Asked::Nothing);
+                        }
                     }
                     frontend::query(&mut insert, &text);
                     self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
@@ -194,7 +207,7 @@ impl Session {
             None => (),
         }
         let footprint = if is_odd {
-            Footprint::of(Leaves::SOMETHING)
+            Footprint::of(Leaves::ANYTHING)
         } else {
             sharing.pool.database.footprint(sql)
         };
@@ -216,6 +229,7 @@ impl Session {
         for statement in sharing.take_foreign() {
             frontend::close(&mut insert, Target::Statement(&statement.name));
             self.protocol.on_own(Own::Close);
+            sharing.here.closing.push(statement);
         }
         if !insert.is_empty() {
             self.edits.push(Edit { at, skip: 0, insert });
@@ -232,11 +246,11 @@ impl Session {
         let head = frontend::parse_head(body).ok();
         let Some((name, sql)) = head.filter(|_| is_whole) else {
             // Too long to be looked at, or malformed.
-            sharing.keep(Leaves::SOMETHING, || "a long statement".into());
+            sharing.keep(Leaves::ANYTHING, || "a long statement".into());
             match body.iter().position(|byte| *byte == 0) {
                 Some(0) => {
                     sharing.on_unnamed_sent();
-                    sharing.unnamed = Footprint::of(Leaves::SOMETHING);
+                    sharing.unnamed = Footprint::of(Leaves::ANYTHING);
                 }
                 Some(len) => {
                     let name = body.get(..len).unwrap_or_default();
@@ -250,6 +264,8 @@ impl Session {
         let name_len = name.len();
         let name = cut(name);
         let holds = statement::holds_its_time(sql);
+        let is_odd = has_odd_letters(&self.params, sql) || self.may_be_odd(sql);
+        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if name.is_empty() {
             if let Some(Deallocation::One { name, start, end }) = deallocation(sql)
                 && let Some(statement) = sharing.names.find(cut(&name)).cloned()
@@ -278,8 +294,8 @@ impl Session {
             sharing.unnamed_judged_at = sharing.pool.database.redefined();
             sharing.unnamed = if sharing.unnamed_clears {
                 Footprint::default()
-            } else if has_odd_letters(&self.params, sql) {
-                Footprint::of(Leaves::SOMETHING)
+            } else if is_odd {
+                Footprint::of(Leaves::ANYTHING)
             } else {
                 sharing.pool.database.footprint(sql)
             };
@@ -303,9 +319,9 @@ impl Session {
             return Turn::Wait;
         }
         let is_own = holds || sharing.names.is_full() || sharing.left.contains(name);
-        let is_own = is_own || has_odd_letters(&self.params, sql);
+        let is_own = is_own || is_odd;
         if is_own || body.len() > SHARED_LEN_MAX {
-            sharing.keep(Leaves::SOMETHING, || "a prepared statement of its own".into());
+            sharing.keep(Leaves::ANYTHING, || "a prepared statement of its own".into());
             return self.on_own_parse(at, name, name_len, body_len);
         }
         self.hints.on_statement(sql);
@@ -388,7 +404,8 @@ impl Session {
         let Ok((portal, name)) = frontend::parse_head(body) else { return Turn::Pass };
         let head_len = portal.len() + 1 + name.len() + 1;
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
-        if self.protocol.awaits_ready() && sharing.names.has_pending() {
+        let changes = sharing.names.has_pending() || !sharing.deallocates.is_empty();
+        if self.protocol.awaits_ready() && changes {
             return Turn::Wait;
         }
         if name.is_empty() {
@@ -399,7 +416,7 @@ impl Session {
             let is_sql = !sharing.unnamed_clears && sharing.unnamed_deallocates.is_none();
             if is_sql && sharing.unnamed_judged_at != sharing.pool.database.redefined() {
                 // What it calls may be something else by now.
-                sharing.unnamed = Footprint::of(Leaves::SOMETHING);
+                sharing.unnamed = Footprint::of(Leaves::ANYTHING);
             }
             if !sharing.unnamed.is_empty() {
                 let footprint = sharing.unnamed.clone();
@@ -416,8 +433,10 @@ impl Session {
             let gone = sharing.unnamed_deallocates.as_ref();
             if let Some(statement) = gone.and_then(|name| sharing.names.find(cut(name))).cloned() {
                 let mut insert = Vec::new();
-                if !self.ensure(&statement, &mut insert) {
-                    return Turn::Lost;
+                if !sharing.has(&statement) {
+                    insert_parse(&mut insert, &statement.name, &statement.body);
+                    sharing.names.own(statement);
+                    self.protocol.on_own(Own::Parse);
                 }
                 if !insert.is_empty() {
                     self.edits.push(Edit { at, skip: 0, insert });
@@ -437,11 +456,10 @@ impl Session {
                 self.close_foreign(at);
             }
         }
-        let Some(sharing) = &mut self.sharing else { return Turn::Pass };
-        sharing.name(&statement, name);
         let mut insert = Vec::new();
-        if !self.ensure(&statement, &mut insert) {
-            return Turn::Lost;
+        let Some(statement) = self.ensure(&statement, &mut insert) else { return Turn::Lost };
+        if let Some(sharing) = &mut self.sharing {
+            sharing.name(&statement, name);
         }
         let rest = body_len - head_len;
         insert_header(&mut insert, b'B', portal.len() + 1 + statement.name.len() + 1 + rest);
@@ -465,10 +483,10 @@ impl Session {
         let Some(statement) = sharing.names.find(cut(name)).cloned() else {
             return self.on_unknown_name(b'D', at, b"", name, body_len);
         };
-        sharing.name(&statement, name);
         let mut insert = Vec::new();
-        if !self.ensure(&statement, &mut insert) {
-            return Turn::Lost;
+        let Some(statement) = self.ensure(&statement, &mut insert) else { return Turn::Lost };
+        if let Some(sharing) = &mut self.sharing {
+            sharing.name(&statement, name);
         }
         frontend::describe(&mut insert, Target::Statement(&statement.name));
         self.edits.push(Edit { at, skip: HEADER_LEN + body_len, insert });
@@ -526,24 +544,48 @@ impl Session {
         Turn::Done
     }
 
-    /// Sees to it that the server has a statement before what is sent next.
-    /// False if it would not be the same: settings by which its literals are read have changed since.
+    /// Something that was sent, and is not answered, may have set another encoding.
+    fn may_be_odd(&self, sql: &[u8]) -> bool {
+        let sets = self.sharing.as_ref().is_some_and(|sharing| sharing.is_unsettled);
+        sets && !sql.is_ascii() && self.protocol.is_running()
+    }
+
+    /// Sees to it that the server has a statement before what is sent next, and gives it as the server knows it.
+    /// None if it would not be the same: settings by which its literals are read have changed since.
     fn ensure(
         &mut self,
-        statement: &std::sync::Arc<super::Statement>,
+        statement: &Arc<Statement>,
         insert: &mut Vec<u8>,
-    ) -> bool {
-        let Some(sharing) = &mut self.sharing else { return true };
-        if !sharing.has(statement) {
-            let is_other = self.restyled || sharing.sets_styles;
-            if is_other && statement::is_read_by_settings(statement.sql()) {
-                return false;
-            }
-            insert_parse(insert, &statement.name, &statement.body);
-            sharing.names.own(statement.clone());
-            self.protocol.on_own(Own::Parse);
+    ) -> Option<Arc<Statement>> {
+        let sharing = self.sharing.as_mut()?;
+        // After DEALLOCATE ALL it is for the server to refuse.
+        if sharing.has(statement) || sharing.clears {
+            return Some(statement.clone());
         }
-        true
+        let is_unsettled = sharing.is_unsettled || sharing.repaths;
+        let alias = sharing.here.aliases.get(&statement.id).filter(|_| is_unsettled).cloned();
+        if let Some(alias) = alias.filter(|alias| sharing.has(alias)) {
+            return Some(alias);
+        }
+        let is_other = self.restyled || sharing.sets_styles;
+        if is_other && statement::is_read_by_settings(statement.sql()) {
+            return None;
+        }
+        let mut made = statement.clone();
+        if is_unsettled {
+            // Prepared under settings of this transaction it is not what others mean by its name.
+            made = sharing.pool.own_statement(&statement.body);
+            sharing.here.aliases.insert(statement.id, made.clone());
+        }
+        if sharing.here.perhaps.contains(&made) || sharing.here.closing.contains(&made) {
+            // What was to be let go of may be there still.
+            frontend::close(insert, Target::Statement(&made.name));
+            self.protocol.on_own(Own::Close);
+        }
+        insert_parse(insert, &made.name, &made.body);
+        sharing.names.own(made.clone());
+        self.protocol.on_own(Own::Parse);
+        Some(made)
     }
 
     /// Before anything of the extended protocol: an unnamed statement of somebody else must not be met, whatever of the
@@ -587,12 +629,12 @@ impl Session {
 
 impl Sharing {
     /// The server has a statement, or will have it by the time it reads what is sent next.
-    fn has(&self, statement: &std::sync::Arc<super::Statement>) -> bool {
+    fn has(&self, statement: &Arc<Statement>) -> bool {
         self.here.statements.contains(statement) || self.names.is_under_way(statement)
     }
 
     /// The client has named a statement.
-    fn name(&mut self, statement: &std::sync::Arc<super::Statement>, name: &[u8]) {
+    fn name(&mut self, statement: &Arc<Statement>, name: &[u8]) {
         self.last_named = Some(statement.clone());
         self.last_name.clear();
         self.last_name.extend_from_slice(name);

@@ -51,6 +51,22 @@ pub(crate) fn same_state(a: &State, b: &State) -> bool {
     }
 }
 
+/// What functions of a database are bound to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bound {
+    /// As they were compiled, to the search path.
+    pub depends: bool,
+    /// As their plans were made, to any setting and the user.
+    pub folds: bool,
+}
+
+impl Bound {
+    /// On a server where nothing was called yet, nothing is bound.
+    pub(crate) fn of(self, is_used: bool) -> Bound {
+        if is_used { self } else { Bound::default() }
+    }
+}
+
 /// The statements that take a server from one state to another, as one text. None if there is no way.
 ///
 /// What the other session had set is reset, so that a reload of the configuration reaches whoever has set nothing. A
@@ -60,7 +76,7 @@ pub(crate) fn transition(
     from: &State,
     to: &State,
     welcome: &Welcome,
-    depends: bool,
+    Bound { depends, folds }: Bound,
 ) -> Option<String> {
     let fresh = Beyond::of(&welcome.fresh);
     let (from, to) = (from.as_deref().unwrap_or(&fresh), to.as_deref().unwrap_or(&fresh));
@@ -84,7 +100,7 @@ pub(crate) fn transition(
     };
     let mut resets = String::new();
     let names: BTreeSet<&String> = from.settings.keys().chain(to.settings.keys()).collect();
-    let mut restyles = false;
+    let mut restyles = folds && from != to;
     for name in names {
         let wanted = to.settings.get(name);
         if from.settings.get(name) == wanted {
@@ -160,7 +176,7 @@ mod tests {
     }
 
     fn way(from: &State, to: &State) -> Option<String> {
-        transition(from, to, &welcome(), false)
+        transition(from, to, &welcome(), Bound::default())
     }
 
     #[test]
@@ -210,7 +226,11 @@ mod tests {
     fn a_search_path_stays_where_functions_were_compiled() {
         let path = state(|one| drop(one.settings.insert("search_path".into(), "a".into())));
         assert!(way(&None, &path).is_some());
-        assert_eq!(transition(&None, &path, &welcome(), true), None);
+        let depends = Bound { depends: true, ..Bound::default() };
+        assert_eq!(transition(&None, &path, &welcome(), depends), None);
+        let folds = Bound { folds: true, ..Bound::default() };
+        let text = transition(&None, &path, &welcome(), folds).unwrap();
+        assert!(text.ends_with("DISCARD PLANS;"), "{text}");
     }
 
     #[test]

@@ -439,19 +439,112 @@ fn cases() -> Vec<(&'static str, Vec<(usize, Step)>)> {
     cases
 }
 
+/// Functions by which plans and compiled code are bound to settings, so that more is done for them than elsewhere.
+const BOUND: &str = "CREATE TABLE log (n int); CREATE TABLE tenants (t text, n int); \
+    INSERT INTO tenants VALUES ('A', 1), ('B', 2); CREATE TABLE tt (a int, b text DEFAULT 'x'); CREATE DOMAIN public.money AS text; \
+    CREATE FUNCTION isetc(text, text, bool) RETURNS text LANGUAGE internal AS 'set_config_by_name'; \
+    CREATE FUNCTION made() RETURNS int LANGUAGE sql AS 'SELECT 1'; \
+    CREATE FUNCTION makes() RETURNS int LANGUAGE plpgsql AS $f$BEGIN \
+    EXECUTE 'CREATE OR REPLACE FUNCTION made() RETURNS int LANGUAGE sql AS $b$SELECT length(set_config(''app.leak'', ''leaked'', false))$b$'; \
+    RETURN 1; END$f$; \
+    CREATE FUNCTION tenantp() RETURNS text IMMUTABLE LANGUAGE plpgsql AS $f$BEGIN RETURN current_setting('app.tenant'); END$f$; \
+    CREATE FUNCTION tenant_rows() RETURNS bigint LANGUAGE plpgsql AS \
+    $f$BEGIN RETURN (SELECT sum(n) FROM tenants WHERE t = tenantp()); END$f$; \
+    CREATE FUNCTION rm() RETURNS text LANGUAGE plpgsql AS $f$DECLARE x money := '1'; BEGIN RETURN x::text; END$f$";
+
+fn bound_cases() -> Vec<(&'static str, Vec<(usize, Step)>)> {
+    let leaked = "SELECT current_setting('app.leak', true), current_setting('work_mem')";
+    let in_path = "BEGIN; SET LOCAL search_path = public, pg_catalog; SELECT rm(); COMMIT";
+    vec![
+        (
+            "a function of the server itself by another name",
+            vec![
+                (0, q("SELECT isetc('app.leak', 'A', false), isetc('work_mem', '77MB', false)")),
+                (1, q(leaked)),
+                (0, q(leaked)),
+            ],
+        ),
+        (
+            "a definition out of sight",
+            vec![
+                (1, q("SELECT made()")),
+                (0, q("SELECT makes()")),
+                (1, q("SELECT made()")),
+                (0, q(leaked)),
+                (0, q("CREATE OR REPLACE FUNCTION made() RETURNS int LANGUAGE sql AS 'SELECT 1'")),
+            ],
+        ),
+        (
+            "a definition by a session that has used temporary tables",
+            vec![
+                (0, q("CREATE TEMP TABLE zz (a int); DROP TABLE zz")),
+                (1, q("INSERT INTO tt (a) VALUES (1)")),
+                (0, q("ALTER TABLE tt ALTER b SET DEFAULT set_config('app.leak', 'A', false)")),
+                (1, q("INSERT INTO tt (a) VALUES (2) RETURNING b")),
+                (0, q(leaked)),
+                (0, q("ALTER TABLE tt ALTER b SET DEFAULT 'x'")),
+            ],
+        ),
+        (
+            "functions that are called immutable and are not",
+            vec![
+                (0, q("SET app.tenant = 'A'")),
+                (0, q("SELECT tenant_rows()")),
+                (1, q("SET app.tenant = 'B'")),
+                (1, q("SELECT tenant_rows()")),
+                (0, q("SELECT tenant_rows()")),
+                (1, prepare("p", "SELECT sum(n) FROM tenants WHERE t = tenantp()")),
+                (0, prepare("p", "SELECT sum(n) FROM tenants WHERE t = tenantp()")),
+                (1, execute("p", &[])),
+                (0, execute("p", &[])),
+            ],
+        ),
+        (
+            "a type of the server's by another path",
+            vec![(0, q(in_path)), (1, q("SELECT rm()")), (0, q("SELECT rm()"))],
+        ),
+        (
+            "the seed of random numbers, for a transaction only",
+            vec![
+                (0, q("BEGIN; SET LOCAL seed = 0.5; COMMIT")),
+                (1, q("SELECT random() = 0.9851677175347999")),
+                (0, q("SELECT random()")),
+                (0, q("SELECT set_config('seed', '0.5', true)")),
+                (1, q("SELECT random() = 0.9851677175347999")),
+                (0, q("SELECT random()")),
+            ],
+        ),
+    ]
+}
+
 #[tokio::test]
 async fn what_review_has_found_in_sharing_stays_mended() {
-    let twins = Twins::start_in(Installation::start_pooled("pooled-found", 2)).await;
+    let schema = ["CREATE TABLE refd (n int PRIMARY KEY)", SCHEMA];
+    nothing_differs("pooled-found", &schema, cases()).await;
+}
+
+#[tokio::test]
+async fn what_is_bound_to_settings_stays_with_them() {
+    nothing_differs("pooled-bound", &[BOUND], bound_cases()).await;
+}
+
+async fn nothing_differs(
+    name: &str,
+    schema: &[&str],
+    cases: Vec<(&'static str, Vec<(usize, Step)>)>,
+) {
+    let twins = Twins::start_in(Installation::start_pooled(name, 2)).await;
     let servers = &twins.installation.facts.servers;
     let mut admin = connect(servers["a"], "postgres", "postgres").await;
     admin.query("CREATE ROLE s1").await.unwrap();
     for database in ["moved", "twin"] {
         let mut one = connect(servers["a"], "postgres", database).await;
-        one.query("CREATE TABLE refd (n int PRIMARY KEY)").await.unwrap();
-        one.query(SCHEMA).await.unwrap();
+        for sql in schema {
+            one.query(sql).await.unwrap();
+        }
     }
     let mut found = Vec::new();
-    for (name, steps) in cases() {
+    for (name, steps) in cases {
         let (mut pooled, mut alone) = (Vec::new(), Vec::new());
         for _ in 0..2 {
             pooled.push(connect(twins.installation.facts.port, "postgres", "moved").await);
