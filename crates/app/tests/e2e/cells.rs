@@ -222,3 +222,69 @@ async fn a_fenced_cell_reads_and_takes_writes_again_by_a_new_grant() {
 async fn shared_servers_are_fenced_for_each_session() {
     a_cell_goes_through_its_states(Installation::start_pooled("fenced-pool", 2)).await;
 }
+
+const RULES: &str = "\n[app.policy]\nversion = 7\nhold_max = \"2s\"\nreading = [\"writes\"]\n\
+    [[app.policy.rule]]\nname = \"wait\"\nstates = [\"fenced\"]\nclasses = [\"write\"]\ndisposition = \"hold\"\n\
+    [[app.policy.rule]]\nname = \"no-ddl\"\nclasses = [\"definition\"]\nroles = [\"app\"]\ndisposition = \"refuse\"\n";
+
+/// Rules of one's own: by role, in an active cell as well, and such as hold until the state changes.
+#[tokio::test]
+async fn rules_of_ones_own_are_tried_first() {
+    let mut installation = Installation::start("rules");
+    run(&mut installation.connect().await, &format!("{SET_UP}; CREATE ROLE app LOGIN")).await;
+    installation
+        .reconfigure(|text| text.replacen("\n[[app.cell]]", &format!("{RULES}\n[[app.cell]]"), 1));
+    let port = installation.facts.port;
+    let mut app = connect(port, "app", None).await.unwrap();
+    let mut admin = installation.connect().await;
+    let text = refused(&mut app, "CREATE TABLE u (n int)").await;
+    assert!(text.contains("CREATE TABLE in cell `a`, which is active"), "{text}");
+    run(&mut app, "SELECT 1").await;
+    run(&mut admin, "CREATE TABLE u (n int)").await;
+    holdfast(&installation, &["fence", "shop", "a"]);
+    // Whatever it does, the configuration says that it reads; the server itself refuses.
+    let error = admin.query("SELECT writes()").await.unwrap_err();
+    assert!(error.to_string().contains("read-only transaction"), "{error}");
+    // It waits until it may wait no longer.
+    let text = refused(&mut admin, "INSERT INTO t VALUES (2)").await;
+    assert!(text.contains("which is fenced"), "{text}");
+    // It waits, and goes on.
+    let waits = tokio::spawn(async move {
+        run(&mut admin, "INSERT INTO t VALUES (3)").await;
+        admin
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    holdfast(&installation, &["unfence", "shop", "a"]);
+    let mut admin = waits.await.unwrap();
+    assert_eq!(value(&mut admin, "SELECT count(*) FROM t").await, "2");
+    let rules = console(&installation).await.query("SHOW RULES").await.unwrap().remove(0).rows;
+    assert_eq!(rules[0][..2], [Some("shop".into()), Some("wait".into())]);
+    assert_eq!(rules[0][9].as_deref(), Some("2"), "{rules:?}");
+    // What would be refused is counted, and passes.
+    installation
+        .reconfigure(|text| text.replacen("[app.policy]\n", "[app.policy]\nshadow = true\n", 1));
+    let mut app = connect(port, "app", None).await.unwrap();
+    let error = app.query("CREATE TABLE u (n int)").await.unwrap_err();
+    assert!(error.to_string().contains("permission denied"), "{error}");
+    let rules = console(&installation).await.query("SHOW RULES").await.unwrap().remove(0).rows;
+    assert_eq!(rules[1][10].as_deref(), Some("1"), "{rules:?}");
+}
+
+/// A transaction that does not end gives the fence up, or is ended; nothing that was acknowledged is after the fence.
+#[tokio::test]
+async fn open_transactions_are_waited_for() {
+    let installation = Installation::start("fence-busy");
+    let mut busy = installation.connect().await;
+    run(&mut busy, SET_UP).await;
+    run(&mut busy, "BEGIN; INSERT INTO t VALUES (2)").await;
+    let text = not_done(&installation, &["fence", "shop", "a", "--deadline", "300ms"]);
+    assert!(text.contains("aborted"), "{text}");
+    run(&mut busy, "INSERT INTO t VALUES (3); COMMIT").await;
+    run(&mut busy, "BEGIN; INSERT INTO t VALUES (4)").await;
+    let args = ["fence", "shop", "a", "--deadline", "300ms", "--on-timeout", "force"];
+    holdfast(&installation, &args);
+    assert!(busy.query("COMMIT").await.is_err());
+    let mut one = installation.connect().await;
+    assert_eq!(value(&mut one, "SELECT count(*) FROM t").await, "3");
+    refused(&mut one, "INSERT INTO t VALUES (5)").await;
+}

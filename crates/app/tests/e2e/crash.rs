@@ -73,3 +73,73 @@ async fn a_crash_at_any_step_finds_its_way() {
     }
     installation.restart(&[]);
 }
+
+/// Killed in the middle of a fence it goes back or on, in the middle of a new grant it goes on; a fenced cell is still fenced
+/// after it, and its clients are served.
+#[tokio::test]
+async fn a_crash_in_a_fence_finds_its_way() {
+    let mut installation = Installation::start("crash-fence");
+    run(&mut installation.connect().await, "CREATE TABLE t (n serial); INSERT INTO t VALUES (0)")
+        .await;
+    let mut epoch = 1;
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    for (stage, is_fenced) in
+        [("hold", false), ("fence", false), ("confine", true), ("release", true)]
+    {
+        for at in ["begin", "end"] {
+            let point = format!("{stage}:{at}");
+            installation.restart(&[("HOLDFAST_CRASH_AT", &point)]);
+            let output = installation.holdfast(&["fence", "shop", "a", "--deadline", "5s"]);
+            assert_eq!(output.status.code(), Some(1), "{point}: {}", shown(&output));
+            installation.wait_crashed();
+            for after in ["regrant:begin", "regrant:end", "release:begin", "release:end"] {
+                installation.restart(&[("HOLDFAST_CRASH_AT", after)]);
+                let mut client = installation.connect().await;
+                let status = shown(&installation.holdfast(&["status", "shop"]));
+                assert_eq!(
+                    status.contains("holdfast unfence shop a"),
+                    is_fenced,
+                    "{point}: {status}"
+                );
+                let write = client.query("INSERT INTO t DEFAULT VALUES").await;
+                assert_eq!(write.is_err(), is_fenced, "{point}");
+                assert!(value(&mut client, "SELECT count(*) FROM t").await != "0", "{point}");
+                if !is_fenced {
+                    crate::support::signal(installation.pid(), "KILL");
+                    installation.wait_crashed();
+                    break;
+                }
+                let output = installation.holdfast(&["unfence", "shop", "a"]);
+                assert_eq!(output.status.code(), Some(1), "{point} {after}: {}", shown(&output));
+                installation.wait_crashed();
+                epoch += 1;
+                // What was begun comes to its end.
+                installation.restart(&[]);
+                let status = shown(&installation.holdfast(&["status", "shop"]));
+                assert!(
+                    status.contains(&format!("active cell a, epoch {epoch}"))
+                        && !status.contains('!'),
+                    "{point} {after}: {status}"
+                );
+                let mut client = installation.connect().await;
+                run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
+                let mut direct = installation.direct("a").await;
+                run(&mut direct, "INSERT INTO t DEFAULT VALUES").await;
+                let output = installation.holdfast(&["fence", "shop", "a"]);
+                assert!(output.status.success(), "{}", shown(&output));
+                crate::support::signal(installation.pid(), "KILL");
+                installation.wait_crashed();
+            }
+            installation.restart(&[]);
+            if is_fenced {
+                let output = installation.holdfast(&["unfence", "shop", "a"]);
+                assert!(output.status.success(), "{}", shown(&output));
+                epoch += 1;
+            }
+            crate::support::signal(installation.pid(), "KILL");
+            installation.wait_crashed();
+        }
+    }
+    installation.restart(&[]);
+}
