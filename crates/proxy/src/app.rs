@@ -66,8 +66,8 @@ pub struct App {
     pub(crate) policy_counts: Vec<Counts>,
     pub(crate) texts: Texts,
     regime: Mutex<Arc<Regime>>,
-    /// There is something to judge in the state of the cell.
-    is_confined: AtomicBool,
+    /// The version of the regime, or 0 while there is nothing to judge in the state of the cell.
+    judged_by: AtomicU64,
     gate: watch::Sender<Gate>,
     /// Sessions are to be handed out at their next safe point. Set with the gate.
     pub holding: AtomicBool,
@@ -99,14 +99,8 @@ impl App {
             policy_counts: config.policy.counts(),
             policy: config.policy,
             texts: Texts::default(),
-            regime: Mutex::new(Arc::new(Regime {
-                number: 0,
-                cell: active.to_owned(),
-                state: CellState::Active,
-                epoch: Epoch(0),
-                catalogs: BTreeMap::new(),
-            })),
-            is_confined: AtomicBool::new(false),
+            regime: Mutex::new(Arc::new(Regime { cell: active.to_owned(), ..Regime::default() })),
+            judged_by: AtomicU64::new(0),
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
             sessions: AtomicUsize::new(0),
@@ -128,11 +122,15 @@ impl App {
         }
     }
 
-    /// The state in which commands are judged, unless everything is accepted.
+    /// The state in which commands are judged, unless everything is accepted. `known` is what it was last.
     #[inline]
-    pub(crate) fn regime(&self) -> Option<Arc<Regime>> {
+    pub(crate) fn regime(&self, known: Option<&Arc<Regime>>) -> Option<Arc<Regime>> {
         // Whoever changes it sees to it that what was passed before does not count any more.
-        self.is_confined.load(Ordering::Acquire).then(|| self.regime_now())
+        match (self.judged_by.load(Ordering::Acquire), known) {
+            (0, _) => None,
+            (version, Some(known)) if known.version == version => Some(known.clone()),
+            _ => Some(self.regime_now()),
+        }
     }
 
     #[cold]
@@ -142,7 +140,7 @@ impl App {
 
     /// Why nobody can log in: the cell neither reads nor writes, and its server admits nobody.
     pub(crate) fn refuses_logins(&self) -> Option<String> {
-        let regime = self.regime()?;
+        let regime = self.regime(None)?;
         let is_closed =
             !matches!(regime.state, CellState::Active | CellState::Draining | CellState::Fenced);
         is_closed
@@ -168,14 +166,16 @@ impl App {
             }
         }
         let mut regime = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = regime.number + 1;
-        *regime = Arc::new(Regime { number, cell: cell.name.clone(), state, epoch, catalogs });
-        self.is_confined.store(is_confined, Ordering::Release);
+        let (number, version) = (regime.number + 1, regime.version + 1);
+        let cell = cell.name.clone();
+        let keys = Default::default();
+        *regime = Arc::new(Regime { number, version, cell, state, epoch, catalogs, keys });
+        self.judged_by.store(if is_confined { version } else { 0 }, Ordering::Release);
     }
 
     /// Learns what the names of a database stand for, if commands are judged and nobody has before.
     pub(crate) async fn learn_catalog(&self, cell: &Cell, database: &str) {
-        let Some(regime) = self.regime() else { return };
+        let Some(regime) = self.regime(None) else { return };
         if regime.catalogs.contains_key(database) || regime.catalogs.len() >= CATALOGS_MAX {
             return;
         }
@@ -186,8 +186,10 @@ impl App {
             let mut catalogs = now.catalogs.clone();
             catalogs.insert(database.to_owned(), Arc::new(catalog));
             let Regime { number, state, epoch, .. } = **now;
-            let cell = now.cell.clone();
-            *now = Arc::new(Regime { number, cell, state, epoch, catalogs });
+            let (cell, version) = (now.cell.clone(), now.version + 1);
+            let keys = Default::default();
+            *now = Arc::new(Regime { number, version, cell, state, epoch, catalogs, keys });
+            self.judged_by.store(version, Ordering::Release);
         }
     }
 

@@ -81,7 +81,8 @@ impl Session {
     /// They are not the protocol.
     pub fn on_client_bytes(&mut self, bytes: &[u8]) -> Result<Pass, Fault> {
         let mut at = 0;
-        let regime = self.app.regime();
+        let known = self.confined.as_ref().map(|confined| &confined.regime);
+        let regime = self.app.regime(known);
         loop {
             let rest = bytes.get(at..).unwrap_or_default();
             match self.client.scanner.peek(rest).map_err(Fault::Client)? {

@@ -214,10 +214,11 @@ pub(crate) fn run(args: &[String]) -> Done {
         Some("idle") => idle(&binary),
         Some("login") => login(&binary),
         Some("pool") => pool(&binary, args.get(1..).unwrap_or_default()),
+        Some("policy") => policy(&binary, args.get(1..).unwrap_or_default()),
         Some("pause") => pause(&binary, args.get(1).map_or("100", String::as_str)),
-        Some(other) => {
-            Err(format!("`{other}` cannot be measured: pgbench, pool, bulk, idle, login or pause"))
-        }
+        Some(other) => Err(format!(
+            "`{other}` cannot be measured: pgbench, pool, policy, bulk, idle, login or pause"
+        )),
     }
 }
 
@@ -404,6 +405,61 @@ fn pool(binary: &Path, args: &[String]) -> Done {
                 cpu / of("pgbouncer", |s| s.cpu_per_100k),
                 of(who, |s| s.p99_ms),
                 of(who, |s| s.average_ms),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What it costs to judge every command: two of Holdfast side by side, of which one has a rule about the active cell that
+/// is about nobody here. Statements of a thousand texts, that are known after a moment, and of a million.
+fn policy(binary: &Path, args: &[String]) -> Done {
+    const RULE: &str = "[app.policy]\n[[app.policy.rule]]\nname = \"none\"\nclasses = [\"definition\"]\n\
+        roles = [\"nobody\"]\ndisposition = \"refuse\"\n";
+    let number = |at: usize| args.get(at).and_then(|text| text.parse().ok());
+    let (seconds, clients) = (number(0).unwrap_or(4), number(1).unwrap_or(8));
+    let clients = usize::try_from(clients).unwrap_or(1);
+    let dir = scratch().join("bench");
+    let cluster = Cluster::start(&dir.join("cluster"), "")?;
+    let port = cluster.port.to_string();
+    let init =
+        ["-i", "-q", "-s", "10", "-h", "127.0.0.1", "-U", "postgres", "-p", &port, "postgres"];
+    output(Command::new(format!("{BIN}/pgbench")).args(init))?;
+    let few = dir.join("few.sql");
+    let text =
+        "\\set aid random(1, 1000)\nSELECT abalance FROM pgbench_accounts WHERE aid = :aid;\n";
+    std::fs::write(&few, text).map_err(|error| error.to_string())?;
+    let few = few.display().to_string();
+    let plain = Holdfast::start(binary, &dir.join("plain"), cluster.port, "trust", "", "")?;
+    let judges = Holdfast::start(binary, &dir.join("judges"), cluster.port, "trust", "", RULE)?;
+    let contestants = [("plain", &plain), ("judges", &judges)];
+    println!("{clients} clients, {ROUNDS} rounds of {seconds} s, in rotation; medians");
+    println!("kind               contestant      tps  /plain  cpu s/100k  /plain  p99 ms");
+    let kinds: [(&str, &[&str]); 4] = [
+        ("prepared", &["-S", "-M", "prepared"]),
+        ("extended, 1000", &["-M", "extended", "-f", &few]),
+        ("simple, 1000", &["-M", "simple", "-f", &few]),
+        ("simple, 1000000", &["-S", "-M", "simple"]),
+    ];
+    for (name, kind) in kinds {
+        let mut samples: BTreeMap<&str, Vec<Sample>> = BTreeMap::new();
+        for round in 0..ROUNDS {
+            for at in 0..contestants.len() {
+                let (who, proxy) = contestants[(round + at) % contestants.len()];
+                let sample = sample(proxy.port, Some(proxy), kind, clients, seconds, &dir)?;
+                samples.entry(who).or_default().push(sample);
+            }
+        }
+        let of = |who: &str, read: fn(&Sample) -> f64| {
+            median(samples.get(who).into_iter().flatten().map(read).collect())
+        };
+        for (who, _) in &contestants {
+            let (tps, cpu) = (of(who, |s| s.tps), of(who, |s| s.cpu_per_100k));
+            println!(
+                "{name:<18} {who:<10} {tps:>8.0} {:>7.3} {cpu:>11.2} {:>7.3} {:>7.2}",
+                tps / of("plain", |s| s.tps),
+                cpu / of("plain", |s| s.cpu_per_100k),
+                of(who, |s| s.p99_ms),
             );
         }
     }

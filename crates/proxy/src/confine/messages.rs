@@ -40,7 +40,7 @@ impl Session {
     /// A message of the client begins at `at`, whose body, as far as it has arrived, is `body`.
     pub(crate) fn on_confined_message(
         &mut self,
-        regime: &Regime,
+        regime: &Arc<Regime>,
         header: Header,
         at: usize,
         body: &[u8],
@@ -51,8 +51,15 @@ impl Session {
         {
             return Turn::Pass;
         }
-        if self.confined.as_ref().is_none_or(|confined| confined.number != regime.number) {
-            self.confined = Some(Box::new(Confined::new(regime, self.has_prepared_by_sql)));
+        match &mut self.confined {
+            Some(confined) if confined.regime.version == regime.version => (),
+            // More is known of some database.
+            Some(confined) if confined.regime.number == regime.number => {
+                (confined.regime, confined.key) = (regime.clone(), None);
+            }
+            _ => {
+                self.confined = Some(Box::new(Confined::new(regime, self.has_prepared_by_sql)));
+            }
         }
         let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
         let is_whole = body.len() >= body_len;
@@ -74,11 +81,18 @@ impl Session {
             _ if !is_whole && body.len() < HEAD_LEN_MAX => return Turn::Wait,
             _ => {
                 let portal = body.split(|byte| *byte == 0).next().unwrap_or_default();
-                let confined = self.confined.as_ref();
-                let text = confined.and_then(|confined| confined.portals.get(cut(portal)).cloned());
-                text.flatten().map_or(What::Unknown, What::Text)
+                let text = self.confined.as_ref().and_then(|confined| match portal {
+                    [] => confined.unnamed.clone(),
+                    portal => confined.portals.get(cut(portal)).cloned().flatten(),
+                });
+                text.map_or(What::Unknown, What::Text)
             }
         };
+        if let What::Text(text) = &what
+            && self.has_passed(text)
+        {
+            return Turn::Pass;
+        }
         match self.verdict(regime, &what) {
             Verdict::Passes => Turn::Pass,
             Verdict::Waits => Turn::Wait,
@@ -136,6 +150,30 @@ impl Session {
         Turn::Done
     }
 
+    /// Who the session is judged like.
+    fn key(&mut self) -> Option<u64> {
+        let confined = self.confined.as_mut()?;
+        if let Some((params, key)) = &confined.key
+            && Arc::ptr_eq(params, &self.params)
+        {
+            return *key;
+        }
+        let conforming = self.params.get("standard_conforming_strings").is_none_or(|v| v == "on");
+        let key = confined.regime.key(&self.identity.user, &self.identity.database, conforming);
+        confined.key = Some((self.params.clone(), key));
+        key
+    }
+
+    /// Nothing has to be judged again, but for the count.
+    fn has_passed(&mut self, text: &Text) -> bool {
+        let Some(key) = self.key() else { return false };
+        let Some(rule) = text.passed(key).filter(|_| !self.is_held_by_rule()) else { return false };
+        if let Some(counts) = self.app.policy_counts.get(rule) {
+            counts.count(Disposition::Accept, false);
+        }
+        true
+    }
+
     fn asked<'a>(&'a self, regime: &Regime) -> Asked<'a> {
         Asked {
             state: regime.state,
@@ -170,6 +208,10 @@ impl Session {
         let text = self.text_of_statement(name);
         let Some(confined) = &mut self.confined else { return Turn::Pass };
         let portal = cut(portal);
+        if portal.is_empty() {
+            confined.unnamed = text;
+            return Turn::Pass;
+        }
         if confined.portals.len() >= PORTALS_MAX && !confined.portals.contains_key(portal) {
             confined.portals.clear();
         }
@@ -247,6 +289,10 @@ impl Session {
             since.is_none_or(|since| since.elapsed() < policy.hold_max)
         };
         let judged = policy.policy.judge(classes.iter().copied(), &asked, count);
+        let alone = match *classes {
+            [(_, class)] if judged.is_ok() => Some(policy.policy.rule(class, &asked).0),
+            _ => None,
+        };
         let verdict = match judged {
             Ok(()) => Verdict::Passes,
             Err(refusal) if shadow => {
@@ -277,6 +323,14 @@ impl Session {
             _ => confined.held_since = None,
         }
         if let (Verdict::Passes, What::Text(text)) = (&verdict, what) {
+            let commands = text.commands(conforming).unwrap_or_default();
+            // What PREPARE and EXECUTE do hangs on the session.
+            if let (Some(rule), [command]) = (alone, commands)
+                && command.prepared.is_none()
+                && let Some(Some(key)) = confined.key.as_ref().map(|(_, key)| *key)
+            {
+                text.set_passed(key, rule);
+            }
             for command in text.commands(conforming).unwrap_or_default() {
                 let Some((name, class)) = command.prepared.clone().zip(command.prepares) else {
                     continue;

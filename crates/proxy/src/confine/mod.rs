@@ -8,8 +8,8 @@
 //! statement was prepared. While everything is accepted nothing is done but to remember the texts of named statements.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use model::cell::{CellState, Epoch};
@@ -18,7 +18,7 @@ use model::policy::{Catalog, Class, Disposition, Policy, Refusal};
 use wire::backend::Report;
 use wire::sqlstate::SqlState;
 
-use crate::app::App;
+use crate::app::{App, Params};
 use crate::config::PolicyConfig;
 
 mod messages;
@@ -28,6 +28,8 @@ use texts::Text;
 
 /// Portals of one session of which it is known what they run; one more is refused.
 const PORTALS_MAX: usize = 1_000;
+/// Kinds of sessions that are judged alike, of which it is remembered what has passed.
+const KEYS_MAX: usize = 1_000;
 /// Statements prepared by SQL of which it is known what they do.
 const PREPARED_MAX: usize = 1_000;
 /// Refusals of one session whose errors have not come back.
@@ -48,19 +50,56 @@ pub(crate) struct Counts {
 pub(crate) struct Regime {
     /// Which one it is, so that a session notices the next.
     pub(crate) number: u64,
+    /// Grows with that, and with each database of which something is learned.
+    pub(crate) version: u64,
     pub(crate) cell: String,
     pub(crate) state: CellState,
     pub(crate) epoch: Epoch,
     /// By database. Of one that is not here nothing is known.
     pub(crate) catalogs: BTreeMap<String, Arc<Catalog>>,
+    /// Those who are judged alike, by role, database and `standard_conforming_strings`.
+    pub(crate) keys: Mutex<BTreeMap<(String, String, bool), u64>>,
+}
+
+impl Default for Regime {
+    /// Before anybody has said anything: everything is accepted.
+    fn default() -> Regime {
+        Regime {
+            number: 0,
+            version: 0,
+            cell: String::new(),
+            state: CellState::Active,
+            epoch: Epoch(0),
+            catalogs: BTreeMap::new(),
+            keys: Mutex::default(),
+        }
+    }
+}
+
+static NEXT_KEY: AtomicU64 = AtomicU64::new(1);
+
+impl Regime {
+    /// The number of all who are judged alike. None if there are too many kinds.
+    fn key(&self, role: &str, database: &str, conforming: bool) -> Option<u64> {
+        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        let kind = (role.to_owned(), database.to_owned(), conforming);
+        if keys.len() >= KEYS_MAX && !keys.contains_key(&kind) {
+            return None;
+        }
+        Some(*keys.entry(kind).or_insert_with(|| NEXT_KEY.fetch_add(1, Ordering::Relaxed)))
+    }
 }
 
 /// What is known of a session while commands are judged.
 #[derive(Debug, Default)]
 pub(crate) struct Confined {
     /// The regime that this was learned under.
-    number: u64,
-    /// What each portal runs, where it is known.
+    pub(crate) regime: Arc<Regime>,
+    /// Who it is judged like, and the parameters that this was told by.
+    key: Option<(Params, Option<u64>)>,
+    /// What the portal without a name runs, where it is known.
+    unnamed: Option<Arc<Text>>,
+    /// What each other portal runs, where it is known.
     portals: BTreeMap<Box<[u8]>, Option<Arc<Text>>>,
     /// What statements do that SQL's PREPARE has prepared since, at most.
     prepared: BTreeMap<String, Class>,
@@ -116,8 +155,8 @@ impl Regime {
 }
 
 impl Confined {
-    fn new(regime: &Regime, had_prepared: bool) -> Confined {
-        Confined { number: regime.number, had_prepared, ..Confined::default() }
+    fn new(regime: &Arc<Regime>, had_prepared: bool) -> Confined {
+        Confined { regime: regime.clone(), had_prepared, ..Confined::default() }
     }
 
     /// A number by which the server's error will be known as ours.
@@ -142,6 +181,7 @@ impl Confined {
 
     /// Whatever was bound may be gone.
     pub(crate) fn forget_portals(&mut self) {
+        self.unnamed = None;
         self.portals.clear();
     }
 

@@ -1,5 +1,6 @@
 //! The texts of statements, read once: which commands each holds.
 
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use model::policy::{Catalog, Class, Command};
@@ -19,6 +20,9 @@ pub(crate) struct Text {
     /// With `standard_conforming_strings` off and on. None if it is not in the grammar.
     commands: [OnceLock<Option<Vec<Command>>>; 2],
     classes: [Mutex<Option<Classes>>; 2],
+    /// For whom it passed last, and by which rule. Only a text of one command that says all itself.
+    passed: AtomicU64,
+    rule: AtomicUsize,
 }
 
 impl PartialEq for Text {
@@ -31,7 +35,25 @@ impl Eq for Text {}
 
 impl Text {
     fn new(sql: &[u8]) -> Text {
-        Text { sql: sql.into(), commands: Default::default(), classes: Default::default() }
+        Text {
+            sql: sql.into(),
+            commands: Default::default(),
+            classes: Default::default(),
+            passed: AtomicU64::new(0),
+            rule: AtomicUsize::new(0),
+        }
+    }
+
+    /// The rule by which it has passed for those of this kind. Keys are never used again, so nothing here grows old.
+    pub(crate) fn passed(&self, key: u64) -> Option<usize> {
+        let rule = self.rule.load(Ordering::Acquire);
+        (self.passed.load(Ordering::Acquire) == key).then_some(rule)
+    }
+
+    /// It has passed for those of this kind. Another kind at the same time may have it counted for its rule.
+    pub(crate) fn set_passed(&self, key: u64, rule: usize) {
+        self.rule.store(rule, Ordering::Release);
+        self.passed.store(key, Ordering::Release);
     }
 
     /// Its commands. None if nothing is known of it.
