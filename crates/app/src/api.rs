@@ -74,6 +74,7 @@ impl From<ControlError> for ApiError {
             | ControlError::NoActive { .. }
             | ControlError::NotActive { .. }
             | ControlError::NotFenced { .. }
+            | ControlError::Refused(_)
             | ControlError::NotNewest { .. }
             | ControlError::NotRetryable { .. } => StatusCode::CONFLICT,
             ControlError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -208,7 +209,15 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
     }
     let served = application.served().map(|(cell, _)| cell);
+    if served.is_none() {
+        let next = format!("holdfast unfence {name} CELL");
+        problems
+            .push(format!("the store was restored, say which cell has the newest data: {next}"));
+    }
     for (cell, cell_state) in &application.cells {
+        if served.is_none() {
+            continue;
+        }
         if Some(cell.as_str()) == served && application.execution.is_none() {
             if !cell_state.takes_writes() {
                 let next = format!("holdfast unfence {name} {cell}");

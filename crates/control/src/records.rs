@@ -1,6 +1,8 @@
 //! The application and its executions in the store. Each change is one transaction that compares first.
 
+use model::cell::Epoch;
 use model::persisted::{Application, Execution, application_key, execution_key, execution_prefix};
+use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
 use thiserror::Error;
 
@@ -88,4 +90,30 @@ pub fn executions(store: &dyn Store, app: &str) -> Result<Vec<Execution>, Record
 pub fn execution(store: &dyn Store, app: &str, id: u64) -> Result<Option<Execution>, RecordError> {
     let key = execution_key(app, id);
     store.get(&key)?.map(|found| decode(&key, &found.value)).transpose()
+}
+
+/// Makes of a restored store one in which nobody holds a grant. Gives the applications and their epochs.
+///
+/// # Errors
+/// The store cannot be read or written.
+pub fn after_restore(store: &dyn Store) -> Result<Vec<(String, Epoch)>, RecordError> {
+    let mut restored = Vec::new();
+    for (key, found) in store.list(&application_key(""))? {
+        let application = decode::<Application>(&key, &found.value)?.restored();
+        let app = key.strip_prefix(&application_key("")).unwrap_or_default().to_owned();
+        let mut txn = Txn::default()
+            .expect(&key, Some(found.revision))
+            .put(&key, encode(&key, &application)?);
+        for mut execution in executions(store, &app)? {
+            if matches!(execution.ending, None | Some(Ending::Stuck)) {
+                execution.ending = Some(Ending::Aborted);
+                execution.reason = Some("the store was restored from a copy".into());
+                let key = execution_key(&app, execution.id);
+                txn = txn.put(&key, encode(&key, &execution)?);
+            }
+        }
+        store.commit(&txn)?;
+        restored.push((app, application.epoch));
+    }
+    Ok(restored)
 }

@@ -115,6 +115,8 @@ pub enum ControlError {
         "cell `{cell}` is {state}, but `{newest}` took writes after it; `holdfast unfence {app} {newest}`"
     )]
     NotNewest { app: String, cell: String, state: CellState, newest: String },
+    #[error("{0}")]
+    Refused(String),
     #[error("no execution {0}")]
     NoExecution(u64),
     #[error(
@@ -358,8 +360,11 @@ impl Control {
                 return Err(ControlError::NotNewest { app, cell: cell.into(), state, newest });
             }
             Some((_, CellState::Fenced | CellState::Recovering | CellState::Passive)) => (),
+            // The store was restored: whoever asks says that this is the newest.
+            None if !state.takes_writes() => (),
             _ => return Err(ControlError::NotFenced { cell: cell.into(), state }),
         }
+        stages::check_alone(self.servers(app)?, cell).await.map_err(ControlError::Refused)?;
         let cells = (cell.to_owned(), cell.to_owned());
         self.execute(app, seen, Kind::Unfence, cells, 0, OnTimeout::Abort).await
     }

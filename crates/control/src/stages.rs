@@ -521,12 +521,33 @@ async fn unfence_in_time(server: &CellServer) -> Result<(), String> {
     }
 }
 
+/// The cell's server is a primary, and no other is: two primaries are two histories, of which a person has to choose one.
+pub(crate) async fn check_alone(servers: &AppServers, cell: &str) -> Result<(), String> {
+    for (name, server) in &servers.cells {
+        let status = match admin_at_once(server).await {
+            Ok(mut admin) => admin.status().await.map_err(chain),
+            Err(error) => Err(error),
+        };
+        match status {
+            Ok(status) if name == cell && status.in_recovery => {
+                return Err(format!("the server of `{cell}` is in recovery, not a primary"));
+            }
+            Ok(status) if name != cell && !status.in_recovery => {
+                return Err(format!("the server of `{name}` is a primary, too: stop one of them"));
+            }
+            Ok(_) => (),
+            Err(error) if name == cell => return Err(error),
+            Err(error) => {
+                tracing::warn!(cell = name, error, "it cannot be asked whether it is a primary");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The cell has the grant; its server is to take writes again.
 async fn regrant(control: &Control, execution: &Execution, to: &CellServer) -> Done {
-    let status = admin(to).await?.status().await.map_err(chain)?;
-    if status.in_recovery {
-        return Err(format!("the server of `{}` is in recovery, not a primary", execution.to));
-    }
+    check_alone(control.servers(&execution.app).map_err(chain)?, &execution.to).await?;
     unfence_in_time(to).await?;
     let epoch = control.application(&execution.app).map_err(chain)?.epoch;
     Ok(format!("epoch {epoch} is `{}`'s, its server takes writes", execution.to))

@@ -21,6 +21,9 @@ impl std::fmt::Display for Epoch {
     }
 }
 
+/// By so much the epoch grows when a store is restored: more switchovers than this since its copy nobody has done.
+const RESTORE_JUMP: u64 = 1_000;
+
 /// What a cell may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -128,6 +131,15 @@ impl Application {
         Application { epoch: Epoch(1), cells, granted_to: Some(active.to_owned()), execution: None }
     }
 
+    /// An application whose record is old: what has happened since is not known, so nobody holds the grant, and the next
+    /// is of an epoch that nobody can have seen. A person says which cell goes on.
+    pub fn restored(mut self) -> Application {
+        self.epoch = Epoch(self.epoch.0.saturating_add(RESTORE_JUMP));
+        self.cells.values_mut().for_each(|state| *state = CellState::Passive);
+        (self.granted_to, self.execution) = (None, None);
+        self
+    }
+
     /// The cell that clients are attached to, and its state: the one that takes writes, or was the last that did.
     pub fn served(&self) -> Option<(&str, CellState)> {
         let name = self.active().or(self.granted_to.as_deref())?;
@@ -216,6 +228,18 @@ x.x... promoting
         app.change("b", CellState::Fenced).unwrap();
         assert_eq!((app.active(), app.served()), (None, Some(("b", CellState::Fenced))));
         assert!(app.change("a", CellState::Active).is_err());
+    }
+
+    #[test]
+    fn after_a_restore_nobody_holds_the_grant() {
+        let mut app = Application::new("a", ["a".into(), "b".into()]);
+        app.execution = Some(7);
+        app.change("a", CellState::Draining).unwrap();
+        let mut app = app.restored();
+        assert_eq!((app.served(), app.epoch, app.execution), (None, Epoch(1_001), None));
+        assert!(app.cells.values().all(|state| *state == CellState::Passive));
+        app.change("b", CellState::Promoting).unwrap();
+        assert_eq!(app.epoch, Epoch(1_002));
     }
 
     proptest! {

@@ -7,11 +7,14 @@ use std::fs::{File, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use crate::{Revision, Store, StoreError, Txn, Versioned, check_sizes};
 
+/// How long a copy may wait for the process that writes.
+const BACKUP_WAIT_MAX: Duration = Duration::from_secs(5);
 /// The layout of the database; another one is refused.
 const LAYOUT: i64 = 1;
 
@@ -75,6 +78,55 @@ impl EmbeddedStore {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Writes a copy of the store in `dir` to a new file, as of one moment. The process that has it open goes on.
+    ///
+    /// # Errors
+    /// There is no store, or the file is there already or cannot be written.
+    pub fn backup(dir: &Path, to: &Path) -> Result<(), StoreError> {
+        let file = |what| move |source| StoreError::File { path: to.to_owned(), what, source };
+        // SQLite would write into an empty file that is there; nobody's file is to be lost.
+        if to.exists() {
+            return Err(file("written")(std::io::ErrorKind::AlreadyExists.into()));
+        }
+        let connection =
+            Connection::open_with_flags(dir.join("store.db"), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        connection.busy_timeout(BACKUP_WAIT_MAX)?;
+        connection.execute("VACUUM INTO ?1", [to.to_string_lossy()])?;
+        let mode = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(to, mode).map_err(file("protected"))?;
+        File::open(to).and_then(|copy| copy.sync_all()).map_err(file("synced"))
+    }
+
+    /// Puts a copy in the place of the store in `dir`, which nobody may have open, and opens it. What was there is kept
+    /// beside it, as `store.db.before`.
+    ///
+    /// # Errors
+    /// The store is in use, or the copy is damaged, of another layout, or no store. Then nothing is changed.
+    pub fn restore(dir: &Path, from: &Path) -> Result<EmbeddedStore, StoreError> {
+        let file = |what| move |source| StoreError::File { path: dir.to_owned(), what, source };
+        let damaged = |problem: String| StoreError::Damaged { path: from.to_owned(), problem };
+        // Its log is in the database once it is closed, and its lock is ours all the while.
+        let EmbeddedStore { connection, path, _lock } = EmbeddedStore::open(dir)?;
+        let connection = connection.into_inner().unwrap_or_else(PoisonError::into_inner);
+        connection.pragma_update(None, "journal_mode", "DELETE")?;
+        connection.close().map_err(|(_, error)| error)?;
+        let new = dir.join("store.db.new");
+        std::fs::copy(from, &new).map_err(file("copied"))?;
+        {
+            let copy = Connection::open_with_flags(&new, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+            let check: String = copy.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+            let layout: i64 = copy.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+            if check != "ok" || layout != LAYOUT {
+                return Err(damaged(format!("{check}, layout {layout} where {LAYOUT} is known")));
+            }
+        }
+        File::open(&new).and_then(|copy| copy.sync_all()).map_err(file("synced"))?;
+        std::fs::copy(&path, dir.join("store.db.before")).map_err(file("copied"))?;
+        std::fs::rename(&new, &path).map_err(file("replaced"))?;
+        drop(_lock);
+        EmbeddedStore::open(dir)
     }
 }
 

@@ -22,6 +22,7 @@ pub(crate) mod show;
 use crate::config::{Config, chain, read_duration};
 use crate::run::Running;
 use crate::{demo, run};
+use store::embedded::EmbeddedStore;
 
 #[derive(Parser)]
 #[command(
@@ -137,9 +138,32 @@ enum Verb {
     /// What was done: the newest executions, or one with its steps.
     #[command(after_help = "Example: holdfast executions 3")]
     Executions { id: Option<u64> },
+    /// Copies of the store, which holds the states of cells and what was done.
+    #[command(subcommand)]
+    Store(StoreVerb),
     /// Take up an execution that stands still.
     #[command(after_help = "Example: holdfast retry 3")]
     Retry { id: u64 },
+}
+
+#[derive(Subcommand)]
+enum StoreVerb {
+    /// Write a copy of the store to a new file; a running Holdfast goes on.
+    #[command(after_help = "Example: holdfast store backup -c holdfast.toml --to store.copy")]
+    Backup {
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+    },
+    /// Put a copy in the store's place. As it may be old, no cell is active afterwards: you say which goes on.
+    #[command(after_help = "Example: holdfast store restore -c holdfast.toml --from store.copy")]
+    Restore {
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+        #[arg(long, value_name = "FILE")]
+        from: PathBuf,
+    },
 }
 
 fn duration_ms(text: &str) -> Result<u64, String> {
@@ -179,6 +203,7 @@ pub(crate) fn main() -> ExitCode {
         }
         Verb::Executions { id } => show::executions(&cli.global, id),
         Verb::Retry { id } => show::retry(&cli.global, id),
+        Verb::Store(verb) => store_verb(&verb),
     };
     match done {
         Ok(code) => code,
@@ -187,6 +212,30 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn store_verb(verb: &StoreVerb) -> Result<ExitCode, String> {
+    let dir = |config: &std::path::Path| {
+        Config::load(config).map(|config| config.control.state_dir).map_err(|error| chain(&error))
+    };
+    match verb {
+        StoreVerb::Backup { config, to } => {
+            EmbeddedStore::backup(&dir(config)?, to).map_err(|error| chain(&error))?;
+            say!("the store is copied to `{}`", to.display());
+        }
+        StoreVerb::Restore { config, from } => {
+            let store =
+                EmbeddedStore::restore(&dir(config)?, from).map_err(|error| chain(&error))?;
+            let apps = control::records::after_restore(&store).map_err(|error| chain(&error))?;
+            for (app, epoch) in apps {
+                say!("{app}: epoch {epoch}, no cell is active");
+                say!(
+                    "next: start Holdfast, and say which cell has the newest data: holdfast unfence {app} CELL"
+                );
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn check(path: &std::path::Path) -> Result<ExitCode, String> {

@@ -143,3 +143,43 @@ async fn a_crash_in_a_fence_finds_its_way() {
     }
     installation.restart(&[]);
 }
+
+/// An old copy of the store does not say who is active: nobody is, until a person says so, and not of a standby.
+#[tokio::test]
+async fn an_old_copy_of_the_store_makes_nobody_active() {
+    let mut installation = Installation::start("restored");
+    run(&mut installation.connect().await, "CREATE TABLE t (n serial)").await;
+    let config = installation.config().display().to_string();
+    let copy = installation.dir.join("copy").display().to_string();
+    let store = |installation: &Installation, args: &[&str]| {
+        let output = installation.holdfast(&[&["store"], args, &["-c", &config]].concat());
+        (output.status.code(), shown(&output))
+    };
+    assert_eq!(store(&installation, &["backup", "--to", &copy]).0, Some(0));
+    assert_eq!(store(&installation, &["backup", "--to", &copy]).0, Some(1));
+    installation.switch_to("b");
+    run(&mut installation.connect().await, "INSERT INTO t DEFAULT VALUES").await;
+    let (code, text) = store(&installation, &["restore", "--from", &copy]);
+    assert!(code == Some(1) && text.contains("is in use"), "{text}");
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    let (code, text) = store(&installation, &["restore", "--from", &copy]);
+    assert!(code == Some(0) && text.contains("shop: epoch 1001, no cell is active"), "{text}");
+    installation.restart(&[]);
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(
+        status.contains("active cell none") && status.contains("unfence shop CELL"),
+        "{status}"
+    );
+    let output = installation.holdfast(&["unfence", "shop", "a"]);
+    assert!(shown(&output).contains("in recovery, not a primary"), "{}", shown(&output));
+    let output = installation.holdfast(&["unfence", "shop", "b"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    let mut client = installation.connect().await;
+    run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "2");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("active cell b, epoch 1002"), "{status}");
+    installation.switch_to("a");
+    run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
+}

@@ -118,3 +118,28 @@ fn a_log_cut_at_any_byte_opens_with_whole_transactions_only() {
         assert_eq!(a.map(|v| v.value), b.map(|v| v.value), "cut at {cut}");
     }
 }
+
+#[test]
+fn a_copy_is_of_one_moment_and_replaces_the_store() {
+    let (dir, copies) = (Dir::new("backed-up"), Dir::new("copies"));
+    std::fs::create_dir_all(&copies.0).unwrap();
+    let copy = copies.0.join("copy");
+    let store = EmbeddedStore::open(&dir.0).unwrap();
+    store.commit(&Txn::default().put("a", b"old".to_vec())).unwrap();
+    EmbeddedStore::backup(&dir.0, &copy).unwrap();
+    store.commit(&Txn::default().put("a", b"new".to_vec())).unwrap();
+    assert!(matches!(EmbeddedStore::backup(&dir.0, &copy), Err(StoreError::File { .. })));
+    assert!(matches!(EmbeddedStore::restore(&dir.0, &copy), Err(StoreError::InUse { .. })));
+    drop(store);
+    let half = copies.0.join("half");
+    let bytes = std::fs::read(&copy).unwrap();
+    for len in [0, 1, 100, bytes.len() / 2] {
+        std::fs::write(&half, &bytes[..len]).unwrap();
+        assert!(EmbeddedStore::restore(&dir.0, &half).is_err(), "{len}");
+        let store = EmbeddedStore::open(&dir.0).unwrap();
+        assert_eq!(store.get("a").unwrap().unwrap().value, b"new", "{len}");
+    }
+    let store = EmbeddedStore::restore(&dir.0, &copy).unwrap();
+    assert_eq!(store.get("a").unwrap().unwrap().value, b"old");
+    store.commit(&Txn::default().put("a", b"newer".to_vec())).unwrap();
+}
