@@ -103,7 +103,9 @@ pub enum ControlError {
     NotPassive { cell: String, state: CellState },
     #[error("execution {id} is changing application `{app}`; see `holdfast executions {id}`")]
     UnderWay { app: String, id: u64 },
-    #[error("application `{app}` has no active cell to switch over from")]
+    #[error(
+        "application `{app}` has no active cell, which this takes; see `holdfast status {app}`"
+    )]
     NoActive { app: String },
     #[error("cell `{cell}` is {state}, only an active cell can be fenced")]
     NotActive { cell: String, state: CellState },
@@ -428,6 +430,11 @@ impl Control {
     ) -> Result<Report, ControlError> {
         let _taken = self.take(app)?;
         self.check_cell(app, &request.to)?;
+        let application = records::application(&*self.store, app)?.application;
+        if application.active().is_none() {
+            // What a fenced server says of all its sessions would become their own.
+            return Err(ControlError::NoActive { app: app.into() });
+        }
         let MoveRequest { session, to, deadline_ms } = request;
         Ok(self.order(Order::Move { app: app.into(), session, to, deadline_ms }).await)
     }

@@ -88,7 +88,6 @@ const PLAIN: &[(&str, &str, Class)] = &[
     ("DropTableSpaceStmt", "DROP TABLESPACE", Class::Definition),
     ("DropUserMappingStmt", "DROP USER MAPPING", Class::Definition),
     ("DropdbStmt", "DROP DATABASE", Class::Definition),
-    ("FetchStmt", "FETCH", Class::Read),
     ("GrantRoleStmt", "GRANT", Class::Definition),
     ("GrantStmt", "GRANT", Class::Definition),
     ("ImportForeignSchemaStmt", "IMPORT FOREIGN SCHEMA", Class::Definition),
@@ -148,6 +147,11 @@ fn command(tree: &Tree<'_>, at: usize, kind: &str) -> Command {
         "ExecuteStmt" => {
             let mut command = Command::new("EXECUTE", Class::Execute);
             command.prepared = tree.text(at, "name").map(unescaped);
+            command
+        }
+        "FetchStmt" => {
+            let mut command = Command::new("FETCH", Class::Read);
+            command.cursor = tree.text(at, "portalname").map(unescaped);
             command
         }
         "TransactionStmt" => transaction(tree, at),
@@ -279,17 +283,25 @@ fn is_on(tree: &Tree<'_>, at: usize) -> bool {
     matches!(values.as_slice(), [one] if matches!(one.to_ascii_lowercase().as_str(), "on" | "true" | "yes" | "1"))
 }
 
-/// What it names: functions, operators and relations, wherever they stand.
+/// What it names, wherever it stands, without schemas: which one is meant hangs on types and path.
 fn names(tree: &Tree<'_>, at: usize, command: &mut Command) {
+    let last = |at: usize, key: &str| tree.strings(at, key).last().map(|name| unescaped(name));
     for (entry_at, entry) in tree.within(at) {
         match (entry.key, entry.value) {
-            ("FuncCall", Value::Object) => {
-                let name = tree.strings(entry_at, "funcname").join(".");
-                command.functions.insert(unescaped(&name));
+            ("FuncCall", Value::Object) => command.functions.extend(last(entry_at, "funcname")),
+            ("A_Expr", Value::Object) => command.operators.extend(last(entry_at, "name")),
+            ("SubLink", Value::Object) => command.operators.extend(last(entry_at, "operName")),
+            ("typeName" | "TypeName", Value::Object) => {
+                command.types.extend(last(entry_at, "names"));
             }
-            ("A_Expr", Value::Object) => {
-                let name = tree.strings(entry_at, "name");
-                command.operators.extend(name.last().map(|name| unescaped(name)));
+            ("ColumnRef", Value::Object) => {
+                command
+                    .columns
+                    .extend(tree.strings(entry_at, "fields").iter().map(|name| unescaped(name)));
+            }
+            ("A_Indirection", Value::Object) => {
+                let names = tree.strings(entry_at, "indirection");
+                command.columns.extend(names.iter().map(|name| unescaped(name)));
             }
             ("relname", Value::Text(name)) => {
                 command.relations.insert(unescaped(name));

@@ -54,9 +54,17 @@ fn what_is_called_is_named() {
         (SELECT setval('s', 1)) ORDER BY g(h())"#;
     let command = &commands(sql, true).unwrap()[0];
     let names = |set: &std::collections::BTreeSet<String>| set.iter().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&command.functions), ["Odd \"x.f", "g", "h", "lower", "setval"]);
+    assert_eq!(names(&command.functions), ["f", "g", "h", "lower", "setval"]);
     assert_eq!(names(&command.operators), ["<->"]);
     assert_eq!(names(&command.relations), ["My view"]);
+    let sql = br#"SELECT t.tf, (t).ug, 1::public.dm, CAST('1' AS "Pt"), 1 <!> ANY (SELECT 2), "a.b"() FROM t"#;
+    let command = &commands(sql, true).unwrap()[0];
+    assert_eq!(names(&command.columns), ["t", "tf", "ug"]);
+    assert_eq!(names(&command.types), ["Pt", "dm"]);
+    assert_eq!(names(&command.operators), ["<!>"]);
+    assert_eq!(names(&command.functions), ["a.b"]);
+    let fetch = &commands(b"FETCH ALL FROM \"X\"", true).unwrap()[0];
+    assert_eq!(fetch.cursor.as_deref(), Some("X"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model::barrier::Reason;
 use model::cell::{CellState, Epoch};
@@ -20,6 +20,9 @@ use crate::confine::texts::Texts;
 use crate::confine::{Counts, Regime};
 use crate::pool::Pools;
 
+/// How often, and how long after each other, it is looked whether a fence is being taken back.
+const FENCE_LOOKS: u32 = 40;
+const FENCE_PAUSE: Duration = Duration::from_millis(50);
 /// Databases of which it is known what their names stand for.
 const CATALOGS_MAX: usize = 1_000;
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
@@ -145,6 +148,24 @@ impl App {
             !matches!(regime.state, CellState::Active | CellState::Draining | CellState::Fenced);
         is_closed
             .then(|| format!("cell `{}` is {} and takes no clients", regime.cell, regime.state))
+    }
+
+    /// The cell takes no writes.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.regime(None).is_some_and(|regime| !regime.state.takes_writes())
+    }
+
+    /// A login of these parameters would write although its cell is fenced. A fence that is being taken back is waited for.
+    pub(crate) async fn lifts_fence(&self, params: &Params) -> bool {
+        let is_off =
+            params.get("default_transaction_read_only").is_some_and(|value| value == "off");
+        for _ in 0..FENCE_LOOKS {
+            if !is_off || self.regime(None).is_none_or(|regime| regime.state.takes_writes()) {
+                return false;
+            }
+            tokio::time::sleep(FENCE_PAUSE).await;
+        }
+        true
     }
 
     /// From here on the cell is in this state, and commands are judged in it. What the names of `databases` stand for is

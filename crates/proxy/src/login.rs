@@ -463,6 +463,12 @@ async fn attach(
             server
         }
     };
+    if app.lifts_fence(&server.params).await {
+        let why = "a login that sets `default_transaction_read_only` to off is refused in a cell that takes no writes";
+        let report = Report::fatal(SqlState::READ_ONLY_SQL_TRANSACTION, why)
+            .hint("leave it out of the connection's options, and of the role's and the database's defaults");
+        return client.refuse(report).await;
+    }
     let id = shared.next_id();
     let client_pid = if server.pid == 0 { shared.own_pid(id) } else { server.pid };
     let secret_len = if version >= Version::V3_2 { 32 } else { 4 };
@@ -496,6 +502,8 @@ async fn attach(
         has_prepared: false,
         names: Default::default(),
         has_prepared_by_sql: false,
+        has_lost_names: false,
+        has_lifted_fence: false,
         confined: None,
         restyled: false,
         beneath: None,

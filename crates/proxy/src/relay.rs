@@ -68,6 +68,10 @@ pub enum Fault {
     Server(FrameError),
     #[error("a prepared statement cannot be prepared again as it was")]
     Settings,
+    #[error(
+        "the session has set `default_transaction_read_only` to off in a cell that takes no writes"
+    )]
+    Unfenced,
 }
 
 fn usize_of(len: u32) -> usize {
@@ -111,8 +115,15 @@ impl Session {
                     let body = rest.get(HEADER_LEN..).unwrap_or_default();
                     let turn = match &regime {
                         // Its own question goes first.
+                        Some(_) if self.is_without_fence() => return Err(Fault::Unfenced),
                         Some(regime) if !self.protocol.runs_own() => {
                             self.on_confined_message(regime, header, at, body)
+                        }
+                        None if self.skips_alone() => {
+                            let len = usize_of(header.body_len);
+                            let is_whole = body.len() >= len;
+                            let body = body.get(..len).unwrap_or(body);
+                            self.on_skipped(header, at, body, is_whole)
                         }
                         _ => Turn::Pass,
                     };
@@ -229,9 +240,11 @@ impl Session {
         if self.names.is_full() {
             self.names.forget(name);
             self.names.unknown();
+            self.has_lost_names = true;
             return;
         }
         let text = sql.map(|sql| self.app.texts.get(sql));
+        self.has_lost_names |= text.is_none();
         self.names.parse(name, text, true);
     }
 
@@ -251,11 +264,10 @@ impl Session {
     #[cold]
     fn after_confined_answer(&mut self, tag: u8) {
         let Some(confined) = &mut self.confined else { return };
-        if tag == b'E' || self.protocol.is_idle() {
-            confined.forget_portals();
-        }
-        if self.protocol.is_quiet() {
-            confined.forget_refusals();
+        if tag == b'E' {
+            confined.on_error();
+        } else if self.protocol.is_quiet() {
+            confined.on_ready(self.protocol.is_idle());
         }
     }
 
@@ -334,9 +346,13 @@ impl Session {
                             let prepares = body.starts_with(b"PREPARE\0");
                             self.has_prepared |= prepares;
                             self.has_prepared_by_sql |= prepares;
-                            if body.starts_with(b"DEALLOCATE") || body.starts_with(b"DISCARD ALL\0")
-                            {
+                            if prepares && let Some(confined) = &mut self.confined {
+                                confined.on_prepared();
+                            }
+                            if body.starts_with(b"DEALLOCATE\0") || body.starts_with(b"DO\0") {
+                                // Which name is gone, or what else was done, is not known.
                                 self.names.clear();
+                                self.has_lost_names = true;
                             }
                             if body.starts_with(b"SAVEPOINT\0") {
                                 self.protocol.on_savepoint();
@@ -345,6 +361,8 @@ impl Session {
                                 || body.starts_with(b"DISCARD ALL\0")
                             {
                                 (self.has_prepared, self.restyled) = (false, false);
+                                (self.has_prepared_by_sql, self.has_lost_names) = (false, false);
+                                self.names.clear();
                             }
                             self.on_shared_tag(body.get(..body_len).unwrap_or_default());
                             self.protocol.on_backend(b'C', None);
@@ -434,6 +452,9 @@ impl Session {
                 name,
                 b"DateStyle" | b"TimeZone" | b"IntervalStyle" | b"standard_conforming_strings"
             );
+            if name == b"default_transaction_read_only" {
+                self.has_lifted_fence = value == b"off";
+            }
             let before = params.insert(text(name), text(value));
             let restyles = style && before.is_none_or(|b| b.as_bytes() != value);
             self.restyled |= restyles && self.has_prepared;

@@ -141,6 +141,10 @@ pub struct Session {
     pub(crate) names: Names<Option<Arc<Text>>>,
     /// SQL's PREPARE has been run.
     pub has_prepared_by_sql: bool,
+    /// There may be statements with a name of which nothing is known.
+    pub has_lost_names: bool,
+    /// Its server has reported that its transactions may write, by themselves.
+    pub has_lifted_fence: bool,
     /// What is known of it while its commands are judged.
     pub(crate) confined: Option<Box<Confined>>,
     /// Since it has, a setting has changed by which the server reads literals when it prepares a statement.

@@ -5,7 +5,9 @@ use wire::backend::{Backend, TxStatus};
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::support::{Installation, connect, console, extended, run, shown, value};
+use crate::support::{
+    Installation, connect, console, extended, last_words, login, run, shown, value,
+};
 
 const SET_UP: &str = "CREATE TABLE t (n int); INSERT INTO t VALUES (1); CREATE SEQUENCE s; \
     CREATE FUNCTION writes() RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (7) RETURNING n'; \
@@ -100,7 +102,7 @@ async fn batch(session: &mut Connection, messages: Vec<u8>) -> String {
 }
 
 /// One session through all states: it is never disconnected, and what it had prepared is judged by what it does now.
-async fn a_cell_goes_through_its_states(installation: Installation) {
+async fn a_cell_goes_through_its_states(installation: Installation, shares: bool) {
     let mut one = installation.connect().await;
     let mut other = installation.connect().await;
     run(&mut one, SET_UP).await;
@@ -109,7 +111,10 @@ async fn a_cell_goes_through_its_states(installation: Installation) {
     prepared.extend(parse(b"f", "SELECT reads()"));
     extended(&mut one, &sync(prepared)).await;
     extended(&mut other, &sync(parse(b"", "DELETE FROM t"))).await;
-    run(&mut one, "SET application_name = 'kept'; SET default_transaction_read_only = off").await;
+    run(&mut one, "SET application_name = 'kept'").await;
+    // Its transactions would write by themselves.
+    let mut lifted = installation.connect().await;
+    run(&mut lifted, "SET default_transaction_read_only = off").await;
 
     let text = holdfast(&installation, &["fence", "shop", "a", "--deadline", "10s"]);
     assert!(text.contains("execution 1: fence of shop, cell a: completed"), "{text}");
@@ -123,6 +128,20 @@ async fn a_cell_goes_through_its_states(installation: Installation) {
     ] {
         not_done(&installation, args);
     }
+    if shares {
+        // It stands on no server, and the next one is fenced.
+        refused(&mut lifted, "INSERT INTO t VALUES (2)").await;
+        assert_eq!(value(&mut lifted, "SHOW default_transaction_read_only").await, "on");
+    } else {
+        let (state, detail) = last_words(&mut lifted).await;
+        assert_eq!(state, Some(SqlState::ADMIN_SHUTDOWN));
+        assert!(detail.contains("`default_transaction_read_only`"), "{detail}");
+    }
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let options = [("options", "-c default_transaction_read_only=off")];
+    let port = installation.facts.port;
+    let error = login(port, "postgres", None, tls, &options).await.unwrap_err();
+    assert!(error.to_string().contains("default_transaction_read_only"), "{error}");
     for sql in REFUSED {
         refused(&mut one, sql).await;
         assert_eq!(one.status, TxStatus::Idle, "{sql}");
@@ -214,13 +233,13 @@ async fn a_cell_goes_through_its_states(installation: Installation) {
 
 #[tokio::test]
 async fn a_fenced_cell_reads_and_takes_writes_again_by_a_new_grant() {
-    a_cell_goes_through_its_states(Installation::start("fenced")).await;
+    a_cell_goes_through_its_states(Installation::start("fenced"), false).await;
 }
 
 /// Sessions that share servers.
 #[tokio::test]
 async fn shared_servers_are_fenced_for_each_session() {
-    a_cell_goes_through_its_states(Installation::start_pooled("fenced-pool", 2)).await;
+    a_cell_goes_through_its_states(Installation::start_pooled("fenced-pool", 2), true).await;
 }
 
 const RULES: &str = "\n[app.policy]\nversion = 7\nhold_max = \"2s\"\nreading = [\"writes\"]\n\
@@ -237,8 +256,9 @@ async fn rules_of_ones_own_are_tried_first() {
     let port = installation.facts.port;
     let mut app = connect(port, "app", None).await.unwrap();
     let mut admin = installation.connect().await;
-    let text = refused(&mut app, "CREATE TABLE u (n int)").await;
-    assert!(text.contains("CREATE TABLE in cell `a`, which is active"), "{text}");
+    let error = app.query("CREATE TABLE u (n int)").await.unwrap_err();
+    assert_eq!(error.sqlstate(), Some(SqlState::INSUFFICIENT_PRIVILEGE));
+    assert!(error.to_string().contains("CREATE TABLE in cell `a`, which is active"), "{error}");
     run(&mut app, "SELECT 1").await;
     run(&mut admin, "CREATE TABLE u (n int)").await;
     holdfast(&installation, &["fence", "shop", "a"]);
@@ -287,4 +307,88 @@ async fn open_transactions_are_waited_for() {
     let mut one = installation.connect().await;
     assert_eq!(value(&mut one, "SELECT count(*) FROM t").await, "3");
     refused(&mut one, "INSERT INTO t VALUES (5)").await;
+}
+
+const HIDDEN: &str = "CREATE TABLE h (n int); CREATE FUNCTION hides() RETURNS int LANGUAGE plpgsql AS \
+    'BEGIN INSERT INTO h VALUES (1); RETURN 1; END'; \
+    CREATE FUNCTION hides(h) RETURNS int LANGUAGE sql AS 'SELECT hides()'; \
+    CREATE FUNCTION hides(int, int) RETURNS bool LANGUAGE sql AS 'SELECT hides() = 1'; \
+    CREATE FUNCTION hides(int) RETURNS bool LANGUAGE sql AS 'SELECT hides() = 1'; \
+    CREATE OPERATOR <!> (LEFTARG = int, RIGHTARG = int, FUNCTION = hides); \
+    CREATE DOMAIN dm AS int CHECK (hides(VALUE)); CREATE VIEW v1 AS SELECT hides() AS n; CREATE VIEW v2 AS SELECT n FROM v1; \
+    CREATE VIEW vlo AS SELECT lo_create(0) AS n; CREATE VIEW vop AS SELECT 1 <!> 2 AS n; CREATE VIEW vdm AS SELECT 1::dm AS n; \
+    CREATE FUNCTION adds(int, int) RETURNS int LANGUAGE sql AS 'SELECT hides()'; \
+    CREATE AGGREGATE agg (int) (SFUNC = adds, STYPE = int, INITCOND = 0); CREATE TYPE pt AS (x int); \
+    CREATE FUNCTION to_pt(int) RETURNS pt LANGUAGE sql AS 'SELECT row(hides())::pt'; CREATE CAST (int AS pt) WITH FUNCTION to_pt(int); \
+    CREATE FUNCTION \"a.upper\"() RETURNS int LANGUAGE sql AS 'SELECT hides()'; INSERT INTO h VALUES (0)";
+
+/// Writes that hide in what names stand for, each refused before it reaches a server that would take it.
+#[tokio::test]
+async fn what_names_stand_for_hides_no_write() {
+    let installation = Installation::start("hidden");
+    let mut one = installation.connect().await;
+    run(&mut one, HIDDEN).await;
+    holdfast(&installation, &["fence", "shop", "a"]);
+    for sql in [
+        "SELECT * FROM v2",
+        "SELECT * FROM vlo",
+        "SELECT * FROM vop",
+        "SELECT * FROM vdm",
+        "SELECT 1::dm",
+        "SELECT h.hides FROM h",
+        "SELECT (h).hides FROM h",
+        "SELECT agg(n) FROM h",
+        "SELECT 1::pt",
+        "SELECT 1 <!> ANY (SELECT 2)",
+        "SELECT \"a.upper\"()",
+        "SELECT table_to_xml('v1', true, false, '')",
+        "PREPARE p (int) AS SELECT $1; EXECUTE p (hides())",
+        "SELECT 1; COMMIT; SELECT 1",
+        r"SELECT '\' , '; INSERT INTO h VALUES (10); --'",
+    ] {
+        refused(&mut one, sql).await;
+        assert_eq!(one.status, TxStatus::Idle, "{sql}");
+    }
+    // What the protocol has bound, FETCH would run.
+    run(&mut one, "BEGIN").await;
+    let mut out = parse(b"", "DELETE FROM h RETURNING n");
+    frontend::bind_text(&mut out, b"x", b"", &[]);
+    assert_eq!(batch(&mut one, out).await, "12T");
+    refused(&mut one, "FETCH ALL FROM x").await;
+    run(&mut one, "ROLLBACK").await;
+    run(&mut one, "BEGIN").await;
+    run(&mut one, "DECLARE c CURSOR FOR SELECT n FROM h").await;
+    assert_eq!(value(&mut one, "FETCH ALL FROM c").await, "0");
+    run(&mut one, "COMMIT").await;
+    // A portal called as the server is told to refuse.
+    let mut out = parse(b"", "INSERT INTO h VALUES (11)");
+    frontend::bind_text(&mut out, b"holdfast_refused_1_", b"", &[]);
+    frontend::execute(&mut out, b"holdfast_refused_1_", 0);
+    assert_eq!(batch(&mut one, out).await, "1[25006]I");
+    // A transaction that ends in a batch, and what would come in the next.
+    let mut out = parse(b"", "COMMIT");
+    out.extend(execute(b""));
+    out.extend(parse(b"", "SELECT 1"));
+    out.extend(execute(b""));
+    let answer = batch(&mut one, out).await;
+    assert!(answer.ends_with("[25006]I"), "{answer}");
+    // A PREPARE that fails is not believed.
+    let long = format!("DELETE FROM h /* {} */", "x".repeat(20_000));
+    assert_eq!(batch(&mut one, parse(b"p", &long)).await, "1I");
+    assert!(one.query("PREPARE p AS SELECT 1").await.is_err());
+    refused(&mut one, "EXECUTE p").await;
+    assert_eq!(value(&mut one, "SELECT count(*) FROM h").await, "1");
+    for sql in [
+        "SELECT count(*) FROM pg_stat_activity",
+        "SELECT count(*) FROM pg_settings",
+        "SELECT count(*) FROM pg_stat_replication",
+        "SELECT count(*) FROM information_schema.columns",
+        "SELECT count(*) FROM pg_indexes",
+        "SELECT count(*) FROM pg_locks",
+    ] {
+        run(&mut one, sql).await;
+    }
+    // What needs no transaction of its own is ended if it lifts the fence all the same.
+    holdfast(&installation, &["unfence", "shop", "a"]);
+    run(&mut one, "INSERT INTO h VALUES (12)").await;
 }

@@ -258,9 +258,14 @@ fn verdict(sql: &str, state: CellState, catalog: &Catalog) -> (String, bool) {
         let rule = policy.rule(model::policy::Class::Unknown, &asked);
         return ("unknown".into(), rule.1 == Disposition::Accept);
     };
-    let class_of = |command: &Command| (command.name, command.class_with(Some(catalog)));
-    let classes: Vec<&str> = commands.iter().map(|command| class_of(command).1.name()).collect();
-    (classes.join(", "), policy.judge(commands.iter().map(class_of), &asked, |_, _| ()).is_ok())
+    let classes_of = |command: &Command| {
+        let name = command.name;
+        command.classes_with(Some(catalog)).map(move |class| (name, class)).collect::<Vec<_>>()
+    };
+    let classes: Vec<(&'static str, model::policy::Class)> =
+        commands.iter().flat_map(classes_of).collect();
+    let names: Vec<&str> = classes.iter().map(|(_, class)| class.name()).collect();
+    (names.join(", "), policy.judge(classes, &asked, |_, _| ()).is_ok())
 }
 
 #[tokio::test]

@@ -118,15 +118,21 @@ pub struct Command {
     /// As the manual names it, such as `SELECT`; several that are defined alike share one name.
     pub name: &'static str,
     pub class: Class,
-    /// Functions that it calls, without arguments: `lower`, `pg_catalog.nextval`.
+    /// Functions that it calls, without their schemas.
     pub functions: BTreeSet<String>,
     pub operators: BTreeSet<String>,
     /// Relations that it names, which may be views over functions.
     pub relations: BTreeSet<String>,
+    /// Types that it casts to, which may run code.
+    pub types: BTreeSet<String>,
+    /// Names of columns, which may be functions of the row.
+    pub columns: BTreeSet<String>,
     /// The statement that `EXECUTE` runs, or that `PREPARE` prepares.
     pub prepared: Option<String>,
     /// What `PREPARE` prepares does this.
     pub prepares: Option<Class>,
+    /// The cursor, or portal, that `FETCH` or `MOVE` runs.
+    pub cursor: Option<String>,
 }
 
 impl Command {
@@ -137,28 +143,37 @@ impl Command {
             functions: BTreeSet::new(),
             operators: BTreeSet::new(),
             relations: BTreeSet::new(),
+            types: BTreeSet::new(),
+            columns: BTreeSet::new(),
             prepared: None,
             prepares: None,
+            cursor: None,
         }
     }
 
-    /// Its class once it is known what it calls: what may do more than read is code. Without a catalog nothing is known.
-    pub fn class_with(&self, catalog: Option<&Catalog>) -> Class {
-        let calls = match catalog {
-            Some(catalog) => {
-                self.functions.iter().any(|name| catalog.function(name) == Effect::Unknown)
-                    || self.operators.iter().any(|name| catalog.operators.contains(name))
-                    || self.relations.iter().any(|name| catalog.views.contains(unqualified(name)))
-            }
-            None => {
-                let names = [&self.functions, &self.operators, &self.relations];
-                names.iter().any(|names| !names.is_empty())
-            }
+    /// It calls what may do more than read. Without a catalog nothing is known.
+    pub fn calls(&self, catalog: Option<&Catalog>) -> bool {
+        let Some(catalog) = catalog else {
+            let names = [&self.functions, &self.operators, &self.relations, &self.types];
+            return names.iter().any(|names| !names.is_empty());
         };
-        match self.class {
-            Class::Read | Class::Session if calls => Class::Code,
-            class => class,
-        }
+        let named = |names: &BTreeSet<String>, of: &BTreeSet<String>| {
+            names.iter().any(|name| of.contains(name))
+        };
+        self.functions.iter().any(|name| catalog.function(name) == Effect::Unknown)
+            || named(&self.operators, &catalog.operators)
+            || named(&self.relations, &catalog.views)
+            || named(&self.types, &catalog.types)
+            || named(&self.columns, &catalog.attributes)
+    }
+
+    /// What it does once it is known what it calls: each of these has to be accepted.
+    pub fn classes_with(&self, catalog: Option<&Catalog>) -> impl Iterator<Item = Class> {
+        let calls = self.calls(catalog);
+        // What only reads is code then, and nothing else.
+        let own =
+            (!calls || !matches!(self.class, Class::Read | Class::Session)).then_some(self.class);
+        own.into_iter().chain(calls.then_some(Class::Code))
     }
 }
 
@@ -177,18 +192,18 @@ pub struct Catalog {
     pub reading: BTreeSet<String>,
     /// Operators of which one runs a volatile function.
     pub operators: BTreeSet<String>,
-    /// Views that call a function that is not among the reading ones.
+    /// Views that call a function that is not among the reading ones, also by other views.
     pub views: BTreeSet<String>,
+    /// Domains and types with casts that call such a function.
+    pub types: BTreeSet<String>,
+    /// Functions that are not among the reading ones and not PostgreSQL's own: of a row they may be written as a column.
+    pub attributes: BTreeSet<String>,
 }
 
 impl Catalog {
     fn function(&self, name: &str) -> Effect {
-        if self.reading.contains(unqualified(name)) { Effect::Reads } else { Effect::Unknown }
+        if self.reading.contains(name) { Effect::Reads } else { Effect::Unknown }
     }
-}
-
-fn unqualified(name: &str) -> &str {
-    name.rsplit('.').next().unwrap_or(name)
 }
 
 /// Asks for [`Catalog`]: kinds and names. A function counts as reading if everything of its name is declared so, or is
@@ -204,22 +219,41 @@ pub const QUESTION: &str = "\
         'pg_safe_snapshot_blocking_pids', 'pg_isolation_test_session_is_blocked', 'pg_current_wal_lsn', \
         'pg_current_wal_insert_lsn', 'pg_current_wal_flush_lsn', 'pg_get_backend_memory_contexts', \
         'pg_control_checkpoint', 'pg_control_system', 'pg_control_init', 'pg_control_recovery', 'pg_stat_get_activity'])), \
-    functions AS (SELECT p.proname, pg_catalog.bool_and(p.provolatile OPERATOR(pg_catalog.<>) 'v' \
+    components AS (SELECT a.aggfnoid::pg_catalog.oid AS oid FROM pg_catalog.pg_aggregate a JOIN pg_catalog.pg_proc p \
+        ON p.oid OPERATOR(pg_catalog.=) ANY (ARRAY[a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggserialfn, \
+            a.aggdeserialfn, a.aggmtransfn, a.aggminvtransfn, a.aggmfinalfn]::pg_catalog.oid[]) \
+        WHERE p.provolatile OPERATOR(pg_catalog.=) 'v'), \
+    proc AS (SELECT p.oid, p.proname, p.provolatile OPERATOR(pg_catalog.<>) 'v' \
+            AND p.proname OPERATOR(pg_catalog.!~) '_to_xml' AND NOT p.oid OPERATOR(pg_catalog.=) ANY (SELECT oid FROM components) \
             OR (p.pronamespace OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace \
-                AND p.proname OPERATOR(pg_catalog.=) ANY (SELECT name FROM harmless))) AS reads \
-        FROM pg_catalog.pg_proc p WHERE p.prokind OPERATOR(pg_catalog.<>) 'p' GROUP BY p.proname) \
+                AND p.proname OPERATOR(pg_catalog.=) ANY (SELECT name FROM harmless)) AS reads \
+        FROM pg_catalog.pg_proc p WHERE p.prokind OPERATOR(pg_catalog.<>) 'p'), \
+    functions AS (SELECT proname, pg_catalog.bool_and(reads) AS reads FROM proc GROUP BY proname), \
+    rewritten AS (SELECT r.ev_class, pg_catalog.regexp_matches(r.ev_action::pg_catalog.text, \
+            ':(funcid|opfuncid|aggfnoid|winfnoid|opno|relid|resulttype) ([0-9]+)', 'g') AS found \
+        FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) r.ev_class \
+        WHERE c.relkind OPERATOR(pg_catalog.=) 'v' AND r.ev_type OPERATOR(pg_catalog.=) '1'), \
+    parts AS (SELECT DISTINCT ev_class, found[1] AS kind, found[2]::pg_catalog.oid AS oid FROM rewritten), \
+    domains AS (SELECT t.oid, t.typname FROM pg_catalog.pg_type t \
+        WHERE t.typtype OPERATOR(pg_catalog.=) 'd' AND t.oid OPERATOR(pg_catalog.>=) 16384 AND EXISTS (SELECT FROM \
+            pg_catalog.pg_constraint k WHERE k.contypid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c')), \
+    risky AS (SELECT ev_class AS oid FROM parts p JOIN proc f ON f.oid OPERATOR(pg_catalog.=) p.oid \
+            WHERE p.kind OPERATOR(pg_catalog.=) ANY (ARRAY['funcid', 'opfuncid', 'aggfnoid', 'winfnoid']) AND NOT f.reads \
+        UNION SELECT ev_class FROM parts p JOIN pg_catalog.pg_operator o ON o.oid OPERATOR(pg_catalog.=) p.oid \
+            JOIN proc f ON f.oid OPERATOR(pg_catalog.=) o.oprcode WHERE p.kind OPERATOR(pg_catalog.=) 'opno' AND NOT f.reads \
+        UNION SELECT ev_class FROM parts p JOIN domains d ON d.oid OPERATOR(pg_catalog.=) p.oid \
+            WHERE p.kind OPERATOR(pg_catalog.=) 'resulttype') \
     SELECT 'function', proname::pg_catalog.text FROM functions WHERE reads \
+    UNION ALL SELECT DISTINCT 'attribute', proname::pg_catalog.text FROM proc WHERE oid OPERATOR(pg_catalog.>=) 16384 AND NOT reads \
     UNION ALL SELECT DISTINCT 'operator', o.oprname::pg_catalog.text FROM pg_catalog.pg_operator o \
-        JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) o.oprcode \
-        WHERE p.provolatile OPERATOR(pg_catalog.=) 'v' \
-    UNION ALL SELECT DISTINCT 'view', c.relname::pg_catalog.text FROM pg_catalog.pg_class c \
-        JOIN pg_catalog.pg_rewrite r ON r.ev_class OPERATOR(pg_catalog.=) c.oid \
-        JOIN pg_catalog.pg_depend d ON d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass \
-            AND d.objid OPERATOR(pg_catalog.=) r.oid \
-            AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass \
-        JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.refobjid \
-        JOIN functions f ON f.proname OPERATOR(pg_catalog.=) p.proname \
-        WHERE c.relkind OPERATOR(pg_catalog.=) 'v' AND NOT f.reads";
+        JOIN proc f ON f.oid OPERATOR(pg_catalog.=) o.oprcode WHERE NOT f.reads \
+    UNION ALL SELECT DISTINCT 'type', typname::pg_catalog.text FROM domains \
+    UNION ALL SELECT DISTINCT 'type', t.typname::pg_catalog.text FROM pg_catalog.pg_cast c \
+        JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) c.casttarget \
+        JOIN proc f ON f.oid OPERATOR(pg_catalog.=) c.castfunc WHERE NOT f.reads \
+    UNION ALL SELECT DISTINCT 'view', c.relname::pg_catalog.text FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) ANY ( \
+        WITH RECURSIVE over (oid) AS (SELECT oid FROM risky UNION SELECT p.ev_class FROM parts p \
+            JOIN over ON over.oid OPERATOR(pg_catalog.=) p.oid WHERE p.kind OPERATOR(pg_catalog.=) 'relid') SELECT oid FROM over)";
 
 impl Catalog {
     /// Reads the answer to [`QUESTION`]. None if it is of another shape.
@@ -230,6 +264,8 @@ impl Catalog {
                 "function" => &mut catalog.reading,
                 "operator" => &mut catalog.operators,
                 "view" => &mut catalog.views,
+                "type" => &mut catalog.types,
+                "attribute" => &mut catalog.attributes,
                 _ => return None,
             };
             names.insert(name.to_owned());

@@ -148,6 +148,11 @@ impl Policy {
         false
     }
 
+    /// There is a rule by which commands wait.
+    pub fn holds(&self) -> bool {
+        self.rules.iter().any(|rule| rule.disposition == Disposition::Hold)
+    }
+
     /// The first rule about one command, by its number.
     pub fn rule(&self, class: Class, asked: &Asked<'_>) -> (usize, Disposition) {
         let grant_lost = class == Class::Commit

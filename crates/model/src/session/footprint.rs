@@ -55,11 +55,14 @@ pub struct Footprint {
     pub sets_path: bool,
     /// What it sets may decide how literals are read or constants are computed, which plans of functions remember.
     pub restyles: bool,
+    /// What it sets may decide how literals of later statements are read.
+    pub rereads: bool,
 }
 
 impl Footprint {
     pub fn of(leaves: Leaves) -> Footprint {
-        Footprint { leaves, sets: Vec::new(), sets_any: true, sets_path: true, restyles: true }
+        let sets = Vec::new();
+        Footprint { leaves, sets, sets_any: true, sets_path: true, restyles: true, rereads: true }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -74,6 +77,7 @@ impl Footprint {
             matches!(name, "search_path" | "role" | "authorization" | "session_authorization")
         };
         self.sets_path |= name.is_none_or(of_path);
+        self.rereads |= name.is_none_or(is_sensitive);
         self.restyles |= folds || name.is_none_or(is_sensitive);
         // Functions stay as they were compiled under it, and the seed of random numbers cannot be read.
         self.leaves.something |= name.is_some_and(|name| decides_compiling(name) || name == "seed");

@@ -105,6 +105,25 @@ pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> 
     result.map(drop).map_err(|error| Reason::ServerLost { error: model::chain(&error) })
 }
 
+/// Whether transactions of a held session are read-only by themselves, now that its server says so by default.
+pub(crate) async fn is_fenced(session: &mut Session) -> Result<bool, Reason> {
+    let mut connection = borrow(session).await?;
+    let mut out = Vec::new();
+    Connection::add_statement(&mut out, STATEMENT_NAME, "SHOW default_transaction_read_only", &[]);
+    frontend::sync(&mut out);
+    let result = exchange(&mut connection, &out).await;
+    give_back(session, connection, result.is_ok()).await?;
+    let answers = result.map_err(|error| Reason::ServerLost { error: model::chain(&error) })?;
+    let rows = answers.into_iter().flat_map(|answer| answer.rows).flatten();
+    let value = rows.flatten().next().unwrap_or_default();
+    session.has_lifted_fence = value != "on";
+    // The client stays on this server, so it may know.
+    let mut params = (*session.params).clone();
+    params.insert("default_transaction_read_only".into(), value);
+    session.tell_params(&params);
+    Ok(!session.has_lifted_fence)
+}
+
 fn socket_of(session: &mut Session) -> std::io::Result<Connection> {
     let server = &mut session.server;
     let parts = Parts {

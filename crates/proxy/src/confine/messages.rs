@@ -3,20 +3,22 @@
 //! Query, Execute and FunctionCall are judged when they are to be passed; Parse and Bind only tell what will be
 //! executed. A refused message is replaced by one that the server refuses as well, and the text of that error by
 //! ours: so the server itself fails the transaction and skips to the Sync, and no state of the protocol is kept here.
+//!
+//! One request is passed at a time, so that all that it has changed is known before the next is judged.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use model::policy::rules::Transaction;
-use model::policy::{Asked, Class, Disposition, Refusal};
+use model::policy::{Asked, Catalog, Class, Command, Disposition, Refusal};
 use model::session::protocol::Unnamed;
 use wire::backend::{self, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend;
 
 use super::texts::Text;
-use super::{Confined, PORTALS_MAX, PREPARED_MAX, REFUSALS_MAX, Regime, mark};
+use super::{Confined, PORTALS_MAX, PREFIX, REFUSALS_MAX, Regime};
 use crate::pool::sharing::{HEAD_LEN_MAX, TEXT_LEN_MAX, Turn, cut, has_odd_letters};
 use crate::relay::Edit;
 use crate::session::Session;
@@ -26,6 +28,8 @@ enum What {
     Text(Arc<Text>),
     FunctionCall,
     Replication,
+    /// Nothing yet, where not even reading is accepted.
+    Reading,
     Unknown,
 }
 
@@ -34,6 +38,16 @@ enum Verdict {
     Passes,
     Waits,
     Refused(Refusal),
+}
+
+/// So long a session whose server says that it may write waits for whoever takes the fence back.
+const LIFTED_MAX: Duration = Duration::from_secs(5);
+
+type Judged = Vec<(&'static str, Class)>;
+
+/// A command ends its transaction.
+fn ends_transaction(command: &Command) -> bool {
+    command.class == Class::Commit || command.name == "ROLLBACK"
 }
 
 impl Session {
@@ -45,43 +59,49 @@ impl Session {
         at: usize,
         body: &[u8],
     ) -> Turn {
-        let is_told = self.server.is_vacant();
-        if !is_told
-            && (!matches!(header.tag, b'Q' | b'F' | b'B' | b'E') || self.protocol.is_skipping())
-        {
+        let is_vacant = self.server.is_vacant();
+        let is_judged = matches!(header.tag, b'Q' | b'F' | b'P' | b'B' | b'E');
+        if !is_vacant && (!is_judged || self.protocol.is_skipping()) {
             return Turn::Pass;
         }
+        let had_prepared = self.has_prepared_by_sql || self.has_lost_names;
         match &mut self.confined {
             Some(confined) if confined.regime.version == regime.version => (),
             // More is known of some database.
             Some(confined) if confined.regime.number == regime.number => {
                 (confined.regime, confined.key) = (regime.clone(), None);
             }
-            _ => {
-                self.confined = Some(Box::new(Confined::new(regime, self.has_prepared_by_sql)));
-            }
+            Some(confined) => confined.renew(regime, had_prepared),
+            None => self.confined = Some(Box::new(Confined::new(regime, had_prepared))),
         }
         let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
         let is_whole = body.len() >= body_len;
         let body = body.get(..body_len).unwrap_or(body);
-        if is_told {
+        if is_vacant {
             return self.on_confined_alone(regime, header, at, body, is_whole);
         }
-        if self.protocol.awaits_ready() && matches!(header.tag, b'B' | b'E') {
-            // What names and portals stand for by then is not known.
+        if self.protocol.awaits_ready() || self.waits_for_its_fence(regime) {
             return Turn::Wait;
         }
         let what = match header.tag {
-            b'Q' if !is_whole && body_len <= TEXT_LEN_MAX => return Turn::Wait,
+            b'Q' | b'P' if !is_whole && body_len <= TEXT_LEN_MAX => return Turn::Wait,
             _ if self.identity.replication => What::Replication,
+            b'P' => match self.on_confined_parse(regime, body, is_whole) {
+                Some(what) => what,
+                None => return Turn::Pass,
+            },
             b'Q' if !is_whole => What::Unknown,
             b'Q' => self.what_of(body.strip_suffix(&[0]).unwrap_or(body)),
             b'F' => What::FunctionCall,
-            b'B' => return self.on_confined_bind(body, is_whole),
+            b'B' => match self.on_confined_bind(regime, body, is_whole) {
+                Ok(what) => what,
+                Err(turn) => return turn,
+            },
             _ if !is_whole && body.len() < HEAD_LEN_MAX => return Turn::Wait,
             _ => {
                 let portal = body.split(|byte| *byte == 0).next().unwrap_or_default();
-                let text = self.confined.as_ref().and_then(|confined| match portal {
+                let confined = self.confined.as_ref().filter(|confined| !confined.has_ended);
+                let text = confined.and_then(|confined| match portal {
                     [] => confined.unnamed.clone(),
                     portal => confined.portals.get(cut(portal)).cloned().flatten(),
                 });
@@ -94,14 +114,40 @@ impl Session {
             return Turn::Pass;
         }
         match self.verdict(regime, &what) {
-            Verdict::Passes => Turn::Pass,
+            Verdict::Passes => {
+                self.on_passed(regime, header.tag, &what);
+                Turn::Pass
+            }
             Verdict::Waits => Turn::Wait,
+            // Of a batch that waits the client is told when it executes.
+            Verdict::Refused(refusal)
+                if matches!(header.tag, b'P' | b'B')
+                    && refusal.disposition == Disposition::Hold =>
+            {
+                Turn::Pass
+            }
             Verdict::Refused(_) if self.has_many_refusals() => Turn::Wait,
             Verdict::Refused(refusal) => {
                 self.refuse(regime, header, at, body, is_whole, &refusal);
                 Turn::Done
             }
         }
+    }
+
+    /// Its server says that it may write, though it is fenced: either the fence is being taken back, which will show in a
+    /// moment, or the session has lifted it, and is ended by then.
+    fn waits_for_its_fence(&mut self, regime: &Regime) -> bool {
+        let is_lifted = self.has_lifted_fence && !regime.state.takes_writes();
+        if let Some(confined) = self.confined.as_mut().filter(|_| is_lifted) {
+            confined.held_since.get_or_insert_with(Instant::now);
+        }
+        is_lifted
+    }
+
+    /// It has lifted its fence, and that was no passing thing.
+    pub(crate) fn is_without_fence(&self) -> bool {
+        let since = self.confined.as_ref().and_then(|confined| confined.held_since);
+        self.has_lifted_fence && since.is_some_and(|since| since.elapsed() >= LIFTED_MAX)
     }
 
     /// The session stands on no server. In a state that lets it do nothing at all it is told here, as it would get none.
@@ -113,54 +159,71 @@ impl Session {
         body: &[u8],
         is_whole: bool,
     ) -> Turn {
-        let skips = self.confined.as_ref().is_some_and(|confined| confined.skips);
-        let asked = self.asked(regime);
-        let (_, of_reading) = self.app.policy.policy.rule(Class::Read, &asked);
-        if !skips && (of_reading != Disposition::Refuse || self.app.policy.shadow) {
+        if self.skips_alone() {
+            return self.on_skipped(header, at, body, is_whole);
+        }
+        let is_request = matches!(header.tag, b'Q' | b'F' | b'P' | b'B' | b'E' | b'D' | b'C');
+        if !is_request || !self.refuses_reading(regime) {
             return Turn::Pass;
         }
+        let Verdict::Refused(refusal) = self.verdict(regime, &What::Reading) else {
+            return Turn::Pass;
+        };
         let mut out = Vec::new();
-        match header.tag {
-            b'S' => backend::ready(&mut out, TxStatus::Idle),
-            b'Q' | b'F' | b'P' | b'B' | b'E' | b'D' | b'C' if !skips => {
-                let what = What::Text(self.app.texts.get(b"SELECT"));
-                let Verdict::Refused(refusal) = self.verdict(regime, &what) else {
-                    return Turn::Pass;
-                };
-                let report = regime.report(&self.app.name, &self.app.policy.policy, &refusal);
-                report.write_error(&mut out);
-                if matches!(header.tag, b'Q' | b'F') {
-                    backend::ready(&mut out, TxStatus::Idle);
-                }
-            }
-            b'Q' | b'F' | b'P' | b'B' | b'E' | b'D' | b'C' | b'H' | b'd' | b'c' | b'f' => (),
-            _ => return Turn::Pass,
+        let report = regime.report(&self.app.name, &self.app.policy.policy, &refusal);
+        report.write_error(&mut out);
+        let is_batch = !matches!(header.tag, b'Q' | b'F');
+        if !is_batch {
+            backend::ready(&mut out, TxStatus::Idle);
         }
         if let Some(confined) = &mut self.confined {
-            confined.skips = match header.tag {
-                b'S' => false,
-                b'Q' | b'F' => skips,
-                b'P' | b'B' | b'E' | b'D' | b'C' => true,
-                _ => skips,
-            };
-            confined.swallows = !is_whole;
+            (confined.skips, confined.swallows) = (is_batch, !is_whole);
         }
         self.client.push(&out);
         self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert: Vec::new() });
         Turn::Done
     }
 
+    /// It was told an error by us, and what follows up to its Sync is for nobody, whatever holds by then.
+    pub(crate) fn skips_alone(&self) -> bool {
+        self.confined.as_ref().is_some_and(|confined| confined.skips)
+    }
+
+    pub(crate) fn on_skipped(
+        &mut self,
+        header: Header,
+        at: usize,
+        body: &[u8],
+        is_whole: bool,
+    ) -> Turn {
+        if header.tag == b'X' {
+            return Turn::Pass;
+        }
+        if let Some(confined) = &mut self.confined {
+            (confined.skips, confined.swallows) = (header.tag != b'S', !is_whole);
+        }
+        if header.tag == b'S' {
+            let mut out = Vec::new();
+            backend::ready(&mut out, TxStatus::Idle);
+            self.client.push(&out);
+        }
+        self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert: Vec::new() });
+        Turn::Done
+    }
+
+    fn refuses_reading(&self, regime: &Regime) -> bool {
+        let (_, of_reading) = self.app.policy.policy.rule(Class::Read, &self.asked(regime));
+        of_reading == Disposition::Refuse && !self.app.policy.shadow
+    }
+
     /// Who the session is judged like.
     fn key(&mut self) -> Option<u64> {
         let confined = self.confined.as_mut()?;
-        if let Some((params, key)) = &confined.key
-            && Arc::ptr_eq(params, &self.params)
-        {
-            return *key;
+        if let Some(key) = confined.key {
+            return key;
         }
-        let conforming = self.params.get("standard_conforming_strings").is_none_or(|v| v == "on");
-        let key = confined.regime.key(&self.identity.user, &self.identity.database, conforming);
-        confined.key = Some((self.params.clone(), key));
+        let key = confined.regime.key(&self.identity.user, &self.identity.database);
+        confined.key = Some(key);
         key
     }
 
@@ -188,40 +251,75 @@ impl Session {
     }
 
     fn what_of(&self, sql: &[u8]) -> What {
-        if has_odd_letters(&self.params, sql) {
+        let has_set = self.confined.as_ref().is_some_and(|confined| confined.has_set);
+        if has_odd_letters(&self.params, sql) || (has_set && !sql.is_ascii()) {
             // Parts of a letter may be a quote to the grammar.
             return What::Unknown;
         }
         What::Text(self.app.texts.get(sql))
     }
 
-    fn on_confined_bind(&mut self, body: &[u8], is_whole: bool) -> Turn {
+    /// A Parse is to be passed. What has to be judged before it is, if anything has.
+    fn on_confined_parse(&mut self, regime: &Regime, body: &[u8], is_whole: bool) -> Option<What> {
+        let head = frontend::parse_head(body).ok().filter(|_| is_whole);
+        let what = head.map_or(What::Unknown, |(_, sql)| self.what_of(sql));
+        let is_unnamed = body.first() == Some(&0);
+        if let Some(confined) = self.confined.as_mut().filter(|_| is_unnamed) {
+            confined.statement = Some(match &what {
+                What::Text(text) => Some(text.clone()),
+                _ => None,
+            });
+        }
+        if self.refuses_reading(regime) {
+            // Types of parameters may run code when it is bound, and there is nothing to read.
+            return Some(What::Reading);
+        }
+        // A transaction that begins here is of the state of now: what is to wait waits before it.
+        self.app.policy.policy.holds().then_some(what)
+    }
+
+    /// The same for a Bind, whose portal is remembered.
+    fn on_confined_bind(
+        &mut self,
+        regime: &Regime,
+        body: &[u8],
+        is_whole: bool,
+    ) -> Result<What, Turn> {
         // A Bind begins with two names, as a Parse with a name and a text.
         let Ok((portal, name)) = frontend::parse_head(body) else {
-            return match is_whole {
+            return Err(match is_whole {
                 // The server refuses it.
                 true => Turn::Pass,
                 false if body.len() < HEAD_LEN_MAX => Turn::Wait,
                 false => Turn::Refuse,
-            };
+            });
         };
+        if portal.starts_with(PREFIX.as_bytes()) {
+            return Ok(What::Unknown);
+        }
+        if self.refuses_reading(regime) {
+            return Ok(What::Reading);
+        }
         let text = self.text_of_statement(name);
-        let Some(confined) = &mut self.confined else { return Turn::Pass };
+        let Some(confined) = &mut self.confined else { return Err(Turn::Pass) };
         let portal = cut(portal);
         if portal.is_empty() {
-            confined.unnamed = text;
-            return Turn::Pass;
+            confined.unnamed = text.clone();
+        } else {
+            if confined.portals.len() >= PORTALS_MAX && !confined.portals.contains_key(portal) {
+                (confined.portals, confined.lost_portals) = (BTreeMap::new(), true);
+            }
+            confined.portals.insert(portal.into(), text.clone());
         }
-        if confined.portals.len() >= PORTALS_MAX && !confined.portals.contains_key(portal) {
-            confined.portals.clear();
+        match text.filter(|_| self.app.policy.policy.holds()) {
+            Some(text) => Ok(What::Text(text)),
+            None => Err(Turn::Pass),
         }
-        confined.portals.insert(portal.into(), text);
-        Turn::Pass
     }
 
     /// The text of a prepared statement by the time the server reads what is sent now.
-    fn text_of_statement(&self, name: &[u8]) -> Option<Arc<Text>> {
-        let of = |sql: &[u8]| match self.what_of(sql) {
+    fn text_of_statement(&mut self, name: &[u8]) -> Option<Arc<Text>> {
+        let of = |session: &Session, sql: &[u8]| match session.what_of(sql) {
             What::Text(text) => Some(text),
             _ => None,
         };
@@ -231,47 +329,81 @@ impl Session {
             if !is_last || self.unnamed_too_long {
                 return None;
             }
+            if let Some(text) =
+                self.confined.as_ref().and_then(|confined| confined.statement.clone())
+            {
+                return text;
+            }
+            // It was prepared before.
             let (_, sql) = frontend::parse_head(self.unnamed.get(HEADER_LEN..)?).ok()?;
-            return of(sql);
+            let text = if sql.len() > TEXT_LEN_MAX { None } else { of(self, sql) };
+            self.confined.as_mut()?.statement = Some(text.clone());
+            return text;
         }
         match &self.sharing {
-            Some(sharing) => of(sharing.names.find(cut(name))?.sql()),
+            Some(sharing) => of(self, sharing.names.find(cut(name))?.sql()),
             None => self.names.find(cut(name)).cloned().flatten(),
         }
     }
 
-    fn verdict(&mut self, regime: &Regime, what: &What) -> Verdict {
-        let conforming = self.params.get("standard_conforming_strings").is_none_or(|v| v == "on");
-        let catalog = regime.catalogs.get(&self.identity.database);
-        let mut classes: Arc<[(&'static str, Class)]> = match what {
-            What::Text(text) => text.classes(conforming, catalog),
-            What::FunctionCall => [("a function call", Class::FunctionCall)].into(),
-            What::Replication => [("a replication command", Class::Replication)].into(),
-            What::Unknown => [("unknown", Class::Unknown)].into(),
-        };
-        if let What::Text(text) = what
-            && classes.iter().any(|(_, class)| *class == Class::Execute)
-        {
-            // What was prepared counts, also by a command before it.
-            let commands = text.commands(conforming).unwrap_or_default();
-            let mut here = BTreeMap::new();
-            let judged = classes.iter().zip(commands).map(|((name, class), command)| {
-                let prepared = command.prepared.as_deref().unwrap_or_default();
-                if let Some(prepares) = command.prepares {
-                    let known = here.entry(prepared).or_insert(prepares);
-                    *known = prepares.max(*known);
+    /// All that a text does, with what this session has prepared and bound.
+    fn judged(&self, text: &Text, catalog: Option<&Catalog>) -> Judged {
+        let mut judged = Vec::new();
+        for conforming in text.modes() {
+            let Some(commands) = text.commands(*conforming) else {
+                judged.push(("unknown", Class::Unknown));
+                continue;
+            };
+            let (mut here, mut has_ended) = (BTreeMap::new(), false);
+            for command in commands {
+                if has_ended {
+                    // It would be in a transaction of its own, which the server may let write by now.
+                    judged.push((command.name, Class::Unknown));
                 }
-                let class = match class {
-                    Class::Execute => {
-                        let here = here.get(prepared).copied();
-                        self.class_of_prepared(prepared, here, conforming, regime)
-                    }
-                    class => *class,
-                };
-                (*name, class)
-            });
-            classes = judged.collect();
+                has_ended |= ends_transaction(command);
+                let prepared = command.prepared.as_deref().unwrap_or_default();
+                if let Some(class) = prepares(command, catalog) {
+                    let known = here.entry(prepared).or_insert(class);
+                    *known = class.max(*known);
+                }
+                for class in command.classes_with(catalog) {
+                    judged.push((
+                        command.name,
+                        match class {
+                            Class::Execute => {
+                                self.class_of_prepared(prepared, here.get(prepared), catalog)
+                            }
+                            class => class,
+                        },
+                    ));
+                }
+                if let Some(cursor) = &command.cursor {
+                    judged.push((command.name, self.class_of_cursor(cursor, catalog)));
+                }
+            }
         }
+        judged
+    }
+
+    fn verdict(&mut self, regime: &Regime, what: &What) -> Verdict {
+        let catalog = regime.catalogs.get(&self.identity.database);
+        let judged: Judged = match what {
+            What::Text(text) => {
+                let classes = text.classes(catalog);
+                let is_plain = |(_, _, class): &(usize, &str, Class)| {
+                    !matches!(class, Class::Execute | Class::Session)
+                };
+                match &*classes {
+                    // What one command is by itself is known.
+                    [one] if is_plain(one) && !text.has_cursor() => vec![(one.1, one.2)],
+                    _ => self.judged(text, catalog.map(|catalog| &**catalog)),
+                }
+            }
+            What::FunctionCall => vec![("a function call", Class::FunctionCall)],
+            What::Replication => vec![("a replication command", Class::Replication)],
+            What::Reading => vec![("anything", Class::Read)],
+            What::Unknown => vec![("unknown", Class::Unknown)],
+        };
         let asked = self.asked(regime);
         let policy = &self.app.policy;
         let shadow = policy.shadow;
@@ -284,92 +416,124 @@ impl Session {
                 counts.count(disposition, shadow);
             }
         };
-        let waits = |confined: &Option<Box<Confined>>| {
-            let since = confined.as_ref().and_then(|confined| confined.held_since);
-            since.is_none_or(|since| since.elapsed() < policy.hold_max)
-        };
-        let judged = policy.policy.judge(classes.iter().copied(), &asked, count);
-        let alone = match *classes {
-            [(_, class)] if judged.is_ok() => Some(policy.policy.rule(class, &asked).0),
-            _ => None,
-        };
-        let verdict = match judged {
+        let since = self.confined.as_ref().and_then(|confined| confined.held_since);
+        let may_wait = since.is_none_or(|since| since.elapsed() < policy.hold_max);
+        let verdict = match policy.policy.judge(judged.iter().copied(), &asked, count) {
             Ok(()) => Verdict::Passes,
-            Err(refusal) if shadow => {
-                tracing::info!(
-                    session = self.id, app = self.app.name, command = refusal.command, class = refusal.class.name(),
-                    rule = policy.policy.name_of(refusal.rule), state = %regime.state, epoch = regime.epoch.0,
-                    "would not pass"
-                );
-                Verdict::Passes
-            }
-            Err(refusal) if refusal.disposition == Disposition::Hold && waits(&self.confined) => {
-                Verdict::Waits
-            }
             Err(refusal) => {
-                tracing::info!(
-                    session = self.id, app = self.app.name, command = refusal.command, class = refusal.class.name(),
-                    rule = policy.policy.name_of(refusal.rule), state = %regime.state, epoch = regime.epoch.0,
-                    "refused"
-                );
-                Verdict::Refused(refusal)
+                let waits = refusal.disposition == Disposition::Hold && may_wait && !shadow;
+                if !waits {
+                    tracing::info!(
+                        session = self.id,
+                        app = self.app.name,
+                        command = refusal.command,
+                        class = refusal.class.name(),
+                        rule = policy.policy.name_of(refusal.rule),
+                        state = %regime.state,
+                        epoch = regime.epoch.0,
+                        passes = shadow,
+                        "refused"
+                    );
+                }
+                match (shadow, waits) {
+                    (true, _) => Verdict::Passes,
+                    (false, true) => Verdict::Waits,
+                    (false, false) => Verdict::Refused(refusal),
+                }
             }
         };
-        let Some(confined) = &mut self.confined else { return verdict };
-        match verdict {
-            Verdict::Waits => {
-                confined.held_since.get_or_insert_with(Instant::now);
-            }
-            _ => confined.held_since = None,
-        }
-        if let (Verdict::Passes, What::Text(text)) = (&verdict, what) {
-            let commands = text.commands(conforming).unwrap_or_default();
-            // What PREPARE and EXECUTE do hangs on the session.
-            if let (Some(rule), [command]) = (alone, commands)
-                && command.prepared.is_none()
-                && let Some(Some(key)) = confined.key.as_ref().map(|(_, key)| *key)
-            {
-                text.set_passed(key, rule);
-            }
-            for command in text.commands(conforming).unwrap_or_default() {
-                let Some((name, class)) = command.prepared.clone().zip(command.prepares) else {
-                    continue;
-                };
-                // If there is one of that name already, that one stays: the worse of both counts.
-                if confined.prepared.len() < PREPARED_MAX || confined.prepared.contains_key(&name) {
-                    let calls = command.class_with(catalog.map(|catalog| &**catalog));
-                    let class = if calls == Class::Code { Class::Code } else { class };
-                    let known = confined.prepared.entry(name).or_insert(class);
-                    *known = class.max(*known);
+        if let Some(confined) = &mut self.confined {
+            match verdict {
+                Verdict::Waits => {
+                    confined.held_since.get_or_insert_with(Instant::now);
                 }
+                _ => confined.held_since = None,
             }
         }
         verdict
+    }
+
+    /// Something is passed: what it changes of what is known.
+    fn on_passed(&mut self, regime: &Regime, tag: u8, what: &What) {
+        let What::Text(text) = what else { return };
+        if !matches!(tag, b'Q' | b'E') {
+            return;
+        }
+        let catalog = regime.catalogs.get(&self.identity.database);
+        let key = self.key();
+        let rule_of = |class: Class| self.app.policy.policy.rule(class, &self.asked(regime));
+        let classes = text.classes(catalog);
+        // What others do hangs on the session, or changes it.
+        if let ([(_, _, class @ (Class::Read | Class::Begin))], Some(key), false) =
+            (&*classes, key, text.has_cursor())
+            && let (rule, Disposition::Accept) = rule_of(*class)
+        {
+            text.set_passed(key, rule);
+            return;
+        }
+        let Some(confined) = &mut self.confined else { return };
+        for command in text.commands(true).unwrap_or_default() {
+            confined.has_ended |= tag == b'E' && ends_transaction(command);
+            confined.has_set |= command.class == Class::Session;
+            let class = prepares(command, catalog.map(|catalog| &**catalog));
+            confined.prepares.extend(command.prepared.clone().zip(class));
+        }
     }
 
     /// What EXECUTE of a name does at most. `here` was prepared by the same text.
     fn class_of_prepared(
         &self,
         name: &str,
-        here: Option<Class>,
-        conforming: bool,
-        regime: &Regime,
+        here: Option<&Class>,
+        catalog: Option<&Catalog>,
     ) -> Class {
-        let catalog = regime.catalogs.get(&self.identity.database);
         let Some(confined) = &self.confined else { return Class::Unknown };
         // Both kinds of PREPARE give names in one place, and what this session did before it was confined is not known.
-        if confined.had_prepared {
+        let left = self.sharing.as_ref().is_some_and(|sharing| !sharing.left.is_empty());
+        if confined.had_prepared || self.has_lost_names || left {
             return Class::Unknown;
         }
-        let by_sql = confined.prepared.get(name).copied().max(here);
-        let by_protocol = self.text_of_statement(name.as_bytes()).map(|text| {
-            let classes = text.classes(conforming, catalog);
-            match *classes {
-                [(_, class)] if class != Class::Execute => class,
+        let by_sql = confined.prepared.get(name).copied().max(here.copied());
+        let name = name.as_bytes();
+        let by_protocol = match &self.sharing {
+            Some(sharing) => {
+                sharing.names.find(cut(name)).map(|one| match self.what_of(one.sql()) {
+                    What::Text(text) => Some(text),
+                    _ => None,
+                })
+            }
+            None => self.names.find(cut(name)).cloned(),
+        };
+        let of_text = |text: Option<Arc<Text>>| {
+            let commands = text.as_ref().and_then(|text| match text.modes() {
+                [mode] => text.commands(*mode),
+                _ => None,
+            });
+            match commands {
+                Some([command]) if command.class != Class::Execute && command.cursor.is_none() => {
+                    command.classes_with(catalog).max().unwrap_or(Class::Unknown)
+                }
                 _ => Class::Unknown,
             }
-        });
-        by_sql.max(by_protocol).unwrap_or(Class::Unknown)
+        };
+        by_sql.max(by_protocol.map(of_text)).unwrap_or(Class::Unknown)
+    }
+
+    /// What FETCH or MOVE runs, if the protocol has bound it; what SQL has declared was judged then.
+    fn class_of_cursor(&self, name: &str, catalog: Option<&Catalog>) -> Class {
+        let Some(confined) = &self.confined else { return Class::Unknown };
+        match confined.portals.get(cut(name.as_bytes())) {
+            None if confined.lost_portals => Class::Unknown,
+            None => Class::Read,
+            Some(None) => Class::Unknown,
+            Some(Some(text)) => match (text.modes(), text.commands(true)) {
+                ([_], Some([command])) if command.cursor.is_none() => {
+                    let class = command.classes_with(catalog).max().unwrap_or(Class::Unknown);
+                    if class == Class::Execute { Class::Unknown } else { class }
+                }
+                _ => Class::Unknown,
+            },
+        }
     }
 
     /// The server is sent what it refuses as well.
@@ -384,17 +548,18 @@ impl Session {
     ) {
         let report = regime.report(&self.app.name, &self.app.policy.policy, refusal);
         let Some(confined) = &mut self.confined else { return };
-        let number = confined.refuse(report);
+        let is_query = matches!(header.tag, b'Q' | b'F');
+        let mark = confined.refuse(report, is_query);
         confined.swallows = !is_whole;
         let mut insert = Vec::new();
-        if header.tag == b'E' {
-            frontend::execute(&mut insert, mark(number).as_bytes(), 0);
+        if !is_query {
+            frontend::execute(&mut insert, mark.as_bytes(), 0);
             self.protocol.on_frontend(b'E', None, None);
         } else {
             // No SQL, and the server's log says what it stands for.
             let text = format!(
                 "\"{}\" /* {} refused by holdfast: cell {} is {} */",
-                mark(number),
+                mark,
                 refusal.command,
                 regime.cell.replace(['*', '/'], "_"),
                 regime.state
@@ -428,4 +593,10 @@ impl Session {
     pub(crate) fn swallows(&self) -> bool {
         self.confined.as_ref().is_some_and(|confined| confined.swallows)
     }
+}
+
+/// What PREPARE prepares does, at most.
+fn prepares(command: &Command, catalog: Option<&Catalog>) -> Option<Class> {
+    let class = command.prepares?;
+    Some(if command.calls(catalog) { class.max(Class::Code) } else { class })
 }

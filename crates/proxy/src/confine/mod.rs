@@ -18,7 +18,7 @@ use model::policy::{Catalog, Class, Disposition, Policy, Refusal};
 use wire::backend::Report;
 use wire::sqlstate::SqlState;
 
-use crate::app::{App, Params};
+use crate::app::App;
 use crate::config::PolicyConfig;
 
 mod messages;
@@ -57,8 +57,8 @@ pub(crate) struct Regime {
     pub(crate) epoch: Epoch,
     /// By database. Of one that is not here nothing is known.
     pub(crate) catalogs: BTreeMap<String, Arc<Catalog>>,
-    /// Those who are judged alike, by role, database and `standard_conforming_strings`.
-    pub(crate) keys: Mutex<BTreeMap<(String, String, bool), u64>>,
+    /// Those who are judged alike, by role and database.
+    pub(crate) keys: Mutex<BTreeMap<(String, String), u64>>,
 }
 
 impl Default for Regime {
@@ -80,9 +80,9 @@ static NEXT_KEY: AtomicU64 = AtomicU64::new(1);
 
 impl Regime {
     /// The number of all who are judged alike. None if there are too many kinds.
-    fn key(&self, role: &str, database: &str, conforming: bool) -> Option<u64> {
+    fn key(&self, role: &str, database: &str) -> Option<u64> {
         let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
-        let kind = (role.to_owned(), database.to_owned(), conforming);
+        let kind = (role.to_owned(), database.to_owned());
         if keys.len() >= KEYS_MAX && !keys.contains_key(&kind) {
             return None;
         }
@@ -95,19 +95,31 @@ impl Regime {
 pub(crate) struct Confined {
     /// The regime that this was learned under.
     pub(crate) regime: Arc<Regime>,
-    /// Who it is judged like, and the parameters that this was told by.
-    key: Option<(Params, Option<u64>)>,
+    /// Who it is judged like.
+    key: Option<Option<u64>>,
+    /// The statement without a name that was prepared last, once that was asked, where it is known.
+    statement: Option<Option<Arc<Text>>>,
     /// What the portal without a name runs, where it is known.
     unnamed: Option<Arc<Text>>,
     /// What each other portal runs, where it is known.
     portals: BTreeMap<Box<[u8]>, Option<Arc<Text>>>,
+    /// Others may be there, of which nothing is known any more.
+    lost_portals: bool,
+    /// A command of the open batch has ended a transaction: what follows would be in another, which the server may let write.
+    has_ended: bool,
+    /// One has changed settings, such as the encoding of what follows.
+    has_set: bool,
     /// What statements do that SQL's PREPARE has prepared since, at most.
     prepared: BTreeMap<String, Class>,
+    /// The same of those that are on their way.
+    prepares: VecDeque<(String, Class)>,
     /// There may be others that were prepared before.
     had_prepared: bool,
-    /// Errors that are ours to tell, by the number in the server's.
-    refusals: VecDeque<(u64, Report)>,
+    /// Errors that are ours to tell, by the mark in the server's.
+    refusals: VecDeque<(String, Report)>,
     next: u64,
+    /// What marks begin with: nobody else can name a portal so. The one of queries can be seen by others of the role.
+    secrets: [String; 2],
     /// The rest of a message is not passed.
     pub(crate) swallows: bool,
     /// It stands on no server, was told an error, and what follows up to its Sync is not for anybody.
@@ -131,9 +143,8 @@ impl Regime {
             CellState::Passive | CellState::Promoting | CellState::Recovering => {
                 SqlState::CANNOT_CONNECT_NOW
             }
-            CellState::Active | CellState::Draining | CellState::Fenced => {
-                SqlState::READ_ONLY_SQL_TRANSACTION
-            }
+            CellState::Fenced => SqlState::READ_ONLY_SQL_TRANSACTION,
+            CellState::Active | CellState::Draining => SqlState::INSUFFICIENT_PRIVILEGE,
         };
         let (name, class) = (policy.name_of(refusal.rule), refusal.class.name());
         let what = match refusal.class {
@@ -156,20 +167,29 @@ impl Regime {
 
 impl Confined {
     fn new(regime: &Arc<Regime>, had_prepared: bool) -> Confined {
-        Confined { regime: regime.clone(), had_prepared, ..Confined::default() }
+        let secrets = [secret(), secret()];
+        Confined { regime: regime.clone(), had_prepared, secrets, ..Confined::default() }
     }
 
-    /// A number by which the server's error will be known as ours.
-    fn refuse(&mut self, report: Report) -> u64 {
+    /// Another regime holds. What was refused under the one before is still to be told.
+    fn renew(&mut self, regime: &Arc<Regime>, had_prepared: bool) {
+        let before = std::mem::replace(self, Confined::new(regime, had_prepared));
+        let Confined { refusals, next, secrets, skips, swallows, .. } = before;
+        (self.refusals, self.next, self.secrets) = (refusals, next, secrets);
+        (self.skips, self.swallows) = (skips, swallows);
+    }
+
+    /// A mark by which the server's error will be known as ours.
+    fn refuse(&mut self, report: Report, is_query: bool) -> String {
         self.next += 1;
-        self.refusals.push_back((self.next, report));
-        self.next
+        let mark = format!("{PREFIX}{}_{}_", self.secrets[usize::from(is_query)], self.next);
+        self.refusals.push_back((mark.clone(), report));
+        mark
     }
 
     /// Our error in place of the server's, if that is about a message of ours.
     pub(crate) fn told(&mut self, error: &[u8]) -> Option<Vec<u8>> {
-        let is_about = |(number, _): &(u64, Report)| {
-            let mark = mark(*number);
+        let is_about = |(mark, _): &(String, Report)| {
             error.windows(mark.len()).any(|part| part == mark.as_bytes())
         };
         let at = self.refusals.iter().position(is_about)?;
@@ -179,16 +199,44 @@ impl Confined {
         Some(out)
     }
 
-    /// Whatever was bound may be gone.
-    pub(crate) fn forget_portals(&mut self) {
+    /// An error has come: whatever was bound may be gone, or be there again by a savepoint.
+    pub(crate) fn on_error(&mut self) {
+        self.lost_portals |= !self.portals.is_empty() || self.unnamed.is_some();
         self.unnamed = None;
         self.portals.clear();
+        self.prepares.clear();
     }
 
-    /// Everything was answered: what was refused and not told was skipped.
-    pub(crate) fn forget_refusals(&mut self) {
+    /// Everything was answered, and no transaction is open if it `is_idle`.
+    pub(crate) fn on_ready(&mut self, is_idle: bool) {
+        // What was refused and not told was skipped.
         self.refusals.clear();
+        self.prepares.clear();
+        (self.has_ended, self.has_set) = (false, false);
+        if is_idle {
+            self.unnamed = None;
+            self.portals.clear();
+            self.lost_portals = false;
+        }
     }
+
+    /// SQL's PREPARE has succeeded.
+    pub(crate) fn on_prepared(&mut self) {
+        let Some((name, class)) = self.prepares.pop_front() else { return };
+        if self.prepared.len() < PREPARED_MAX || self.prepared.contains_key(&name) {
+            let known = self.prepared.entry(name).or_insert(class);
+            *known = class.max(*known);
+        }
+    }
+}
+
+/// What names begin with that the server does not know, and says so.
+const PREFIX: &str = "holdfast_refused_";
+
+/// 128 bits that nobody can guess: the standard library keys its hashes by the system's random numbers.
+fn secret() -> String {
+    let one = || std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0_u8);
+    format!("{:016x}{:016x}", one(), one())
 }
 
 impl App {
@@ -245,11 +293,6 @@ impl App {
         }
         lines
     }
-}
-
-/// A name that the server does not know, and says so.
-fn mark(number: u64) -> String {
-    format!("holdfast_refused_{number}_")
 }
 
 impl Counts {

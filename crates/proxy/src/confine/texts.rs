@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use model::policy::{Catalog, Class, Command};
 
-/// Bytes of all texts that are kept while nobody uses them.
-const LEN_MAX: usize = 8 * 1024 * 1024;
+/// Bytes that all texts may take that are kept while nobody uses them.
+const LEN_MAX: usize = 64 * 1024 * 1024;
 /// A longer one is read each time.
 pub(crate) const TEXT_LEN_MAX: usize = 16 * 1024;
 
-/// What a text is, by the catalog that told.
-type Classes = (Option<Arc<Catalog>>, Arc<[(&'static str, Class)]>);
+/// What the commands of a text do: the number of each, its name, and a class.
+pub(crate) type Classes = Arc<[(usize, &'static str, Class)]>;
 
 /// The text of a statement, and what it holds once somebody has asked.
 #[derive(Debug)]
@@ -19,7 +19,8 @@ pub(crate) struct Text {
     sql: Box<[u8]>,
     /// With `standard_conforming_strings` off and on. None if it is not in the grammar.
     commands: [OnceLock<Option<Vec<Command>>>; 2],
-    classes: [Mutex<Option<Classes>>; 2],
+    /// By the catalog that told.
+    classes: Mutex<Option<(Option<Arc<Catalog>>, Classes)>>,
     /// For whom it passed last, and by which rule. Only a text of one command that says all itself.
     passed: AtomicU64,
     rule: AtomicUsize,
@@ -63,15 +64,10 @@ impl Text {
         place.get_or_init(|| grammar::commands(&self.sql, conforming).ok()).as_deref()
     }
 
-    /// The names of its commands and what each does at most, given what names stand for.
-    pub(crate) fn classes(
-        &self,
-        conforming: bool,
-        catalog: Option<&Arc<Catalog>>,
-    ) -> Arc<[(&'static str, Class)]> {
-        let [old, new] = &self.classes;
-        let place = if conforming { new } else { old };
-        let mut known = place.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Each of its commands and all that it does, given what names stand for: by its number, its name and a class. Where a
+    /// backslash may be an escape or not, what it is either way.
+    pub(crate) fn classes(&self, catalog: Option<&Arc<Catalog>>) -> Classes {
+        let mut known = self.classes.lock().unwrap_or_else(PoisonError::into_inner);
         let is_same = |told: &Option<Arc<Catalog>>| match (told, catalog) {
             (Some(told), Some(catalog)) => Arc::ptr_eq(told, catalog),
             (None, None) => true,
@@ -82,13 +78,38 @@ impl Text {
         {
             return classes.clone();
         }
-        let class = |command: &Command| (command.name, command.class_with(catalog.map(|c| &**c)));
-        let classes: Arc<[_]> = match self.commands(conforming) {
-            Some(commands) => commands.iter().map(class).collect(),
-            None => [("unknown", Class::Unknown)].into(),
-        };
+        let mut classes = Vec::new();
+        for conforming in self.modes() {
+            match self.commands(*conforming) {
+                Some(commands) => {
+                    for (at, command) in commands.iter().enumerate() {
+                        let all = command.classes_with(catalog.map(|catalog| &**catalog));
+                        classes.extend(all.map(|class| (at, command.name, class)));
+                    }
+                }
+                None => classes.push((0, "unknown", Class::Unknown)),
+            }
+        }
+        let classes: Classes = classes.into();
         *known = Some((catalog.cloned(), classes.clone()));
         classes
+    }
+
+    /// What `standard_conforming_strings` may be when the text is read, as far as it matters.
+    pub(crate) fn modes(&self) -> &'static [bool] {
+        if self.sql.contains(&b'\\') { &[true, false] } else { &[true] }
+    }
+
+    /// It runs what a cursor, or a portal, holds.
+    pub(crate) fn has_cursor(&self) -> bool {
+        let all = self.modes().iter().filter_map(|mode| self.commands(*mode));
+        all.flatten().any(|command| command.cursor.is_some())
+    }
+
+    /// Bytes that it may take.
+    fn weight(&self) -> usize {
+        let commands = self.sql.iter().filter(|byte| **byte == b';').count() + 1;
+        self.sql.len().saturating_mul(8).saturating_add(commands.saturating_mul(512))
     }
 }
 
@@ -133,13 +154,13 @@ impl Texts {
         if let Some(known) = kept.texts.get(sql) {
             return known.0.clone();
         }
-        if kept.len + sql.len() > kept.len_max.max(LEN_MAX) {
+        let text = Arc::new(Text::new(sql));
+        if kept.len + text.weight() > kept.len_max.max(LEN_MAX) {
             kept.texts.retain(|known| Arc::strong_count(&known.0) > 1);
-            kept.len = kept.texts.iter().map(|known| known.0.sql.len()).sum();
+            kept.len = kept.texts.iter().map(|known| known.0.weight()).sum();
             kept.len_max = 2 * kept.len;
         }
-        let text = Arc::new(Text::new(sql));
-        kept.len += sql.len();
+        kept.len += text.weight();
         kept.texts.insert(Known(text.clone()));
         text
     }
@@ -156,14 +177,20 @@ mod tests {
         let texts = Texts::default();
         let one = texts.get(b"SELECT 1; DELETE FROM t");
         assert!(Arc::ptr_eq(&one, &texts.get(b"SELECT 1; DELETE FROM t")));
-        assert_eq!(*one.classes(true, None), [("SELECT", Class::Read), ("DELETE", Class::Write)]);
-        assert!(Arc::ptr_eq(&one.classes(true, None), &one.classes(true, None)));
+        // Without a catalog nothing is known of what it names.
+        let all =
+            [(0, "SELECT", Class::Read), (1, "DELETE", Class::Write), (1, "DELETE", Class::Code)];
+        assert_eq!(*one.classes(None), all);
+        assert!(Arc::ptr_eq(&one.classes(None), &one.classes(None)));
         let catalog = Arc::new(Catalog::default());
         let calls = texts.get(b"SELECT f()");
-        assert_eq!(*calls.classes(true, Some(&catalog)), [("SELECT", Class::Code)]);
+        assert_eq!(*calls.classes(Some(&catalog)), [(0, "SELECT", Class::Code)]);
         let knows = Catalog { reading: ["f".to_owned()].into(), ..Catalog::default() };
-        assert_eq!(*calls.classes(true, Some(&Arc::new(knows))), [("SELECT", Class::Read)]);
-        assert_eq!(*texts.get(b"no SQL").classes(true, None), [("unknown", Class::Unknown)]);
+        assert_eq!(*calls.classes(Some(&Arc::new(knows))), [(0, "SELECT", Class::Read)]);
+        assert_eq!(*texts.get(b"no SQL").classes(None), [(0, "unknown", Class::Unknown)]);
+        // Either way counts where a backslash may be an escape.
+        let either = texts.get(br"SELECT '\' , '; DELETE FROM t; --'");
+        assert!(either.classes(Some(&catalog)).iter().any(|(_, _, class)| *class == Class::Write));
         for number in 0..2_000 {
             texts.get(format!("SELECT {number} /* {} */", "x".repeat(10_000)).as_bytes());
         }

@@ -420,12 +420,19 @@ impl Engine {
                     .hint("connect again; prepare it after the settings, or give it parameters");
                 Some(lost)
             }
+            End::Fault(Fault::Unfenced) => {
+                let told = Report::fatal(SqlState::ADMIN_SHUTDOWN, Fault::Unfenced.to_string())
+                    .hint("connect again; the server of a fenced cell lets nobody write");
+                Some(told)
+            }
             End::Fault(fault) => {
                 counters.protocol_errors.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(session = session.id, %fault, "session ended");
                 let state = match fault {
                     Fault::Client(_) => SqlState::PROTOCOL_VIOLATION,
-                    Fault::Server(_) | Fault::Settings => SqlState::CONNECTION_FAILURE,
+                    Fault::Server(_) | Fault::Settings | Fault::Unfenced => {
+                        SqlState::CONNECTION_FAILURE
+                    }
                 };
                 Some(Report::fatal(state, fault.to_string()))
             }

@@ -477,6 +477,50 @@ impl Mover {
         report
     }
 
+    /// Ends sessions whose transactions would write by themselves, although their server is fenced: they have set it so.
+    async fn end_unfenced(&self, holding: &mut Holding, report: &mut Report) -> Result<(), String> {
+        let (attached, mut rest): (Vec<Held>, Vec<Held>) = std::mem::take(&mut holding.sessions)
+            .into_iter()
+            .partition(|held| !held.session.is_detached());
+        let asked = each(attached, self.shared.config.limits.moves_at_once, async |mut held| {
+            let is_fenced = carry::is_fenced(&mut held.session).await;
+            (held, is_fenced)
+        });
+        let mut unfenced = Vec::new();
+        for (held, is_fenced) in all(asked).await? {
+            match is_fenced {
+                Ok(true) => rest.push(held),
+                Ok(false) => unfenced.push(held),
+                Err(_) => {
+                    report.told += 1;
+                    held.session.tell_and_end(&lost());
+                }
+            }
+        }
+        for held in rest {
+            let sets = held.session.sharing.as_ref().and_then(|sharing| {
+                let state = sharing.state.as_ref()?;
+                state.settings.get("default_transaction_read_only").cloned()
+            });
+            if sets.is_some_and(|value| value == "off") {
+                unfenced.push(held);
+            } else {
+                holding.sessions.push(held);
+            }
+        }
+        for held in unfenced {
+            report.told += 1;
+            let why =
+                "it has set `default_transaction_read_only` to off, and its cell takes no writes";
+            let told = backend::Report::fatal(
+                SqlState::ADMIN_SHUTDOWN,
+                "terminating connection due to administrator command",
+            );
+            held.session.tell_and_end(&told.detail(why).hint("connect again to read"));
+        }
+        Ok(())
+    }
+
     /// Opens the gate to `to` and gives every held session back to an engine.
     async fn release(
         &mut self,
@@ -495,7 +539,13 @@ impl Mover {
         let lost = holding.settle().await?;
         let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
         self.end_lost(lost, &mut report);
-        app.confine(&cell, state, epoch, &holding.databases).await;
+        let mut databases = holding.databases.clone();
+        let views = self.shared.views().await;
+        databases.extend(views.into_iter().filter(|v| v.app == app.name).map(|v| v.database));
+        app.confine(&cell, state, epoch, &databases).await;
+        if !state.takes_writes() {
+            self.end_unfenced(&mut holding, &mut report).await?;
+        }
         app.open(cell.clone());
         for engine in &self.shared.engines {
             engine.send(Command::Resume(app.clone()));

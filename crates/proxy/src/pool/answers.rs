@@ -116,9 +116,10 @@ impl Session {
         if !sharing.asked.is_empty() || is_clean {
             sharing.is_unsettled &= !sharing.asked.is_empty();
             sharing.repaths &= !sharing.asked.is_empty();
+            sharing.rereads &= !sharing.asked.is_empty();
             return !sharing.asked.is_empty();
         }
-        (sharing.is_unsettled, sharing.repaths) = (false, false);
+        (sharing.is_unsettled, sharing.repaths, sharing.rereads) = (false, false, false);
         let mut out = Vec::new();
         for name in sharing.assigned.drain(..) {
             let literal = sql::quote_literal(&name);

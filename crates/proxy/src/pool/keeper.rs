@@ -44,6 +44,9 @@ const CHANGED_PAUSE: Duration = Duration::from_secs(1);
 /// What was learned for looks holds for so long.
 const FACTS_AGE_MAX: Duration = Duration::from_secs(5);
 
+/// What a fenced server says of all its sessions. It is no state of theirs.
+const FENCE: &str = "default_transaction_read_only";
+
 /// Custom settings that roles or databases have by default, and that the session has as well.
 const CUSTOM_DEFAULTS: &str = "SELECT DISTINCT pg_catalog.lower(name) FROM (SELECT pg_catalog.split_part(c, '=', 1) AS name \
     FROM pg_catalog.pg_db_role_setting, pg_catalog.unnest(setconfig) c) n \
@@ -122,6 +125,10 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
         pool.learn(app, &cell, &identity, &mut connection).await.map_err(NotOpened::new)?
     };
     let params = app.share(std::mem::take(&mut connection.params));
+    if app.lifts_fence(&params).await {
+        let error = "its role or database sets `default_transaction_read_only` to off, and the cell takes no writes";
+        return Err(NotOpened::new(error));
+    }
     let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret).into());
     let (stream, unread) = connection.into_stream();
     let leg = Leg::new(
@@ -190,9 +197,12 @@ impl Pool {
         if self.database.landscape().is_none() {
             renew(app, cell, &self.database, &mut None).await?;
         }
-        let fresh = carry::fresh(connection, identity, &facts, app.moves)
+        let mut fresh = carry::fresh(connection, identity, &facts, app.moves)
             .await
             .map_err(|reason| reason.to_string())?;
+        if app.is_fenced() {
+            fresh.settings.remove(FENCE);
+        }
         let params = app.share(connection.params.clone());
         let welcome = Arc::new(Welcome { cell: cell.clone(), params, facts, fresh });
         lock(&self.known).welcome = Some(welcome.clone());
@@ -356,6 +366,11 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
     carry::forget_foreign(session).await.map_err(|reason| reason.to_string())?;
     let mut captured = carry::look(session, &facts).await.map_err(|reason| reason.to_string())?;
     captured.complete(&facts, session.backend_pid);
+    let had_set = session.sharing.as_ref().and_then(|sharing| sharing.state.as_ref());
+    let had_set = had_set.is_some_and(|state| state.settings.contains_key(FENCE));
+    if session.app.is_fenced() && !had_set {
+        captured.snapshot.settings.remove(FENCE);
+    }
     if let Some(pin) = captured.pins.first().or(captured.snapshot.may_have_unnamed.as_ref()) {
         return Err(pin.to_string());
     }
@@ -415,10 +430,12 @@ impl Pool {
     ) -> Result<Arc<model::session::Facts>, String> {
         let mut recent = self.recent.lock().await;
         let redefined = self.database.redefined();
+        let reloads = self.reloads.load(Ordering::SeqCst);
         if let Some(known) = &*recent
             && known.at.elapsed() < FACTS_AGE_MAX
             && known.cell == cell.name
             && known.redefined == redefined
+            && known.reloads == reloads
         {
             return Ok(known.facts.clone());
         }
@@ -427,7 +444,8 @@ impl Pool {
             .learn_facts(cell, &self.database.name)
             .await
             .map_err(|reason| reason.to_string())?;
-        *recent = Some(Recent { at, cell: cell.name.clone(), redefined, facts: facts.clone() });
+        *recent =
+            Some(Recent { at, cell: cell.name.clone(), redefined, reloads, facts: facts.clone() });
         Ok(facts)
     }
 }

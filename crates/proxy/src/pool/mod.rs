@@ -69,6 +69,8 @@ pub struct Pool {
     /// One at a time finds out what a fresh login gives.
     pub(crate) welcoming: tokio::sync::Mutex<()>,
     recent: tokio::sync::Mutex<Option<Recent>>,
+    /// How often its server's configuration was read anew, as far as is known.
+    reloads: AtomicU64,
     next_statement: AtomicU64,
     /// When somebody has logged in last.
     used_at: Mutex<Instant>,
@@ -89,6 +91,7 @@ struct Recent {
     at: tokio::time::Instant,
     cell: String,
     redefined: u64,
+    reloads: u64,
     facts: Arc<Facts>,
 }
 
@@ -128,6 +131,7 @@ impl Pool {
             is_lost: AtomicBool::new(false),
             welcoming: tokio::sync::Mutex::default(),
             recent: tokio::sync::Mutex::default(),
+            reloads: AtomicU64::new(0),
             next_statement: AtomicU64::new(1),
             used_at: Mutex::new(Instant::now()),
         }
@@ -280,9 +284,7 @@ impl Pools {
 
     /// The configuration was read anew: what a fresh login gives is not known any more.
     fn reloaded(&self) {
-        for pool in lock(&self.pools).values() {
-            lock(&pool.known).welcome = None;
-        }
+        self.forget();
         // What a login gave before the roles changed cannot be told from what it gave before the configuration did.
         for pool in lock(&self.retired).drain(..).filter_map(|pool| pool.upgrade()) {
             pool.is_lost.store(true, Ordering::Relaxed);
@@ -317,6 +319,7 @@ impl Pools {
     pub fn forget(&self) {
         for pool in lock(&self.pools).values() {
             lock(&pool.known).welcome = None;
+            pool.reloads.fetch_add(1, Ordering::SeqCst);
         }
     }
 }
@@ -360,6 +363,8 @@ pub struct Sharing {
     pub unnamed_unsettled: bool,
     /// Plans that the server keeps may hold literals and constants as its settings have them.
     pub restyles: bool,
+    /// The settings of now may read literals otherwise than those that it had when it was attached.
+    pub rereads: bool,
     /// What the unnamed statement may leave, and the name that it deallocates.
     pub unnamed: Footprint,
     /// How often anything had been defined anew when that was told.
@@ -483,6 +488,7 @@ impl Sharing {
             unnamed_unsettled: false,
             has_closed: false,
             restyles: false,
+            rereads: false,
             unnamed: Footprint::default(),
             unnamed_judged_at: 0,
             unnamed_deallocates: None,
@@ -521,7 +527,8 @@ impl Sharing {
     fn leave(&mut self, footprint: Footprint, limits: &PoolLimits, why: impl FnOnce() -> String) {
         self.is_unsettled |= footprint.sets_any;
         self.restyles |= footprint.restyles;
-        self.sets_styles |= footprint.restyles && !footprint.leaves.something;
+        self.rereads |= footprint.rereads;
+        self.sets_styles |= footprint.rereads && !footprint.leaves.something;
         self.repaths |= footprint.sets_path;
         let mut leaves = footprint.leaves;
         self.doubts |= leaves.defines;
@@ -574,7 +581,7 @@ impl Sharing {
     fn keep(&mut self, leaves: Leaves, why: impl FnOnce() -> String) {
         self.here.is_tainted |= leaves.values || leaves.something;
         self.doubts |= leaves.defines;
-        (self.is_unsettled, self.restyles, self.repaths) = (true, true, true);
+        (self.is_unsettled, self.restyles, self.repaths, self.rereads) = (true, true, true, true);
         match &mut self.keeps {
             Some(keeps) => {
                 keeps.leaves = keeps.leaves.and(leaves);

@@ -301,7 +301,7 @@ impl Session {
             };
             // Whatever it reads under settings of the transaction it would read otherwise elsewhere.
             sharing.unnamed_unsettled =
-                sharing.repaths || (sharing.restyles && statement::has_literals(sql));
+                sharing.repaths || (sharing.rereads && statement::has_literals(sql));
             sharing.unnamed_deallocates = None;
             sharing.names_temporary |= names_temporary(&sharing.unnamed, sql);
             if sharing.unnamed.leaves.something {
@@ -327,7 +327,7 @@ impl Session {
         self.hints.on_statement(sql);
         let rest = body.get(name_len + 1..).unwrap_or_default();
         // Prepared under settings of the transaction, it cannot be prepared again as the same.
-        self.restyled |= sharing.repaths || (sharing.restyles && statement::has_literals(sql));
+        self.restyled |= sharing.repaths || (sharing.rereads && statement::has_literals(sql));
         let statement = if sharing.is_unsettled || sharing.keeps.is_some() || sharing.clears {
             sharing.pool.own_statement(rest)
         } else {
