@@ -197,7 +197,11 @@ impl Session {
     /// Its state is to be this one. Statements that were prepared under another cannot be prepared again as the same.
     pub(crate) fn on_state(&mut self, state: &super::State) {
         let Some(sharing) = &self.sharing else { return };
-        if !super::reads_otherwise(&sharing.state, state) {
+        let welcome = sharing.pool.welcome(&self.cell);
+        let is_same = |welcome: std::sync::Arc<super::Welcome>| {
+            !super::reads_otherwise(&sharing.state, state, &welcome.fresh)
+        };
+        if welcome.is_some_and(is_same) {
             return;
         }
         let reads = |one: &std::sync::Arc<super::Statement>| statement::has_literals(one.sql());

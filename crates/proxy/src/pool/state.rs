@@ -32,12 +32,10 @@ impl Beyond {
 /// None for what a fresh login gives.
 pub type State = Option<Arc<Beyond>>;
 
-/// A setting by which statements are prepared differs.
-pub(crate) fn reads_otherwise(a: &State, b: &State) -> bool {
-    let none = BTreeMap::new();
-    let settings = |state: &'_ State| state.as_ref().map(|state| state.settings.clone());
-    let (a, b) = (settings(a), settings(b));
-    let (a, b) = (a.as_ref().unwrap_or(&none), b.as_ref().unwrap_or(&none));
+/// A setting by which statements are prepared differs. `fresh` is what a login gives.
+pub(crate) fn reads_otherwise(a: &State, b: &State, fresh: &Snapshot) -> bool {
+    let a = a.as_ref().map_or(&fresh.settings, |state| &state.settings);
+    let b = b.as_ref().map_or(&fresh.settings, |state| &state.settings);
     let mut names = a.keys().chain(b.keys());
     names.any(|name| is_sensitive(name) && a.get(name) != b.get(name))
 }
@@ -188,6 +186,18 @@ mod tests {
         assert_eq!(way(&set, &set).unwrap(), "");
         let own = state(|one| drop(one.settings.insert("work_mem".into(), "9MB".into())));
         assert_eq!(way(&own, &None).unwrap(), "RESET \"work_mem\";");
+    }
+
+    #[test]
+    fn what_a_login_gives_reads_as_a_login_does() {
+        let mut fresh = welcome().fresh;
+        fresh.settings.insert("DateStyle".into(), "German".into());
+        let mut beyond = Beyond::of(&fresh);
+        beyond.settings.insert("work_mem".into(), "9MB".into());
+        let set = Some(Arc::new(beyond.clone()));
+        assert!(!reads_otherwise(&None, &set, &fresh));
+        beyond.settings.insert("DateStyle".into(), "ISO".into());
+        assert!(reads_otherwise(&None, &Some(Arc::new(beyond)), &fresh));
     }
 
     #[test]
