@@ -50,6 +50,7 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/readiness", get(primary))
         .route("/primary", get(primary))
         .route("/read-write", get(primary))
+        .route("/read-only", get(read_only))
         .with_state(state)
 }
 
@@ -374,15 +375,32 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
 
 /// 200 while every application is served by an active cell.
 async fn primary(Extract(state): Extract<State>) -> (StatusCode, String) {
+    served(&state, "primary", CellState::takes_writes)
+}
+
+/// 200 while every application is served by a cell that reads.
+async fn read_only(Extract(state): Extract<State>) -> (StatusCode, String) {
+    served(&state, "read-only", |state| state.takes_writes() || state == CellState::Fenced)
+}
+
+fn served(state: &State, what: &str, does: impl Fn(CellState) -> bool) -> (StatusCode, String) {
     match state.control.served_cells() {
-        Ok(served)
-            if served.values().all(|served| {
-                served.as_ref().is_some_and(|served| served.state.takes_writes())
-            }) =>
-        {
-            (StatusCode::OK, "primary\n".into())
+        Ok(all) => {
+            let lacks = all
+                .iter()
+                .find(|(_, served)| !served.as_ref().is_some_and(|served| does(served.state)));
+            match lacks {
+                None => (StatusCode::OK, format!("{what}\n")),
+                Some((app, Some(served))) => {
+                    let text = format!("cell `{}` of `{app}` is {}\n", served.cell, served.state);
+                    (StatusCode::SERVICE_UNAVAILABLE, text)
+                }
+                Some((app, None)) => {
+                    let text = format!("application `{app}` has no active cell\n");
+                    (StatusCode::SERVICE_UNAVAILABLE, text)
+                }
+            }
         }
-        Ok(_) => (StatusCode::SERVICE_UNAVAILABLE, "an application has no active cell\n".into()),
         Err(error) => {
             (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", crate::config::chain(&error)))
         }

@@ -6,7 +6,7 @@ use wire::frontend;
 use wire::sqlstate::SqlState;
 
 use crate::support::{
-    Installation, connect, console, extended, last_words, login, run, shown, value,
+    Installation, connect, console, extended, http_get, last_words, login, run, shown, value,
 };
 
 const SET_UP: &str = "CREATE TABLE t (n int); INSERT INTO t VALUES (1); CREATE SEQUENCE s; \
@@ -56,6 +56,14 @@ fn not_done(installation: &Installation, args: &[&str]) -> String {
     let output = installation.holdfast(args);
     assert_eq!(output.status.code(), Some(1), "{args:?}: {}", shown(&output));
     shown(&output)
+}
+
+/// What a load balancer is told.
+fn health(installation: &Installation, path: &str) -> (u16, String) {
+    let address = installation.facts.api.strip_prefix("http://").unwrap();
+    let answer = http_get(address, path);
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
 fn parse(name: &[u8], sql: &str) -> Vec<u8> {
@@ -121,6 +129,8 @@ async fn a_cell_goes_through_its_states(installation: Installation, shares: bool
     assert!(text.contains("logins only from 127.0.0.1"), "{text}");
     let status = shown(&installation.holdfast(&["status", "shop"]));
     assert!(status.contains("nothing takes writes: holdfast unfence shop a"), "{status}");
+    assert_eq!(health(&installation, "/read-only"), (200, "read-only\n".into()));
+    assert_eq!(health(&installation, "/primary"), (503, "cell `a` of `shop` is fenced\n".into()));
     for args in [
         &["fence", "shop", "a"][..],
         &["unfence", "shop", "b"],

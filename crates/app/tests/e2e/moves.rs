@@ -7,7 +7,7 @@ use wire::frontend;
 
 use crate::kinds::{KINDS, ROLES};
 use crate::support::{
-    Installation, extended, last_words, login, run, shown, there_and_back, value,
+    Installation, extended, http_get, last_words, login, run, shown, there_and_back, value,
 };
 
 #[tokio::test]
@@ -541,13 +541,4 @@ async fn the_console_and_the_metrics_show_what_is_there() {
         assert!(text.contains(line), "{line} is missing: {text}");
     }
     assert!(http_get(&api, "/primary").starts_with("HTTP/1.1 200"));
-}
-
-fn http_get(address: &str, path: &str) -> String {
-    use std::io::{Read, Write};
-    let mut socket = std::net::TcpStream::connect(address).unwrap();
-    write!(socket, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-    let mut text = String::new();
-    socket.read_to_string(&mut text).unwrap();
-    text
 }

@@ -379,3 +379,13 @@ pub(crate) async fn named(installation: &Installation, name: &str) -> Connection
     let more = [("application_name", name)];
     login(installation.facts.port, "postgres", None, tls, &more).await.unwrap()
 }
+
+/// The answer of the API at an address, with its head.
+pub(crate) fn http_get(address: &str, path: &str) -> String {
+    use std::io::{Read, Write};
+    let mut socket = std::net::TcpStream::connect(address).unwrap();
+    write!(socket, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    text
+}

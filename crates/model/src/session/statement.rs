@@ -60,7 +60,7 @@ pub fn has_literals(sql: &[u8]) -> bool {
 }
 
 /// Whether settings decide what a literal of the statement is. DateStyle, TimeZone and IntervalStyle decide only about
-/// literals with digits, of which those of up to three digits alone are no date and no time of day; array_nulls about lists;
+/// literals with digits, of which those of up to three digits, alone or behind a word, are no date and no time of day; array_nulls about lists;
 /// others about a backslash, XML, or letters that hang on the encoding.
 pub fn is_read_by_settings(sql: &[u8]) -> bool {
     let mut has_text = false;
@@ -70,7 +70,8 @@ pub fn is_read_by_settings(sql: &[u8]) -> bool {
         sql::Kind::Text => {
             has_text = true;
             let quoted = token.text.iter().filter(|byte| !matches!(byte, b'\'' | b'$'));
-            let is_short = quoted.clone().all(u8::is_ascii_digit) && quoted.count() <= 3;
+            let digits = quoted.skip_while(|byte| byte.is_ascii_alphabetic() || **byte == b'_');
+            let is_short = digits.clone().all(u8::is_ascii_digit) && digits.count() <= 3;
             let is_odd = |byte: &u8| matches!(byte, b'\\' | b'<' | b'{') || byte.is_ascii_digit();
             !is_short && token.text.iter().any(is_odd)
         }
@@ -122,6 +123,8 @@ mod tests {
             "'Jan 2 2024'",
             "'20240102'",
             "'1000'",
+            "'J2451187'",
+            "'y2001m02d04'",
             "'-1 day 2 hours'",
             "'{a,NULL}'",
             "'abc'::xml",
@@ -129,7 +132,7 @@ mod tests {
         ] {
             assert!(is_read_by_settings(format!("select {sql}").as_bytes()), "{sql}");
         }
-        for sql in ["now()", "'active'", "'5'", "'123'", "1 / 2 - 3", "$1"] {
+        for sql in ["now()", "'active'", "'5'", "'123'", "'s1'", "'a_b12'", "1 / 2 - 3", "$1"] {
             assert!(!is_read_by_settings(format!("select {sql}").as_bytes()), "{sql}");
         }
         for sql in ["now()", "'now or never, said the president'", "$$SELECT now()$$", "'nowhere'"]
