@@ -10,45 +10,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use model::policy::rules::Transaction;
-use model::policy::{Asked, Catalog, Class, Command, Disposition, Refusal};
+use model::policy::{Disposition, Refusal};
 use model::session::protocol::Unnamed;
 use wire::backend::{self, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend;
 
+use super::judging::{Verdict, What};
 use super::texts::Text;
 use super::{Confined, PORTALS_MAX, PREFIX, REFUSALS_MAX, Regime};
 use crate::pool::sharing::{HEAD_LEN_MAX, TEXT_LEN_MAX, Turn, cut, has_odd_letters};
 use crate::relay::Edit;
 use crate::session::Session;
 
-/// What is to be executed.
-enum What {
-    Text(Arc<Text>),
-    FunctionCall,
-    Replication,
-    /// Nothing yet, where not even reading is accepted.
-    Reading,
-    Unknown,
-}
-
-/// What becomes of it.
-enum Verdict {
-    Passes,
-    Waits,
-    Refused(Refusal),
-}
-
 /// So long a session whose server says that it may write waits for whoever takes the fence back.
 const LIFTED_MAX: Duration = Duration::from_secs(5);
-
-type Judged = Vec<(&'static str, Class)>;
-
-/// A command ends its transaction.
-fn ends_transaction(command: &Command) -> bool {
-    command.class == Class::Commit || command.name == "ROLLBACK"
-}
 
 impl Session {
     /// A message of the client begins at `at`, whose body, as far as it has arrived, is `body`.
@@ -69,7 +45,7 @@ impl Session {
             Some(confined) if confined.regime.version == regime.version => (),
             // More is known of some database.
             Some(confined) if confined.regime.number == regime.number => {
-                (confined.regime, confined.key) = (regime.clone(), None);
+                (confined.regime, confined.kind) = (regime.clone(), None);
             }
             Some(confined) => confined.renew(regime, had_prepared),
             None => self.confined = Some(Box::new(Confined::new(regime, had_prepared))),
@@ -109,7 +85,7 @@ impl Session {
             }
         };
         if let What::Text(text) = &what
-            && self.has_passed(text)
+            && self.has_passed(regime, text)
         {
             return Turn::Pass;
         }
@@ -163,7 +139,7 @@ impl Session {
             return self.on_skipped(header, at, body, is_whole);
         }
         let is_request = matches!(header.tag, b'Q' | b'F' | b'P' | b'B' | b'E' | b'D' | b'C');
-        if !is_request || !self.refuses_reading(regime) {
+        if !is_request || !self.kind(regime).refuses_reading {
             return Turn::Pass;
         }
         let Verdict::Refused(refusal) = self.verdict(regime, &What::Reading) else {
@@ -211,46 +187,11 @@ impl Session {
         Turn::Done
     }
 
-    fn refuses_reading(&self, regime: &Regime) -> bool {
-        let (_, of_reading) = self.app.policy.policy.rule(Class::Read, &self.asked(regime));
-        of_reading == Disposition::Refuse && !self.app.policy.shadow
-    }
-
-    /// Who the session is judged like.
-    fn key(&mut self) -> Option<u64> {
-        let confined = self.confined.as_mut()?;
-        if let Some(key) = confined.key {
-            return key;
-        }
-        let key = confined.regime.key(&self.identity.user, &self.identity.database);
-        confined.key = Some(key);
-        key
-    }
-
-    /// Nothing has to be judged again, but for the count.
-    fn has_passed(&mut self, text: &Text) -> bool {
-        let Some(key) = self.key() else { return false };
-        let Some(rule) = text.passed(key).filter(|_| !self.is_held_by_rule()) else { return false };
-        if let Some(counts) = self.app.policy_counts.get(rule) {
-            counts.count(Disposition::Accept, false);
-        }
-        true
-    }
-
-    fn asked<'a>(&'a self, regime: &Regime) -> Asked<'a> {
-        Asked {
-            state: regime.state,
-            role: &self.identity.user,
-            database: &self.identity.database,
-            transaction: Transaction::default(),
-        }
-    }
-
     fn has_many_refusals(&self) -> bool {
         self.confined.as_ref().is_some_and(|confined| confined.refusals.len() >= REFUSALS_MAX)
     }
 
-    fn what_of(&self, sql: &[u8]) -> What {
+    pub(super) fn what_of(&self, sql: &[u8]) -> What {
         let has_set = self.confined.as_ref().is_some_and(|confined| confined.has_set);
         if has_odd_letters(&self.params, sql) || (has_set && !sql.is_ascii()) {
             // Parts of a letter may be a quote to the grammar.
@@ -270,12 +211,12 @@ impl Session {
                 _ => None,
             });
         }
-        if self.refuses_reading(regime) {
+        if self.kind(regime).refuses_reading {
             // Types of parameters may run code when it is bound, and there is nothing to read.
             return Some(What::Reading);
         }
         // A transaction that begins here is of the state of now: what is to wait waits before it.
-        self.app.policy.policy.holds().then_some(what)
+        self.kind(regime).holds.then_some(what)
     }
 
     /// The same for a Bind, whose portal is remembered.
@@ -297,10 +238,11 @@ impl Session {
         if portal.starts_with(PREFIX.as_bytes()) {
             return Ok(What::Unknown);
         }
-        if self.refuses_reading(regime) {
+        if self.kind(regime).refuses_reading {
             return Ok(What::Reading);
         }
         let text = self.text_of_statement(name);
+        let holds = self.kind(regime).holds;
         let Some(confined) = &mut self.confined else { return Err(Turn::Pass) };
         let portal = cut(portal);
         if portal.is_empty() {
@@ -311,7 +253,7 @@ impl Session {
             }
             confined.portals.insert(portal.into(), text.clone());
         }
-        match text.filter(|_| self.app.policy.policy.holds()) {
+        match text.filter(|_| holds) {
             Some(text) => Ok(What::Text(text)),
             None => Err(Turn::Pass),
         }
@@ -343,196 +285,6 @@ impl Session {
         match &self.sharing {
             Some(sharing) => of(self, sharing.names.find(cut(name))?.sql()),
             None => self.names.find(cut(name)).cloned().flatten(),
-        }
-    }
-
-    /// All that a text does, with what this session has prepared and bound.
-    fn judged(&self, text: &Text, catalog: Option<&Catalog>) -> Judged {
-        let mut judged = Vec::new();
-        for conforming in text.modes() {
-            let Some(commands) = text.commands(*conforming) else {
-                judged.push(("unknown", Class::Unknown));
-                continue;
-            };
-            let (mut here, mut has_ended) = (BTreeMap::new(), false);
-            for command in commands {
-                if has_ended {
-                    // It would be in a transaction of its own, which the server may let write by now.
-                    judged.push((command.name, Class::Unknown));
-                }
-                has_ended |= ends_transaction(command);
-                let prepared = command.prepared.as_deref().unwrap_or_default();
-                if let Some(class) = prepares(command, catalog) {
-                    let known = here.entry(prepared).or_insert(class);
-                    *known = class.max(*known);
-                }
-                for class in command.classes_with(catalog) {
-                    judged.push((
-                        command.name,
-                        match class {
-                            Class::Execute => {
-                                self.class_of_prepared(prepared, here.get(prepared), catalog)
-                            }
-                            class => class,
-                        },
-                    ));
-                }
-                if let Some(cursor) = &command.cursor {
-                    judged.push((command.name, self.class_of_cursor(cursor, catalog)));
-                }
-            }
-        }
-        judged
-    }
-
-    fn verdict(&mut self, regime: &Regime, what: &What) -> Verdict {
-        let catalog = regime.catalogs.get(&self.identity.database);
-        let judged: Judged = match what {
-            What::Text(text) => {
-                let classes = text.classes(catalog);
-                let is_plain = |(_, _, class): &(usize, &str, Class)| {
-                    !matches!(class, Class::Execute | Class::Session)
-                };
-                match &*classes {
-                    // What one command is by itself is known.
-                    [one] if is_plain(one) && !text.has_cursor() => vec![(one.1, one.2)],
-                    _ => self.judged(text, catalog.map(|catalog| &**catalog)),
-                }
-            }
-            What::FunctionCall => vec![("a function call", Class::FunctionCall)],
-            What::Replication => vec![("a replication command", Class::Replication)],
-            What::Reading => vec![("anything", Class::Read)],
-            What::Unknown => vec![("unknown", Class::Unknown)],
-        };
-        let asked = self.asked(regime);
-        let policy = &self.app.policy;
-        let shadow = policy.shadow;
-        let is_held = self.is_held_by_rule();
-        let count = |rule: usize, disposition: Disposition| {
-            if is_held && disposition == Disposition::Hold {
-                return;
-            }
-            if let Some(counts) = self.app.policy_counts.get(rule) {
-                counts.count(disposition, shadow);
-            }
-        };
-        let since = self.confined.as_ref().and_then(|confined| confined.held_since);
-        let may_wait = since.is_none_or(|since| since.elapsed() < policy.hold_max);
-        let verdict = match policy.policy.judge(judged.iter().copied(), &asked, count) {
-            Ok(()) => Verdict::Passes,
-            Err(refusal) => {
-                let waits = refusal.disposition == Disposition::Hold && may_wait && !shadow;
-                if !waits {
-                    tracing::info!(
-                        session = self.id,
-                        app = self.app.name,
-                        command = refusal.command,
-                        class = refusal.class.name(),
-                        rule = policy.policy.name_of(refusal.rule),
-                        state = %regime.state,
-                        epoch = regime.epoch.0,
-                        passes = shadow,
-                        "refused"
-                    );
-                }
-                match (shadow, waits) {
-                    (true, _) => Verdict::Passes,
-                    (false, true) => Verdict::Waits,
-                    (false, false) => Verdict::Refused(refusal),
-                }
-            }
-        };
-        if let Some(confined) = &mut self.confined {
-            match verdict {
-                Verdict::Waits => {
-                    confined.held_since.get_or_insert_with(Instant::now);
-                }
-                _ => confined.held_since = None,
-            }
-        }
-        verdict
-    }
-
-    /// Something is passed: what it changes of what is known.
-    fn on_passed(&mut self, regime: &Regime, tag: u8, what: &What) {
-        let What::Text(text) = what else { return };
-        if !matches!(tag, b'Q' | b'E') {
-            return;
-        }
-        let catalog = regime.catalogs.get(&self.identity.database);
-        let key = self.key();
-        let rule_of = |class: Class| self.app.policy.policy.rule(class, &self.asked(regime));
-        let classes = text.classes(catalog);
-        // What others do hangs on the session, or changes it.
-        if let ([(_, _, class @ (Class::Read | Class::Begin))], Some(key), false) =
-            (&*classes, key, text.has_cursor())
-            && let (rule, Disposition::Accept) = rule_of(*class)
-        {
-            text.set_passed(key, rule);
-            return;
-        }
-        let Some(confined) = &mut self.confined else { return };
-        for command in text.commands(true).unwrap_or_default() {
-            confined.has_ended |= tag == b'E' && ends_transaction(command);
-            confined.has_set |= command.class == Class::Session;
-            let class = prepares(command, catalog.map(|catalog| &**catalog));
-            confined.prepares.extend(command.prepared.clone().zip(class));
-        }
-    }
-
-    /// What EXECUTE of a name does at most. `here` was prepared by the same text.
-    fn class_of_prepared(
-        &self,
-        name: &str,
-        here: Option<&Class>,
-        catalog: Option<&Catalog>,
-    ) -> Class {
-        let Some(confined) = &self.confined else { return Class::Unknown };
-        // Both kinds of PREPARE give names in one place, and what this session did before it was confined is not known.
-        let left = self.sharing.as_ref().is_some_and(|sharing| !sharing.left.is_empty());
-        if confined.had_prepared || self.has_lost_names || left {
-            return Class::Unknown;
-        }
-        let by_sql = confined.prepared.get(name).copied().max(here.copied());
-        let name = name.as_bytes();
-        let by_protocol = match &self.sharing {
-            Some(sharing) => {
-                sharing.names.find(cut(name)).map(|one| match self.what_of(one.sql()) {
-                    What::Text(text) => Some(text),
-                    _ => None,
-                })
-            }
-            None => self.names.find(cut(name)).cloned(),
-        };
-        let of_text = |text: Option<Arc<Text>>| {
-            let commands = text.as_ref().and_then(|text| match text.modes() {
-                [mode] => text.commands(*mode),
-                _ => None,
-            });
-            match commands {
-                Some([command]) if command.class != Class::Execute && command.cursor.is_none() => {
-                    command.classes_with(catalog).max().unwrap_or(Class::Unknown)
-                }
-                _ => Class::Unknown,
-            }
-        };
-        by_sql.max(by_protocol.map(of_text)).unwrap_or(Class::Unknown)
-    }
-
-    /// What FETCH or MOVE runs, if the protocol has bound it; what SQL has declared was judged then.
-    fn class_of_cursor(&self, name: &str, catalog: Option<&Catalog>) -> Class {
-        let Some(confined) = &self.confined else { return Class::Unknown };
-        match confined.portals.get(cut(name.as_bytes())) {
-            None if confined.lost_portals => Class::Unknown,
-            None => Class::Read,
-            Some(None) => Class::Unknown,
-            Some(Some(text)) => match (text.modes(), text.commands(true)) {
-                ([_], Some([command])) if command.cursor.is_none() => {
-                    let class = command.classes_with(catalog).max().unwrap_or(Class::Unknown);
-                    if class == Class::Execute { Class::Unknown } else { class }
-                }
-                _ => Class::Unknown,
-            },
         }
     }
 
@@ -593,10 +345,4 @@ impl Session {
     pub(crate) fn swallows(&self) -> bool {
         self.confined.as_ref().is_some_and(|confined| confined.swallows)
     }
-}
-
-/// What PREPARE prepares does, at most.
-fn prepares(command: &Command, catalog: Option<&Catalog>) -> Option<Class> {
-    let class = command.prepares?;
-    Some(if command.calls(catalog) { class.max(Class::Code) } else { class })
 }

@@ -2,7 +2,7 @@
 //!
 //! - here: what is enforced now, and what is known of a session for it.
 //! - [`texts`]: which commands a text holds.
-//! - `messages`: the messages of a client, one by one.
+//! - `messages`: the messages of a client, one by one; `judging`: what becomes of them.
 //!
 //! The decision is `model::policy`. It is taken in the state that holds when a message is to be passed, not when its
 //! statement was prepared. While everything is accepted nothing is done but to remember the texts of named statements.
@@ -21,6 +21,7 @@ use wire::sqlstate::SqlState;
 use crate::app::App;
 use crate::config::PolicyConfig;
 
+mod judging;
 mod messages;
 pub(crate) mod texts;
 
@@ -90,13 +91,24 @@ impl Regime {
     }
 }
 
+/// How a session is judged in a regime.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    /// The number of all who are judged alike.
+    key: Option<u64>,
+    /// Not even reading is accepted.
+    refuses_reading: bool,
+    /// There is a rule by which commands wait.
+    holds: bool,
+}
+
 /// What is known of a session while commands are judged.
 #[derive(Debug, Default)]
 pub(crate) struct Confined {
     /// The regime that this was learned under.
     pub(crate) regime: Arc<Regime>,
-    /// Who it is judged like.
-    key: Option<Option<u64>>,
+    /// How it is judged, once that was asked.
+    kind: Option<Kind>,
     /// The statement without a name that was prepared last, once that was asked, where it is known.
     statement: Option<Option<Arc<Text>>>,
     /// What the portal without a name runs, where it is known.
