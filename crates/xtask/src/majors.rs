@@ -97,7 +97,16 @@ pub(crate) fn run(args: &[String]) -> Done {
         println!("PostgreSQL {}", build.major);
         let mut tests = cargo(&["test", "--package", "app", "--test", "e2e", "--"]);
         tests
-            .args(["moves::", "pins::", "pools::", "single::", "twins::", "--test-threads=2"])
+            .args([
+                "moves::",
+                "pins::",
+                "pools::",
+                "batches::",
+                "cells::",
+                "single::",
+                "twins::",
+                "--test-threads=2",
+            ])
             .env("HOLDFAST_TEST_BINDIR", bin_dir);
         if run_program(&mut tests).is_err() {
             failed.push(build.major);
