@@ -11,6 +11,8 @@ mod restoring;
 
 use model::barrier::Reason;
 use model::session::capture::{BEGIN, STATEMENT_NAME};
+
+use model::session::protocol::Unnamed;
 use model::session::replay::{self, STAY, Step};
 use model::session::{Facts, Snapshot};
 use pg::connection::{Answer, Connection, QueryError};
@@ -82,8 +84,11 @@ pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> 
     let Some(sharing) = &mut session.sharing else { return Ok(()) };
     let foreign = sharing.take_foreign();
     let forgets = !keeps_values && std::mem::take(&mut sharing.has_values);
-    // Statements of its own that were prepared under other settings would be read anew, too.
-    let restyles = sharing.restyles && !session.restyled && !session.unnamed_restyled;
+    // Statements of its own would be read anew, too, under whatever is set by then: so the plans stay, and its server is
+    // not shared again.
+    let has_statements = session.has_prepared || session.protocol.unnamed() != Unnamed::Absent;
+    sharing.here.is_tainted |= sharing.restyles && has_statements;
+    let restyles = sharing.restyles && !has_statements;
     sharing.restyles &= !restyles;
     if foreign.is_empty() && !forgets && !restyles {
         return Ok(());

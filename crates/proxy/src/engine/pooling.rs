@@ -225,6 +225,12 @@ impl Engine {
                 session.protocol.on_own(Own::Close);
             }
         }
+        if text.as_ref().is_some_and(|text| text.contains("DISCARD PLANS")) {
+            for statement in here.take_read_by_settings() {
+                frontend::close(&mut closes, frontend::Target::Statement(&statement.name));
+                session.protocol.on_own(Own::Close);
+            }
+        }
         session.server.push(&closes);
         let params = here.params.take();
         sharing.here = here;

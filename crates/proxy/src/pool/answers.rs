@@ -144,6 +144,10 @@ impl Session {
         }
         if std::mem::take(&mut sharing.restyles) {
             // Plans of functions hold literals and constants as they were read under other settings.
+            for statement in sharing.here.take_read_by_settings() {
+                frontend::close(&mut out, frontend::Target::Statement(&statement.name));
+                self.protocol.on_own(Own::Close);
+            }
             frontend::query(&mut out, b"DISCARD PLANS");
             self.protocol.on_own(Own::Query);
             sharing.asked.push_back(Asked::Nothing);

@@ -459,6 +459,13 @@ pub struct Here {
 }
 
 impl Here {
+    /// Statements that DISCARD PLANS would have read anew when they are next used, whatever is set by then. They are forgotten
+    /// here, and are to be closed.
+    pub(crate) fn take_read_by_settings(&mut self) -> Vec<Arc<Statement>> {
+        let reads = |one: &Arc<Statement>| model::session::statement::has_literals(one.sql());
+        self.statements.extract_if(reads).collect()
+    }
+
     /// It has had enough.
     pub fn is_worn(&self) -> bool {
         self.is_tainted || self.statements.len() >= STATEMENTS_MAX

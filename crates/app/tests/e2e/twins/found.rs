@@ -500,6 +500,16 @@ fn bound_cases() -> Vec<(&'static str, Vec<(usize, Step)>)> {
             ],
         ),
         (
+            "a literal that was read before its session set how",
+            vec![
+                (1, q("PREPARE dated AS SELECT '01/02/2024'::date")),
+                (0, q("SELECT 1")),
+                (1, q("SET DateStyle = 'German'")),
+                (0, q("SELECT 1")),
+                (1, q("EXECUTE dated")),
+            ],
+        ),
+        (
             "a type of the server's by another path",
             vec![(0, q(in_path)), (1, q("SELECT rm()")), (0, q("SELECT rm()"))],
         ),
