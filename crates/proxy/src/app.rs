@@ -180,7 +180,13 @@ impl App {
         let is_confined = !self.policy.policy.accepts_all(state);
         let mut catalogs = BTreeMap::new();
         if is_confined {
+            // Clients are held meanwhile. Of what is not learned in time nothing is known.
+            let deadline = Instant::now() + self.moves.answer_timeout;
             for database in databases {
+                if Instant::now() > deadline {
+                    tracing::warn!(app = self.name, database, "functions are not learned in time");
+                    continue;
+                }
                 if let Some(catalog) = self.catalog(cell, database).await {
                     catalogs.insert(database.clone(), Arc::new(catalog));
                 }

@@ -87,6 +87,9 @@ impl Session {
         let mut at = 0;
         let known = self.confined.as_ref().map(|confined| &confined.regime);
         let regime = self.app.regime(known);
+        if regime.is_none() {
+            self.end_hold();
+        }
         loop {
             let rest = bytes.get(at..).unwrap_or_default();
             match self.client.scanner.peek(rest).map_err(Fault::Client)? {

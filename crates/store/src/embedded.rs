@@ -119,6 +119,8 @@ impl EmbeddedStore {
             let check: String = copy.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
             let layout: i64 = copy.query_row("PRAGMA user_version", [], |row| row.get(0))?;
             if check != "ok" || layout != LAYOUT {
+                drop(copy);
+                let _ = std::fs::remove_file(&new);
                 return Err(damaged(format!("{check}, layout {layout} where {LAYOUT} is known")));
             }
         }

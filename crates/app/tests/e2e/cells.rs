@@ -220,6 +220,15 @@ async fn a_cell_goes_through_its_states(installation: Installation, shares: bool
     let status = shown(&installation.holdfast(&["status", "shop"]));
     assert!(status.contains("active cell a, epoch 2") && !status.contains('!'), "{status}");
 
+    // A second time nobody is taken for one who has lifted the fence: what the server said in between was so.
+    holdfast(&installation, &["fence", "shop", "a"]);
+    for session in [&mut one, &mut other, &mut fresh] {
+        assert_eq!(value(session, "SELECT count(*) FROM t").await, "4");
+        refused(session, "INSERT INTO t VALUES (8)").await;
+    }
+    holdfast(&installation, &["unfence", "shop", "a"]);
+    run(&mut other, "UPDATE t SET n = n").await;
+
     let text = holdfast(&installation, &["fence", "shop", "a", "--all"]);
     assert!(text.contains("logins closed"), "{text}");
     for session in [&mut one, &mut other] {
@@ -387,6 +396,10 @@ async fn what_names_stand_for_hides_no_write() {
     assert_eq!(batch(&mut one, parse(b"p", &long)).await, "1I");
     assert!(one.query("PREPARE p AS SELECT 1").await.is_err());
     refused(&mut one, "EXECUTE p").await;
+    // Nor is one that may be two, by a setting.
+    let mut other = installation.connect().await;
+    run(&mut other, r"PREPARE either AS SELECT '\\'").await;
+    refused(&mut other, "EXECUTE either").await;
     assert_eq!(value(&mut one, "SELECT count(*) FROM h").await, "1");
     for sql in [
         "SELECT count(*) FROM pg_stat_activity",

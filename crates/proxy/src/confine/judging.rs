@@ -200,11 +200,15 @@ impl Session {
             return;
         }
         let Some(confined) = &mut self.confined else { return };
-        for command in text.commands(true).unwrap_or_default() {
+        let modes = text.modes();
+        for command in modes.iter().filter_map(|mode| text.commands(*mode)).flatten() {
             confined.has_ended |= tag == b'E' && ends_transaction(command);
             confined.has_set |= command.class == Class::Session;
-            let class = prepares(command, catalog.map(|catalog| &**catalog));
-            confined.prepares.extend(command.prepared.clone().zip(class));
+            match prepares(command, catalog.map(|catalog| &**catalog)) {
+                // Which of two it has prepared hangs on a setting.
+                Some(_) if modes.len() > 1 => confined.had_prepared = true,
+                class => confined.prepares.extend(command.prepared.clone().zip(class)),
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use model::policy::{Disposition, Refusal};
+use model::policy::Refusal;
 use model::session::protocol::Unnamed;
 use wire::backend::{self, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
@@ -95,10 +95,12 @@ impl Session {
                 Turn::Pass
             }
             Verdict::Waits => Turn::Wait,
-            // Of a batch that waits the client is told when it executes.
-            Verdict::Refused(refusal)
-                if matches!(header.tag, b'P' | b'B')
-                    && refusal.disposition == Disposition::Hold =>
+            // It was only to wait here: what is refused is refused when it is executed.
+            Verdict::Refused(_)
+                if matches!(
+                    (header.tag, &what),
+                    (b'P', What::Text(_) | What::Unknown) | (b'B', What::Text(_))
+                ) =>
             {
                 Turn::Pass
             }
@@ -158,6 +160,13 @@ impl Session {
         self.client.push(&out);
         self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert: Vec::new() });
         Turn::Done
+    }
+
+    /// Everything is accepted by now: nothing of it waits by a rule any more.
+    pub(crate) fn end_hold(&mut self) {
+        if let Some(confined) = &mut self.confined {
+            confined.held_since = None;
+        }
     }
 
     /// It was told an error by us, and what follows up to its Sync is for nobody, whatever holds by then.

@@ -497,7 +497,9 @@ impl Mover {
                 }
             }
         }
-        for held in rest {
+        for mut held in rest {
+            // If it stands on no server, the next one is fenced.
+            held.session.has_lifted_fence = false;
             let sets = held.session.sharing.as_ref().and_then(|sharing| {
                 let state = sharing.state.as_ref()?;
                 state.settings.get("default_transaction_read_only").cloned()
