@@ -329,12 +329,20 @@ impl Proxy {
             ("{kind=\"protocol\"}".to_owned(), sum(&|c| c.protocol_errors.load(Ordering::Relaxed))),
             ("{kind=\"server_lost\"}".to_owned(), sum(&|c| c.lost_server.load(Ordering::Relaxed))),
         ];
+        let outlived = sum(&|c| c.outlived.load(Ordering::Relaxed));
         write_metric(
             out,
             "holdfast_errors_total",
             "counter",
             "Sessions ended by an error.",
             &errors,
+        );
+        write_metric(
+            out,
+            "holdfast_servers_outlived_total",
+            "counter",
+            "Servers that were lost under a session that went on with another.",
+            &one(outlived),
         );
         self.shared.metrics.write(out);
     }

@@ -12,6 +12,7 @@ use wire::frontend;
 use wire::sqlstate::SqlState;
 
 use crate::confine::texts;
+use crate::pool::is_shutdown;
 use crate::pool::sharing::{HEAD_LEN_MAX, Turn, cut, has_odd_letters};
 use crate::session::Session;
 
@@ -116,7 +117,14 @@ impl Session {
                         return Err(Fault::Client(FrameError::Length { tag: b'H', len, max: 0 }));
                     }
                     let body = rest.get(HEADER_LEN..).unwrap_or_default();
+                    let lost = match self.sharing {
+                        Some(_) if self.server.is_vacant() => {
+                            self.on_lost_message(header, at, body)
+                        }
+                        _ => None,
+                    };
                     let turn = match &regime {
+                        _ if lost.is_some() => Turn::Pass,
                         // Its own question goes first.
                         Some(_) if self.is_without_fence() => return Err(Fault::Unfenced),
                         Some(regime) if !self.protocol.runs_own() => {
@@ -131,6 +139,7 @@ impl Session {
                         _ => Turn::Pass,
                     };
                     let turn = match self.sharing {
+                        _ if let Some(lost) = lost => lost,
                         Some(_) if turn == Turn::Pass => self.on_shared_message(header, at, body),
                         _ => turn,
                     };
@@ -342,6 +351,16 @@ impl Session {
                                 self.after_confined_answer(b'Z');
                             }
                         }
+                        b'N' if whole && self.sharing.is_some() => {
+                            if read_error(body.get(..body_len).unwrap_or_default())
+                                .1
+                                .is_some_and(is_shutdown)
+                                && self.may_outlive()
+                            {
+                                // That its connection is terminated, which it is not.
+                                insert = Some(Vec::new());
+                            }
+                        }
                         b'S' => self.on_parameter(body.get(..body_len).unwrap_or_default()),
                         b'A' => self.on_notification(body),
                         b'C' => {
@@ -373,6 +392,13 @@ impl Session {
                         b'E' => {
                             let body = body.get(..body_len).unwrap_or(body);
                             let (fatal, state) = read_error(body);
+                            if fatal && state.is_some_and(is_shutdown) && self.may_outlive() {
+                                // It goes on with another server once this one has closed.
+                                let skip = HEADER_LEN + body_len;
+                                self.edits.push(Edit { at, skip, insert: Vec::new() });
+                                at += skip;
+                                continue;
+                            }
                             self.server_said_why |= fatal;
                             if whole && self.sharing.is_some() {
                                 self.hints.on_error();
@@ -412,6 +438,10 @@ impl Session {
     /// Part of the answer to a query of ours.
     #[cold]
     fn on_own_answer(&mut self, tag: u8, body: &[u8]) {
+        if tag == b'E' && read_error(body).0 {
+            // The server closes.
+            return;
+        }
         let status = body.first().and_then(|byte| TxStatus::from_byte(*byte));
         self.protocol.on_backend(tag, status.filter(|_| tag == b'Z'));
         let answer = backend::read(tag, body);

@@ -27,6 +27,7 @@ impl SqlState {
     pub const LOCK_NOT_AVAILABLE: SqlState = SqlState(*b"55P03");
     pub const QUERY_CANCELED: SqlState = SqlState(*b"57014");
     pub const ADMIN_SHUTDOWN: SqlState = SqlState(*b"57P01");
+    pub const CRASH_SHUTDOWN: SqlState = SqlState(*b"57P02");
     pub const INSUFFICIENT_PRIVILEGE: SqlState = SqlState(*b"42501");
     pub const CANNOT_CONNECT_NOW: SqlState = SqlState(*b"57P03");
     pub const IDLE_SESSION_TIMEOUT: SqlState = SqlState(*b"57P05");

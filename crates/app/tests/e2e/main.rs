@@ -16,6 +16,7 @@ mod hostile;
 mod kinds;
 mod login;
 mod moves;
+mod outlive;
 mod pins;
 mod policy;
 mod pools;

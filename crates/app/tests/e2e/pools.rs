@@ -10,7 +10,7 @@ use crate::support::{Installation, console, extended, named, run, shown, value};
 const PID: &str = "SELECT pg_backend_pid()";
 
 /// How the only session of `name` shares servers. While it is looked at, it is not listed.
-async fn pool_of(installation: &Installation, name: &str) -> String {
+pub(crate) async fn pool_of(installation: &Installation, name: &str) -> String {
     loop {
         let rows = console(installation).await.query("SHOW SESSIONS").await.unwrap();
         let rows = rows.into_iter().next().unwrap().rows;

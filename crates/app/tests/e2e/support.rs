@@ -314,6 +314,7 @@ pub(crate) async fn last_words(
             fields.sqlstate(),
             String::from_utf8_lossy(fields.field(b'D').unwrap_or_default()).into_owned(),
         ),
+        wire::backend::Backend::Notice(_) => (None, String::new()),
         other => panic!("{other:?}"),
     }
 }

@@ -3,6 +3,7 @@
 //! A server connection is shared only among sessions that leave nothing there, so the lists are closed: a statement
 //! is harmless if its first word is known to be, and if every name in it is. Whatever cannot be told leaves something.
 
+use super::flight::Block;
 use super::landscape::{Landscape, Meaning};
 use crate::sql::{Kind, Token, Tokens};
 
@@ -57,12 +58,21 @@ pub struct Footprint {
     pub restyles: bool,
     /// What it sets may decide how literals of later statements are read.
     pub rereads: bool,
+    /// What it does to the block of its transaction.
+    pub block: Block,
 }
 
 impl Footprint {
     pub fn of(leaves: Leaves) -> Footprint {
-        let sets = Vec::new();
-        Footprint { leaves, sets, sets_any: true, sets_path: true, restyles: true, rereads: true }
+        Footprint {
+            leaves,
+            sets: Vec::new(),
+            sets_any: true,
+            sets_path: true,
+            restyles: true,
+            rereads: true,
+            block: Block::MayCommit,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -210,6 +220,7 @@ impl Landscape {
         let mut found = Footprint::default();
         let mut before = Before::default();
         let mut verb = Verb::None;
+        let mut block: Option<Block> = None;
         let mut tokens = Tokens::new(sql).peekable();
         while let Some(token) = tokens.next() {
             let leaves = match token.kind {
@@ -232,6 +243,8 @@ impl Landscape {
                                 return Footprint::of(Leaves::ANYTHING);
                             };
                             verb = read;
+                            let this = Block::read(name, tokens.clone());
+                            block = Some(block.map_or(this, |before| before.and(this)));
                             if verb == Verb::Set {
                                 match target(tokens.clone()) {
                                     Target::Transaction => (),
@@ -314,6 +327,7 @@ impl Landscape {
         }
         // Functions that are called under another search path stay as they were compiled there.
         found.leaves.something |= self.depends_on_path && found.sets_path;
+        found.block = block.unwrap_or_default();
         found
     }
 

@@ -9,6 +9,7 @@
 //! - [`snapshot`]: the captured state, and what differs between two of them.
 //! - [`names`]: the names of prepared statements, where servers have others.
 //! - [`landscape`], [`footprint`]: what names stand for, and what a statement may leave in its session.
+//! - [`flight`]: what would become of what is running if its server were lost.
 //! - [`statement`]: whether the text of a statement prepares it again.
 //! - [`replay`]: the statements that make a fresh server session equal to a snapshot.
 //! - [`pin`]: why a session cannot be moved, in words.
@@ -17,6 +18,7 @@ pub mod capture;
 pub mod command;
 pub mod cursor;
 pub mod facts;
+pub mod flight;
 pub mod footprint;
 pub mod inspect;
 pub mod landscape;

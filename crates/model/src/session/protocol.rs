@@ -125,6 +125,8 @@ pub struct Protocol {
     named: Named,
     /// A query of ours was refused.
     own_refused: bool,
+    /// An error was passed on, and the ReadyForQuery behind it was not.
+    error_told: bool,
 }
 
 impl Default for Protocol {
@@ -149,6 +151,7 @@ impl Protocol {
             savepoints: false,
             named: Named::default(),
             own_refused: false,
+            error_told: false,
         }
     }
 
@@ -509,6 +512,7 @@ impl Protocol {
     }
 
     fn on_ready(&mut self, status: Option<TxStatus>) {
+        self.error_told = false;
         // One more than was certain. A Sync alone gets one that looks the same, so it stays in doubt.
         if self.doubtful > 0 && self.requests.front() != Some(&Request::Sync) {
             self.doubtful -= 1;
@@ -558,6 +562,7 @@ impl Protocol {
     }
 
     fn on_error(&mut self, origin: ErrorOrigin) {
+        self.error_told = true;
         if !self.copy_in {
             self.pass_copy_ends();
         }
@@ -619,5 +624,8 @@ impl Protocol {
     }
 }
 
+mod lost;
 #[cfg(test)]
 mod tests;
+
+pub use lost::Reply;

@@ -344,6 +344,11 @@ impl Session {
         {
             confined.swallows = false;
         }
+        if let Some(sharing) = &mut self.sharing
+            && remaining == len
+        {
+            sharing.swallows = false;
+        }
     }
 
     /// A command of its client waits, by a rule.
@@ -353,5 +358,6 @@ impl Session {
 
     pub(crate) fn swallows(&self) -> bool {
         self.confined.as_ref().is_some_and(|confined| confined.swallows)
+            || self.sharing.as_ref().is_some_and(|sharing| sharing.swallows)
     }
 }

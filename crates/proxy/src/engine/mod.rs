@@ -77,6 +77,8 @@ pub struct Counters {
     pub requests: AtomicU64,
     pub ended: AtomicU64,
     pub lost_server: AtomicU64,
+    /// Sessions that went on although their server was lost.
+    pub outlived: AtomicU64,
     pub protocol_errors: AtomicU64,
 }
 

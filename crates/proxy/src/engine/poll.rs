@@ -217,6 +217,7 @@ impl Engine {
             }
             Command::Pools(reply) => drop(reply.send(self.lending.views())),
             Command::Resume(app) => {
+                self.retry();
                 for slot in self.matching(&Want::App(app)) {
                     let Some(Some(entry)) = self.slots.get_mut(slot) else { continue };
                     let sharing = entry.session.sharing.as_mut();
@@ -392,6 +393,7 @@ impl Engine {
                     self.hand_out(slot);
                 }
             }
+            Err(End::Server | End::Lost(_)) if self.outlive(slot) => (),
             Err(end) => self.end(slot, end),
         }
     }
@@ -410,8 +412,7 @@ impl Engine {
             }
             End::Server => {
                 counters.lost_server.fetch_add(1, Ordering::Relaxed);
-                let lost =
-                    Report::fatal(SqlState::CONNECTION_FAILURE, "server closed the connection");
+                let lost = server_lost(session, "server closed the connection");
                 (!session.server_said_why).then_some(lost)
             }
             End::Fault(Fault::Settings) => {
@@ -438,10 +439,7 @@ impl Engine {
             }
             End::Lost(error) => {
                 tracing::debug!(session = session.id, %error, "session ended");
-                let lost = Report::fatal(
-                    SqlState::CONNECTION_FAILURE,
-                    "connection to the server was lost",
-                );
+                let lost = server_lost(session, "connection to the server was lost");
                 (!session.server_said_why).then_some(lost)
             }
         };
@@ -460,6 +458,17 @@ impl Engine {
             let _ = tls.seal_close(&mut session.client.out);
             write_some(&mut session.client);
         }
+    }
+}
+
+/// What the client is told whose session cannot go on without its server.
+fn server_lost(session: &Session, what: &str) -> Report {
+    let report = Report::fatal(SqlState::CONNECTION_FAILURE, what);
+    match session.needs_its_server().filter(|_| session.sharing.is_some()) {
+        Some(why) => report
+            .detail(format!("the session cannot go on with another server: {why}"))
+            .hint("connect again; the session's temporary state is lost"),
+        None => report,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Attaching sessions that share servers, and detaching them again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use model::session::footprint::Leaves;
@@ -16,7 +17,7 @@ use super::poll::{End, Engine, POOLED, Slot};
 use super::sys::Event;
 use crate::app::App;
 use crate::pool::keeper::Job;
-use crate::pool::{Keeps, NotOpened, Pool, Server, State};
+use crate::pool::{Asked, Keeps, NotOpened, Pool, Server, State};
 use crate::session::{Leg, Session, terminate};
 
 /// So many looks at a session come at once: clients set something when they begin. From then on there are pauses, each
@@ -43,6 +44,38 @@ impl Engine {
         sharing.lent = Some(at);
         self.lending.set_kept(at, sharing.keeps.is_some());
         Some(server_token(at, self.lending.generation(at)))
+    }
+
+    /// The server of the session in `slot` is lost. Whether the session goes on without.
+    pub(super) fn outlive(&mut self, slot: usize) -> bool {
+        let Some(Some(entry)) = self.slots.get_mut(slot) else { return false };
+        let session = &mut entry.session;
+        if !session.may_outlive() {
+            return false;
+        }
+        let app = session.app.clone();
+        let Some(sharing) = session.sharing.as_mut() else { return false };
+        let Some(at) = sharing.lent.take() else { return false };
+        let pool = sharing.pool.clone();
+        self.epoll.remove(session.server.raw());
+        session.lose_server();
+        self.handle.counters.outlived.fetch_add(1, Ordering::Relaxed);
+        if !entry.queued {
+            entry.queued = true;
+            self.ready.push(slot);
+        }
+        self.lending.dismiss(at);
+        let mut chores = Chores::default();
+        self.lending.provide(&app, &pool, &mut chores);
+        self.do_chores(chores);
+        true
+    }
+
+    /// Tries again to open servers for those who wait.
+    pub(super) fn retry(&mut self) {
+        let mut chores = Chores::default();
+        self.lending.retry(&mut chores);
+        self.do_chores(chores);
     }
 
     /// A session leaves, and its server with it.
@@ -217,6 +250,7 @@ impl Engine {
         here.state = sharing.state.clone();
         (here.unnamed, here.is_used) = (Default::default(), true);
         (here.drops_unnamed, here.doubts_unnamed) = (false, false);
+        here.prepares_unnamed = false;
         // What was prepared under settings of a transaction is of no use to anybody.
         let mut closes = Vec::new();
         for (_, alias) in std::mem::take(&mut here.aliases) {
@@ -234,16 +268,15 @@ impl Engine {
         session.server.push(&closes);
         let params = here.params.take();
         sharing.here = here;
+        let mut out = Vec::new();
         match text.filter(|text| !text.is_empty()) {
             Some(text) => {
-                let mut out = Vec::new();
                 frontend::query(&mut out, text.as_bytes());
-                session.server.push(&out);
                 session.protocol.on_own(Own::Query);
-                sharing.here.params = params;
-                if flush(&mut session.server).is_err() {
-                    session.server.readable = true;
+                if sharing.lost.is_some() {
+                    sharing.asked.push_back(Asked::State);
                 }
+                sharing.here.params = params;
             }
             None => {
                 if let Some(params) = params
@@ -251,6 +284,13 @@ impl Engine {
                 {
                     session.tell_params(&params);
                 }
+            }
+        }
+        out.extend(session.fail_again());
+        if !out.is_empty() {
+            session.server.push(&out);
+            if flush(&mut session.server).is_err() {
+                session.server.readable = true;
             }
         }
         session.carry_waits = true;

@@ -1,11 +1,12 @@
 //! What servers answer to sessions that share them, and what is asked before one is detached.
 
 use model::session::command::{is_of_relation, redefines};
+use model::session::flight::Flight;
 use model::session::footprint::Leaves;
 use model::session::protocol::{Given, Named, Own, Unnamed};
 use model::session::{names, statement};
 use model::sql;
-use wire::backend::{self, Backend};
+use wire::backend::{self, Backend, TxStatus};
 use wire::frame::HEADER_LEN;
 use wire::frontend;
 
@@ -74,16 +75,25 @@ impl Session {
                 (here.unnamed, here.has_unnamed) = (UnnamedHere::Missing, false);
             }
             b'E' => here.doubts_unnamed = true,
-            b'Z' if self.protocol.is_quiet()
-                && std::mem::take(&mut here.doubts_unnamed)
-                && here.unnamed == UnnamedHere::Own =>
-            {
-                // Ours may have been skipped; to prepare the same again does no harm.
-                here.unnamed = UnnamedHere::Missing;
+            b'Z' if self.protocol.is_quiet() => {
+                let prepares = std::mem::take(&mut here.prepares_unnamed);
+                let doubts = std::mem::take(&mut here.doubts_unnamed);
+                if prepares && doubts && here.unnamed == UnnamedHere::Own {
+                    // Ours may have been skipped; to prepare the same again does no harm.
+                    here.unnamed = UnnamedHere::Missing;
+                }
             }
             _ => (),
         }
+        if tag == b'Z' && self.protocol.is_quiet() {
+            let status = self.protocol.status();
+            sharing.flight = Flight::at_rest(status);
+            sharing.may_commit_later |= std::mem::take(&mut sharing.binds_end);
+            sharing.may_commit_later &= status != TxStatus::Idle;
+            sharing.has_set |= status == TxStatus::Idle && !sharing.assigned.is_empty();
+        }
         if tag == b'E' || tag == b'Z' {
+            sharing.fails_batch = false;
             // What was to be deallocated behind an error was not; and what comes next has waited for this.
             sharing.deallocates.clear();
             sharing.clears = false;
@@ -121,6 +131,7 @@ impl Session {
         }
         (sharing.is_unsettled, sharing.repaths, sharing.rereads) = (false, false, false);
         let mut out = Vec::new();
+        sharing.has_set = false;
         for name in sharing.assigned.drain(..) {
             let literal = sql::quote_literal(&name);
             let text = if name.contains('.') {
@@ -171,6 +182,8 @@ impl Session {
                 }
                 *value = text.map(|text| String::from_utf8_lossy(text).into_owned());
             }
+            (Backend::Error(_), Some(Asked::State)) => return false,
+            (Backend::Error(_), Some(Asked::Failing)) => self.protocol.forgive_own(),
             (Backend::Error(_), _) => {
                 self.protocol.forgive_own();
                 sharing.keep(Leaves::SETTINGS, || "a setting cannot be read".into());
@@ -244,7 +257,7 @@ impl Session {
 }
 
 impl Sharing {
-    fn on_named(&mut self, named: Named) {
+    pub(super) fn on_named(&mut self, named: Named) {
         for _ in 0..named.answered {
             self.here.statements.extend(self.names.answered());
         }

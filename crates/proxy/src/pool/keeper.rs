@@ -336,6 +336,7 @@ async fn look(shared: &Shared, mut session: Box<Session>) {
     if let Some(sharing) = &mut session.sharing {
         // Whatever it was, it is known by now.
         sharing.assigned.clear();
+        sharing.has_set = false;
         sharing.is_unsettled = false;
         match found {
             Ok(state) => {

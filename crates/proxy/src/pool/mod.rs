@@ -6,6 +6,7 @@
 //!
 //! - here: what a pool is, and what a session and a server know of it.
 //! - `sharing`: the messages of such sessions on their way; `answers`: those of their servers.
+//! - `losing`: what becomes of one whose server is lost.
 //! - `keeper`: opens servers, looks at sessions, and learns what names stand for.
 //! - the engine attaches and detaches (`engine/pooling.rs`, `engine/lending.rs`).
 //!
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use model::session::flight::{Block, Flight};
 use model::session::footprint::{Footprint, Leaves};
 use model::session::names::Names;
 use model::session::{Facts, Snapshot};
@@ -30,11 +32,14 @@ use crate::session::{Identity, Leg};
 mod answers;
 mod database;
 pub(crate) mod keeper;
+mod losing;
 pub(crate) mod sharing;
 mod state;
 mod statement;
 
 pub use database::Database;
+pub use losing::LostBlock;
+pub(crate) use losing::is_shutdown;
 pub use state::{Beyond, Bound, State};
 pub(crate) use state::{reads_otherwise, same_state, transition};
 pub use statement::Statement;
@@ -380,6 +385,19 @@ pub struct Sharing {
     pub deallocates: VecDeque<Box<[u8]>>,
     /// Settings that it may have set since it was attached.
     pub assigned: Vec<String>,
+    /// Some of them in a transaction that has ended.
+    pub has_set: bool,
+    /// What would become of what is running, if its server were lost.
+    pub flight: Flight,
+    /// Something was bound that may end the transaction, in what is running, or before.
+    pub binds_end: bool,
+    pub may_commit_later: bool,
+    /// Its transaction was lost with its server.
+    pub lost: Option<LostBlock>,
+    /// The rest of a message that is for nobody is still to come.
+    pub swallows: bool,
+    /// The open batch fails: something was sent in it that the server refuses.
+    pub fails_batch: bool,
     /// It may have values of sequences, which are not kept for it.
     pub has_values: bool,
     /// Questions of ours on their way, before it is detached.
@@ -405,6 +423,10 @@ pub enum Asked {
     Setting { name: String, value: Option<String> },
     /// Something is done, and that is all.
     Nothing,
+    /// It is brought into the session's state, before something else is asked.
+    State,
+    /// Its transaction is made to fail.
+    Failing,
 }
 
 /// Why a session keeps its server.
@@ -441,6 +463,8 @@ pub struct Here {
     pub has_unnamed: bool,
     /// A simple query is on its way, which drops it.
     pub drops_unnamed: bool,
+    /// The session's is being prepared there anew.
+    pub prepares_unnamed: bool,
     /// An error has come since something was sent that it may be skipped with.
     pub doubts_unnamed: bool,
     pub state: State,
@@ -504,6 +528,13 @@ impl Sharing {
             doubts: false,
             deallocates: VecDeque::new(),
             assigned: Vec::new(),
+            has_set: false,
+            flight: Flight::default(),
+            binds_end: false,
+            may_commit_later: false,
+            lost: None,
+            swallows: false,
+            fails_batch: false,
             has_values: false,
             asked: VecDeque::new(),
             told: Vec::new(),
@@ -528,6 +559,11 @@ impl Sharing {
         let mut foreign: Vec<Arc<Statement>> = foreign.collect();
         foreign.append(&mut self.here.perhaps);
         foreign
+    }
+
+    /// A text is sent to be run.
+    fn runs(&mut self, block: Block) {
+        self.flight.runs(block);
     }
 
     /// A statement is sent that may leave this.

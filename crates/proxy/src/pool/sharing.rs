@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use model::session::command::{Deallocation, deallocation, ends_transaction};
+use model::session::flight::Block;
 use model::session::footprint::{Footprint, Leaves};
 use model::session::protocol::{Given, Own, Unnamed};
 use model::session::{names, statement};
@@ -121,7 +122,16 @@ impl Session {
                 self.on_shared_extended(header, at, body, body_len, is_whole)
             }
             b'B' | b'D' | b'C' => self.on_shared_extended(header, at, body, body_len, is_whole),
+            b'E' if sharing.may_commit_later => {
+                sharing.runs(Block::MayCommit);
+                Turn::Pass
+            }
+            b'S' => {
+                sharing.flight.ends_batch();
+                Turn::Pass
+            }
             b'F' => {
+                sharing.runs(Block::Stays);
                 sharing.keep(Leaves::ANYTHING, || "a function call".into());
                 self.close_foreign(at);
                 Turn::Pass
@@ -160,6 +170,7 @@ impl Session {
     fn on_shared_query(&mut self, at: usize, body: &[u8], is_whole: bool) -> Turn {
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if !is_whole {
+            sharing.runs(Block::MayCommit);
             sharing.keep(Leaves::ANYTHING, || "a long statement".into());
             self.close_foreign(at);
             return Turn::Pass;
@@ -169,7 +180,10 @@ impl Session {
         let is_odd = has_odd_letters(&self.params, sql) || self.may_be_odd(sql);
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         match deallocation(sql) {
-            Some(Deallocation::All) => return Turn::Pass,
+            Some(Deallocation::All) => {
+                sharing.runs(Block::Stays);
+                return Turn::Pass;
+            }
             Some(Deallocation::One { name, start, end }) => {
                 if let Some(statement) = sharing.names.find(cut(&name)).cloned() {
                     if self.protocol.is_running() && !self.protocol.has_open_batch() {
@@ -200,6 +214,7 @@ impl Session {
                     frontend::query(&mut insert, &text);
                     self.edits.push(Edit { at, skip: HEADER_LEN + body.len(), insert });
                     sharing.deallocates.push_back(name);
+                    sharing.runs(Block::Stays);
                     self.protocol.on_frontend(b'Q', None, None);
                     return Turn::Done;
                 }
@@ -215,6 +230,8 @@ impl Session {
             self.close_foreign(at);
         }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
+        sharing.runs(footprint.block);
+        sharing.flight.ends_batch();
         if !footprint.is_empty() {
             sharing.names_temporary |= names_temporary(&footprint, sql);
             sharing.leave(footprint, &self.app.pool.unwrap_or_default(), || shown(sql));
@@ -326,15 +343,18 @@ impl Session {
         }
         self.hints.on_statement(sql);
         let rest = body.get(name_len + 1..).unwrap_or_default();
-        // Prepared under settings of the transaction, it cannot be prepared again as the same.
-        self.restyled |= sharing.repaths || (sharing.rereads && statement::has_literals(sql));
+        let is_taken = sharing.names.find(name).is_some() && !sharing.clears;
+        if !is_taken {
+            // Prepared under settings of the transaction, it cannot be prepared again as the same.
+            self.restyled |= sharing.repaths || (sharing.rereads && statement::has_literals(sql));
+        }
         let statement = if sharing.is_unsettled || sharing.keeps.is_some() || sharing.clears {
             sharing.pool.own_statement(rest)
         } else {
             sharing.pool.statement(rest, &sharing.state, &self.params)
         };
         let mut insert = Vec::new();
-        if sharing.names.find(name).is_some() && !sharing.clears {
+        if is_taken {
             let taken = self.take_name(name, &mut insert);
             insert_parse(&mut insert, &taken, rest);
             self.protocol.on_frontend(b'P', Some(1), None);
@@ -365,6 +385,7 @@ impl Session {
         let taken = sharing.pool.own_statement(b"\0\0\0");
         insert_parse(insert, &taken.name, &taken.body);
         self.protocol.on_own(Own::Parse);
+        sharing.fails_batch = true;
         if sharing.taken.len() < TAKEN_MAX {
             sharing.taken.push((taken.clone(), name.to_vec()));
         }
@@ -413,6 +434,7 @@ impl Session {
                 return Turn::Wait;
             }
             sharing.clears |= sharing.unnamed_clears;
+            sharing.binds(sharing.unnamed.block);
             let is_sql = !sharing.unnamed_clears && sharing.unnamed_deallocates.is_none();
             if is_sql && sharing.unnamed_judged_at != sharing.pool.database.redefined() {
                 // What it calls may be something else by now.
@@ -442,12 +464,14 @@ impl Session {
                     self.edits.push(Edit { at, skip: 0, insert });
                 }
             }
-            return if self.ensure_unnamed(at) { Turn::Pass } else { Turn::Lost };
+            return if self.ensure_unnamed(at) { Turn::Pass } else { self.cannot_be_prepared() };
         }
         let Some(statement) = sharing.names.find(cut(name)).cloned() else {
+            sharing.binds(Block::MayCommit);
             return self.on_unknown_name(b'B', at, portal, name, body_len);
         };
         let footprint = statement.footprint(&sharing.pool.database);
+        sharing.binds(footprint.block);
         if !footprint.is_empty() {
             let limits = self.app.pool.unwrap_or_default();
             let something = footprint.leaves.something;
@@ -457,7 +481,9 @@ impl Session {
             }
         }
         let mut insert = Vec::new();
-        let Some(statement) = self.ensure(&statement, &mut insert) else { return Turn::Lost };
+        let Some(statement) = self.ensure(&statement, &mut insert) else {
+            return self.cannot_be_prepared();
+        };
         if let Some(sharing) = &mut self.sharing {
             sharing.name(&statement, name);
         }
@@ -474,7 +500,7 @@ impl Session {
 
     fn on_shared_describe(&mut self, at: usize, name: &[u8], body_len: usize) -> Turn {
         if name.is_empty() {
-            return if self.ensure_unnamed(at) { Turn::Pass } else { Turn::Lost };
+            return if self.ensure_unnamed(at) { Turn::Pass } else { self.cannot_be_prepared() };
         }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         if self.protocol.awaits_ready() && sharing.names.has_pending() {
@@ -484,7 +510,9 @@ impl Session {
             return self.on_unknown_name(b'D', at, b"", name, body_len);
         };
         let mut insert = Vec::new();
-        let Some(statement) = self.ensure(&statement, &mut insert) else { return Turn::Lost };
+        let Some(statement) = self.ensure(&statement, &mut insert) else {
+            return self.cannot_be_prepared();
+        };
         if let Some(sharing) = &mut self.sharing {
             sharing.name(&statement, name);
         }
@@ -588,6 +616,14 @@ impl Session {
         Some(made)
     }
 
+    /// What is used cannot be prepared again as it was; unless that is skipped behind an error anyway.
+    fn cannot_be_prepared(&self) -> Turn {
+        match &self.sharing {
+            Some(sharing) if sharing.fails_batch => Turn::Pass,
+            _ => Turn::Lost,
+        }
+    }
+
     /// Before anything of the extended protocol: an unnamed statement of somebody else must not be met, whatever of the
     /// client's is skipped behind an error.
     fn close_unnamed(&mut self, at: usize) {
@@ -618,7 +654,7 @@ impl Session {
             if is_other && statement::is_read_by_settings(text) {
                 return false;
             }
-            sharing.here.has_unnamed = true;
+            (sharing.here.has_unnamed, sharing.here.prepares_unnamed) = (true, true);
             sharing.names.unknown();
             self.protocol.on_own(Own::Parse);
             self.edits.push(Edit { at, skip: 0, insert: self.unnamed.clone() });
@@ -628,6 +664,12 @@ impl Session {
 }
 
 impl Sharing {
+    /// A portal is made of a statement, and is most likely run in this batch.
+    fn binds(&mut self, block: Block) {
+        self.runs(block);
+        self.binds_end |= matches!(block, Block::MayCommit | Block::RollsBack);
+    }
+
     /// The server has a statement, or will have it by the time it reads what is sent next.
     fn has(&self, statement: &Arc<Statement>) -> bool {
         self.here.statements.contains(statement) || self.names.is_under_way(statement)

@@ -3,7 +3,7 @@
 use wire::frontend::{self, Target};
 
 use super::vocabulary::Step;
-use super::{Twins, connect, first_difference};
+use super::{Difference, Twins, connect, first_difference};
 use crate::support::Installation;
 
 fn q(sql: &str) -> Step {
@@ -524,6 +524,33 @@ fn bound_cases() -> Vec<(&'static str, Vec<(usize, Step)>)> {
                 (0, q("SELECT random()")),
             ],
         ),
+        (
+            "a name that is taken, and what follows in its batch",
+            vec![
+                (0, prepare("x", "SELECT '01/02/2024'::date")),
+                (0, q("SET standard_conforming_strings = on")),
+                (1, q("SELECT 1")),
+                (0, whole("x", "SELECT 1")),
+                (1, q("CREATE TEMP TABLE kept AS SELECT 1")),
+                (1, prepare("x", "SELECT '01/02/2024'::date")),
+                (1, whole("x", "SELECT 1")),
+            ],
+        ),
+        (
+            "an unnamed statement whose first Bind fails",
+            vec![
+                (0, q("SET standard_conforming_strings = on")),
+                (
+                    0,
+                    batch(1, |out| {
+                        parse(out, "", "SELECT '01/02/2024'::date");
+                        run(out, "", &[Some(b"1")]);
+                        frontend::sync(out);
+                    }),
+                ),
+                (0, execute("", &[])),
+            ],
+        ),
     ]
 }
 
@@ -564,10 +591,13 @@ async fn nothing_differs(
             one.query("DO LANGUAGE plpgsql 'BEGIN END'").await.unwrap();
         }
         let steps = steps.iter().map(|(side, step)| (*side, step));
-        if let Some(difference) = first_difference(pooled, alone, steps).await {
-            eprintln!("{name}:\n{difference}\n");
-            found.push(name);
-        }
+        let shown = match first_difference(pooled, alone, steps).await {
+            Difference::None => continue,
+            Difference::Told => "it was told that a statement cannot be prepared".to_owned(),
+            Difference::Silent(shown) => shown,
+        };
+        eprintln!("{name}:\n{shown}\n");
+        found.push(name);
     }
     assert!(found.is_empty(), "{found:?}");
 }

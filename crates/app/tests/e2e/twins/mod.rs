@@ -125,7 +125,7 @@ async fn pooled_difference(
     installation: &Installation,
     user: &str,
     sides: &[Vec<Step>; 2],
-) -> Option<String> {
+) -> Difference {
     let (mut pooled, mut twins) = (Vec::new(), Vec::new());
     for _ in 0..2 {
         pooled.push(connect(installation.facts.port, user, "moved").await);
@@ -151,7 +151,7 @@ async fn first_difference(
     mut pooled: Vec<Connection>,
     mut twins: Vec<Connection>,
     steps: impl IntoIterator<Item = (usize, &Step)>,
-) -> Option<String> {
+) -> Difference {
     let mut shown = String::new();
     for (side, step) in steps {
         if matches!(step, Step::Move) {
@@ -160,11 +160,43 @@ async fn first_difference(
         let _ = writeln!(shown, "{side}: {step}");
         let there = transcript(&mut twins[side], step).await;
         let here = transcript(&mut pooled[side], step).await;
-        if here != there {
-            return Some(shown + &only_different(&here, &there));
+        if here == there {
+            continue;
+        }
+        if here.iter().any(|line| line.ends_with(TOLD)) {
+            return Difference::Told;
+        }
+        if !is_known_gap(&here, &there) {
+            return Difference::Silent(shown + &only_different(&here, &there));
         }
     }
-    None
+    Difference::None
+}
+
+/// How a session that shares servers answers beside its twin.
+enum Difference {
+    None,
+    /// It was ended by an error that says what it cannot have.
+    Told,
+    Silent(String),
+}
+
+impl Difference {
+    fn silent(self) -> Option<String> {
+        match self {
+            Difference::Silent(shown) => Some(shown),
+            Difference::None | Difference::Told => None,
+        }
+    }
+}
+
+const TOLD: &str = "connect again; prepare it after the settings, or give it parameters";
+
+/// What docs/known-gaps.md says of a library's placeholder, and of the schema of temporary objects.
+fn is_known_gap(here: &[String], there: &[String]) -> bool {
+    let placeholder = |line: &String| line.contains("invalid value for parameter \"auto_explain.");
+    let has = |lines: &[String], code: &str| lines.iter().any(|line| line.ends_with(code));
+    here.iter().any(placeholder) || (has(here, " 3F000") && has(there, " 42883"))
 }
 
 /// Shared statements have names of their own on the server, which only this shows.
@@ -179,7 +211,7 @@ async fn random_sessions_that_share_servers_answer_as_their_twins_that_do_not() 
     let installation = Installation::start_pooled("pooled-twins", 2);
     let twins = Twins::start_in(installation).await;
     let (from, count) = (env("HOLDFAST_TWINS_SEED").unwrap_or(0), env("HOLDFAST_TWINS"));
-    let mut found = Vec::new();
+    let (mut found, mut told) = (Vec::new(), 0);
     for number in from..from + count.unwrap_or(60) {
         if number % SESSIONS_UNTIL_ANEW == 0 {
             twins.begin_anew().await;
@@ -187,24 +219,33 @@ async fn random_sessions_that_share_servers_answer_as_their_twins_that_do_not() 
         let mut random = Random::new(number);
         let user = if random.below(2) == 0 { "postgres" } else { "guest" };
         let mut sides = [vocabulary::session(&mut random), vocabulary::beside(&mut random)];
-        let Some(first) = pooled_difference(&twins.installation, user, &sides).await else {
-            continue;
+        let first = match pooled_difference(&twins.installation, user, &sides).await {
+            Difference::None => continue,
+            Difference::Told => {
+                told += 1;
+                continue;
+            }
+            Difference::Silent(first) => first,
         };
         for side in 0..2 {
             let mut at = 0;
             while at < sides[side].len() {
                 let removed = sides[side].remove(at);
-                if pooled_difference(&twins.installation, user, &sides).await.is_none() {
+                if pooled_difference(&twins.installation, user, &sides).await.silent().is_none() {
                     sides[side].insert(at, removed);
                     at += 1;
                 }
             }
         }
-        let last = pooled_difference(&twins.installation, user, &sides).await;
+        let last = pooled_difference(&twins.installation, user, &sides).await.silent();
         let last = last.unwrap_or_else(|| "it does not differ every time".into());
         eprintln!("sessions {number} of {user}:\n{last}\nbefore they were made smaller:\n{first}");
         found.push(number);
     }
+    eprintln!(
+        "{told} of {} pairs were told that a statement cannot be prepared as it was",
+        count.unwrap_or(60)
+    );
     assert!(found.is_empty(), "sessions {found:?} differ from their twins");
 }
 

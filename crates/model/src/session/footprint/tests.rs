@@ -203,3 +203,30 @@ fn what_is_used_without_a_name_refuses_the_database() {
     assert!(landscape.refused.is_some());
     assert_eq!(landscape.of_text(b"select 1").leaves, Leaves::SOMETHING);
 }
+
+#[test]
+fn what_a_text_does_to_its_block() {
+    use super::Block::{self, Begins, MayCommit, RollsBack, Stays};
+    let block = |sql: &str| -> Block { landscape().of_text(sql.as_bytes()).block };
+    for (sql, expected) in [
+        ("select 1; select 2", Stays),
+        ("insert into plain values (case when true then 1 end)", Stays),
+        ("begin", Begins),
+        ("START TRANSACTION ISOLATION LEVEL SERIALIZABLE;", Begins),
+        ("begin; select 1", MayCommit),
+        ("rollback", RollsBack),
+        ("ABORT WORK;", RollsBack),
+        ("rollback to savepoint a", Stays),
+        ("rollback transaction to a", Stays),
+        ("rollback and chain", MayCommit),
+        ("rollback; select 1", MayCommit),
+        ("rollback prepared 'x'", MayCommit),
+        ("commit", MayCommit),
+        ("select 1; end", MayCommit),
+        ("prepare transaction 'x'", MayCommit),
+        ("do $$ begin commit; end $$", MayCommit),
+        ("", Stays),
+    ] {
+        assert_eq!(block(sql), expected, "{sql}");
+    }
+}

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Plays messages written as `>Q`, `>P:` (unnamed Parse), `>Pn` (named), `>DS`, `>CSx`, `<1`, `<ZI`, ...
-fn play(transcript: &str) -> Protocol {
+pub(super) fn play(transcript: &str) -> Protocol {
     let mut protocol = Protocol::new();
     play_on(&mut protocol, transcript);
     protocol
