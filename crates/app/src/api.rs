@@ -9,8 +9,11 @@ use axum::extract::{Json, Path, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use control::{Control, ControlError, FenceRequest, MoveRequest, SwitchoverRequest};
+use control::{
+    Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest,
+};
 use model::cell::CellState;
+use model::failover::Analysis;
 use pg::admin::Admin;
 use proxy::Proxy;
 use serde::{Deserialize, Serialize};
@@ -39,6 +42,7 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/applications/{app}/sessions", get(sessions))
         .route("/v1/applications/{app}/switchover", post(switchover))
+        .route("/v1/applications/{app}/failover", post(failover))
         .route("/v1/applications/{app}/move", post(move_sessions))
         .route("/v1/applications/{app}/cells/{cell}/fence", post(fence))
         .route("/v1/applications/{app}/cells/{cell}/unfence", post(unfence))
@@ -206,6 +210,20 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         }
         cells.push(shown);
     }
+    if let (Some(cell), Some(seen)) = (&active, state.control.seen(name))
+        && application.execution.is_none()
+        && seen.cell == *cell
+        && seen.analysis != Analysis::NoProblem
+    {
+        let to = application.cells.keys().find(|other| *other != cell);
+        let next = match (&seen.blocked, to) {
+            (Some(why), _) => why.clone(),
+            (None, Some(to)) => format!("holdfast failover {name} --to {to}"),
+            (None, None) => "there is no other cell".into(),
+        };
+        let (analysis, says) = (seen.analysis, seen.analysis.says());
+        problems.push(format!("cell `{cell}`: {says} ({analysis}): {next}"));
+    }
     if let Some(id) = application.execution {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
     }
@@ -285,6 +303,24 @@ async fn switchover(
     let control = state.control.clone();
     let run = tokio::spawn(async move { control.switchover(&app, request).await });
     match run.await {
+        Ok(execution) => Ok(Json(execution?).into_response()),
+        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn failover(
+    Extract(state): Extract<State>,
+    Path(app): Path<String>,
+    headers: HeaderMap,
+    Json(request): Json<FailoverRequest>,
+) -> Result<Response, ApiError> {
+    authorize(&state, &headers)?;
+    state.control.application(&app)?;
+    if request.dry_run {
+        return Ok(Json(state.control.failover_dry_run(&app, &request).await?).into_response());
+    }
+    let control = state.control.clone();
+    match tokio::spawn(async move { control.fail_over(&app, request, false).await }).await {
         Ok(execution) => Ok(Json(execution?).into_response()),
         Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }

@@ -73,6 +73,9 @@ impl Running {
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
         let api = listener.local_addr().unwrap_or(address);
         let state = api::State::new(proxy.clone(), control.clone(), config.api.token.clone());
+        for app in control.config.apps.keys() {
+            tasks.push(tokio::spawn(control::watch::run(control.clone(), app.clone())));
+        }
         tasks.push(tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
                 tracing::error!(%error, "the API has ended");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use pg::Target;
 use pg::admin::AdminLogin;
@@ -19,6 +20,24 @@ pub struct AppServers {
     /// The cell that is active when the application is first seen.
     pub first_active: String,
     pub cells: BTreeMap<String, CellServer>,
+    pub failover: FailoverConfig,
+}
+
+/// When another cell takes the place of one whose server is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FailoverConfig {
+    /// Nobody has to ask for it.
+    pub automatic: bool,
+    /// Bytes of WAL that may be lost without asking anybody. None: nothing may be.
+    pub loss_max: Option<u64>,
+    /// After an automatic one there is no other for so long.
+    pub block: Duration,
+}
+
+impl Default for FailoverConfig {
+    fn default() -> FailoverConfig {
+        FailoverConfig { automatic: false, loss_max: None, block: Duration::from_secs(600) }
+    }
 }
 
 /// One server.

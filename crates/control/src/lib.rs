@@ -5,6 +5,7 @@
 //! - [`records`]: the application and its executions in the store.
 //! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
+//! - [`watch`]: looks at the active cells, and fails over.
 //! - [`hba`]: who may still log in to a fenced server.
 //!
 //! **Architecture Invariant:** control never sees a proxy. It sends orders and reads reports.
@@ -19,9 +20,12 @@ pub mod hba;
 pub mod records;
 pub mod runner;
 mod stages;
+pub mod watch;
 
 pub use config::ControlConfig;
-pub use runner::{Control, ControlError, FenceRequest, MoveRequest, Served, SwitchoverRequest};
+pub use runner::{
+    Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, Served, SwitchoverRequest,
+};
 
 /// An order and where its report goes.
 pub type Ask = (Order, oneshot::Sender<Report>);

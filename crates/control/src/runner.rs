@@ -2,11 +2,13 @@
 //! recorded again, so that whoever finds it after a crash knows where it stands.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use model::Lsn;
 use model::barrier::{Blocker, Order, Report};
 use model::cell::{Application, CellState, Epoch};
+use model::failover::Analysis;
 use model::persisted::{Execution, LogEntry, LogEvent};
 use model::switchover::{Ending, Kind, Next, OnTimeout, Outcome, Stage, next, resume};
 use serde::{Deserialize, Serialize};
@@ -16,6 +18,7 @@ use tokio::sync::{Mutex, MutexGuard, oneshot};
 
 use crate::config::{AppServers, ControlConfig};
 use crate::records::{self, RecordError};
+use crate::watch::Seen;
 use crate::{Proxies, stages};
 
 /// Executions that are shown and kept in mind; older ones stay in the store.
@@ -51,6 +54,18 @@ pub struct FenceRequest {
     pub deadline_ms: u64,
     #[serde(default)]
     pub on_timeout: OnTimeout,
+}
+
+/// Which cell is to take the place of one whose server is lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailoverRequest {
+    pub to: String,
+    /// What the lost server alone has may be given up; and where Holdfast cannot see it, it is dead: you say so.
+    #[serde(default)]
+    pub allow_data_loss: bool,
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// The cell that clients are attached to.
@@ -136,6 +151,27 @@ pub struct Control {
     proxies: Proxies,
     /// One execution an application at a time; the store says so as well, across processes.
     running: BTreeMap<String, Mutex<()>>,
+    /// What was seen last of active cells, by application.
+    seen: std::sync::Mutex<BTreeMap<String, Seen>>,
+}
+
+/// What an execution is asked to be.
+struct Asked {
+    kind: Kind,
+    from: String,
+    to: String,
+    deadline_ms: u64,
+    on_timeout: OnTimeout,
+    allow_data_loss: bool,
+    is_automatic: bool,
+}
+
+impl Asked {
+    fn new(kind: Kind, from: String, to: String) -> Asked {
+        let on_timeout = OnTimeout::Abort;
+        let (allow_data_loss, is_automatic) = (false, false);
+        Asked { kind, from, to, deadline_ms: 0, on_timeout, allow_data_loss, is_automatic }
+    }
 }
 
 pub(crate) fn now_ms() -> u64 {
@@ -167,7 +203,8 @@ impl Control {
             }
         }
         let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
-        Ok(Arc::new(Control { config, store, proxies, running }))
+        let seen = Default::default();
+        Ok(Arc::new(Control { config, store, proxies, running, seen }))
     }
 
     /// The cell of each application that clients are attached to.
@@ -326,7 +363,80 @@ impl Control {
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
         let SwitchoverRequest { to, deadline_ms, on_timeout, .. } = request;
-        self.execute(app, seen, Kind::Switchover, (from, to), deadline_ms, on_timeout).await
+        let asked = Asked::new(Kind::Switchover, from, to);
+        self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
+    }
+
+    /// Looks at everything a failover would need, and changes nothing.
+    ///
+    /// # Errors
+    /// It would be refused at once.
+    pub async fn failover_dry_run(
+        &self,
+        app: &str,
+        request: &FailoverRequest,
+    ) -> Result<DryRun, ControlError> {
+        let application = self.application(app)?;
+        let from = self.check(app, &application, &request.to)?;
+        let servers = self.servers(app)?;
+        let asked = Asked::new(Kind::Failover, from.clone(), request.to.clone());
+        let asked = Asked { allow_data_loss: request.allow_data_loss, ..asked };
+        let mut execution = asked.execution(app, 0, &application);
+        let assessed = stages::run(self, &mut execution, Stage::Assess).await;
+        let report = self.order(Order::Inspect { app: app.into() }).await;
+        Ok(DryRun {
+            app: app.into(),
+            to: request.to.clone(),
+            steps: stages::describe_failover(servers, &execution),
+            from,
+            sessions: report.sessions,
+            movable: report.done,
+            blockers: report.blockers,
+            refusals: assessed.err().into_iter().collect(),
+            configured_otherwise: Vec::new(),
+        })
+    }
+
+    /// Has another cell take the place of the active one, whose server is lost, and runs that to its end.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn fail_over(
+        &self,
+        app: &str,
+        request: FailoverRequest,
+        is_automatic: bool,
+    ) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let seen = records::application(&*self.store, app)?;
+        let from = self.check(app, &seen.application, &request.to)?;
+        let FailoverRequest { to, allow_data_loss, .. } = request;
+        let asked = Asked::new(Kind::Failover, from, to);
+        self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
+    }
+
+    /// Where the active cell's server was seen last.
+    pub(crate) fn last_seen(&self, app: &str) -> Option<Lsn> {
+        self.seen(app)?.lsn
+    }
+
+    /// What was seen last of the active cell's server.
+    pub fn seen(&self, app: &str) -> Option<Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).get(app).cloned()
+    }
+
+    pub(crate) fn forget_seen(&self, app: &str) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).remove(app);
+    }
+
+    pub(crate) fn note_seen(&self, app: &str, note: impl FnOnce(&mut Seen)) {
+        let mut all = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        note(all.entry(app.to_owned()).or_insert_with(|| Seen {
+            cell: String::new(),
+            analysis: Analysis::NoProblem,
+            lsn: None,
+            blocked: None,
+        }));
     }
 
     /// Fences the active cell and runs that to its end. Clients stay, and read.
@@ -345,8 +455,9 @@ impl Control {
             return Err(ControlError::NotActive { cell: cell.into(), state });
         }
         let kind = if request.all { Kind::FenceAll } else { Kind::Fence };
-        let cells = (cell.to_owned(), cell.to_owned());
-        self.execute(app, seen, kind, cells, request.deadline_ms, request.on_timeout).await
+        let asked = Asked::new(kind, cell.to_owned(), cell.to_owned());
+        let FenceRequest { deadline_ms, on_timeout, .. } = request;
+        self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
     }
 
     /// Gives a fenced cell a new grant and runs that to its end.
@@ -367,8 +478,8 @@ impl Control {
             _ => return Err(ControlError::NotFenced { cell: cell.into(), state }),
         }
         stages::check_alone(self.servers(app)?, cell).await.map_err(ControlError::Refused)?;
-        let cells = (cell.to_owned(), cell.to_owned());
-        self.execute(app, seen, Kind::Unfence, cells, 0, OnTimeout::Abort).await
+        let asked = Asked::new(Kind::Unfence, cell.to_owned(), cell.to_owned());
+        self.execute(app, seen, asked).await
     }
 
     /// An application that nothing is changing, and the state of one of its cells.
@@ -387,29 +498,12 @@ impl Control {
         &self,
         app: &str,
         seen: records::Seen,
-        kind: Kind,
-        (from, to): (String, String),
-        deadline_ms: u64,
-        on_timeout: OnTimeout,
+        asked: Asked,
     ) -> Result<Execution, ControlError> {
         let last =
             records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
-        let execution = Execution {
-            id: last + 1,
-            app: app.into(),
-            kind,
-            from,
-            to,
-            epoch: seen.application.epoch,
-            deadline_ms,
-            on_timeout,
-            started_at_ms: now_ms(),
-            stage: kind.first(),
-            lsn: None,
-            ending: None,
-            reason: None,
-            log: Vec::new(),
-        };
+        let kind = asked.kind;
+        let execution = asked.execution(app, last + 1, &seen.application);
         let mut application = seen.application;
         application.execution = Some(execution.id);
         records::write(&*self.store, app, seen.revision, &application, &execution)?;
@@ -590,6 +684,31 @@ impl Control {
     }
 }
 
+impl Asked {
+    fn execution(self, app: &str, id: u64, application: &Application) -> Execution {
+        let Asked { kind, from, to, deadline_ms, on_timeout, .. } = self;
+        Execution {
+            id,
+            app: app.into(),
+            kind,
+            from,
+            to,
+            epoch: application.epoch,
+            deadline_ms,
+            on_timeout,
+            allow_data_loss: self.allow_data_loss,
+            is_automatic: self.is_automatic,
+            started_at_ms: now_ms(),
+            stage: kind.first(),
+            lsn: None,
+            lost: None,
+            ending: None,
+            reason: None,
+            log: Vec::new(),
+        }
+    }
+}
+
 /// Stages whose begin a crash must find in the store: those that change cells or servers.
 fn matters_after_a_crash(stage: Stage) -> bool {
     match stage {
@@ -600,9 +719,18 @@ fn matters_after_a_crash(stage: Stage) -> bool {
         | Stage::Rejoin
         | Stage::Confine
         | Stage::Regrant
+        | Stage::Assess
         | Stage::Revert => true,
-        // The fence is taken back by Revert, which follows every crash before the grant.
-        Stage::Fence | Stage::Capture | Stage::CatchUp | Stage::Attach | Stage::Release => false,
+        // The fence is taken back by Revert, which follows every crash before the grant, and so is all that was done to a
+        // lost server.
+        Stage::Fence
+        | Stage::Capture
+        | Stage::CatchUp
+        | Stage::Attach
+        | Stage::Cut
+        | Stage::Isolate
+        | Stage::Recruit
+        | Stage::Release => false,
     }
 }
 

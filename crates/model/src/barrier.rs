@@ -78,6 +78,9 @@ pub enum Order {
     Attach { app: String, to: String },
     /// Let every held session go on, and new logins to `to`, which is in this state and epoch from now on.
     Release { app: String, to: String, state: CellState, epoch: Epoch },
+    /// The server that sessions stand on is lost: take every session from it, and let new work wait. Those that have
+    /// something there that is nowhere else are told and ended.
+    Cut { app: String },
     /// Tell and end every held session: there is no server for them, and no telling when there will be.
     GiveUp { app: String },
     /// Move one session, or all, to a fresh connection of `to`, while the rest of the application goes on. A busy one

@@ -9,6 +9,7 @@
 //! - [`sql`]: the little that is read from statement text.
 //! - [`cell`]: applications, cells, their states and the epoch.
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
+//! - [`failover`]: whether a server is lost, and whether another may take its place.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
@@ -18,6 +19,7 @@
 pub mod barrier;
 pub mod cell;
 pub mod error_chain;
+pub mod failover;
 pub mod lsn;
 pub mod persisted;
 pub mod policy;

@@ -37,15 +37,36 @@ pub struct Execution {
     pub epoch: Epoch,
     pub deadline_ms: u64,
     pub on_timeout: OnTimeout,
+    /// Of a failover: somebody has said that what the lost server alone has may be given up.
+    #[serde(default)]
+    pub allow_data_loss: bool,
+    /// Nobody has asked for it.
+    #[serde(default)]
+    pub is_automatic: bool,
     /// Milliseconds since 1970, for people; never used to decide.
     pub started_at_ms: u64,
     pub stage: Stage,
-    /// The LSN that the target must reach before the grant.
+    /// The LSN that the target must reach before the grant; of a failover, that it has reached.
     pub lsn: Option<crate::Lsn>,
+    /// What only the lost server had, once it was looked at.
+    #[serde(default)]
+    pub lost: Option<LostTail>,
     pub ending: Option<Ending>,
     /// Why it was given up or stands still.
     pub reason: Option<String>,
     pub log: Vec<LogEntry>,
+}
+
+/// What a server had written that no other has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostTail {
+    /// Where the histories part, and where the lost one ends.
+    pub from: crate::Lsn,
+    pub to: crate::Lsn,
+    /// Commits in it.
+    pub transactions: u64,
+    /// Where it is kept: a directory with its WAL and what that says.
+    pub kept_in: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -123,6 +144,10 @@ impl Application {
             | Stage::Promote
             | Stage::Attach
             | Stage::Release
+            | Stage::Assess
+            | Stage::Cut
+            | Stage::Isolate
+            | Stage::Recruit
             | Stage::Revert => Ok(()),
         }
     }
@@ -147,7 +172,7 @@ impl Application {
     /// be fenced is.
     pub fn is_past(&self, execution: &Execution) -> bool {
         match execution.kind {
-            Kind::Switchover | Kind::Unfence => self.epoch > execution.epoch,
+            Kind::Switchover | Kind::Unfence | Kind::Failover => self.epoch > execution.epoch,
             Kind::Fence | Kind::FenceAll => {
                 self.cells.get(&execution.from).is_some_and(|state| !state.takes_writes())
             }
@@ -183,6 +208,15 @@ mod tests {
     fn a_switchover_takes_the_cells_along() {
         let mut app = application();
         assert_eq!(run(&mut app, Stage::Prepare), Ending::Completed);
+        assert_eq!((app.active(), app.epoch), (Some("b"), Epoch(2)));
+        assert_eq!(app.cells["a"], CellState::Passive);
+    }
+
+    #[test]
+    fn a_failover_gives_the_next_epoch_to_the_other_cell() {
+        let mut app = application();
+        let first = Kind::Failover.first();
+        assert_eq!(run_kind(&mut app, Kind::Failover, first, "b"), Ending::Completed);
         assert_eq!((app.active(), app.epoch), (Some("b"), Epoch(2)));
         assert_eq!(app.cells["a"], CellState::Passive);
     }

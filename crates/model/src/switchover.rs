@@ -2,8 +2,8 @@
 //! goes on.
 //!
 //! Up to its point of no return an execution leaves the server intact, and every failure goes back. That point is one
-//! durable transaction: of a switchover the grant, which begins the next epoch, of a fence the record that the cell is
-//! fenced. From then on the way leads forward only, also after a crash.
+//! durable transaction: of a switchover or failover the grant, which begins the next epoch, of a fence the record that
+//! the cell is fenced. From then on the way leads forward only, also after a crash.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,8 @@ pub enum Kind {
     FenceAll,
     /// The cell that was active last is given a new grant.
     Unfence,
+    /// Another cell becomes the active one, because the active one's server is lost.
+    Failover,
 }
 
 impl Kind {
@@ -29,6 +31,7 @@ impl Kind {
             Kind::Switchover => Stage::Prepare,
             Kind::Fence | Kind::FenceAll => Stage::Hold,
             Kind::Unfence => Stage::Regrant,
+            Kind::Failover => Stage::Assess,
         }
     }
 
@@ -38,6 +41,7 @@ impl Kind {
             Kind::Fence => "fence",
             Kind::FenceAll => "fence --all",
             Kind::Unfence => "unfence",
+            Kind::Failover => "failover",
         }
     }
 }
@@ -73,10 +77,18 @@ pub enum Stage {
     Confine,
     /// The fenced cell is given the next epoch, and its server takes writes again.
     Regrant,
+    /// Whether the active cell's server is lost, and the target may take its place. Nothing is changed yet.
+    Assess,
+    /// Every session is taken from the lost server; new work waits.
+    Cut,
+    /// The lost server is proven to be dead: nobody's write is acknowledged by it any more.
+    Isolate,
+    /// The target has all that can be had of what the lost server wrote, and that is enough.
+    Recruit,
 }
 
 impl Stage {
-    pub const ALL: [Stage; 13] = [
+    pub const ALL: [Stage; 17] = [
         Stage::Prepare,
         Stage::Hold,
         Stage::Capture,
@@ -90,13 +102,30 @@ impl Stage {
         Stage::Revert,
         Stage::Confine,
         Stage::Regrant,
+        Stage::Assess,
+        Stage::Cut,
+        Stage::Isolate,
+        Stage::Recruit,
     ];
 
     /// Clients are held while it runs. If it can go neither on nor back, they must be told: no wait is without end.
     /// Reverting is not among these: it lets them go on first.
     pub fn holds_clients(self) -> bool {
-        use Stage::{Attach, Capture, CatchUp, Confine, Fence, Grant, Hold, Promote};
-        matches!(self, Hold | Capture | Fence | CatchUp | Grant | Promote | Attach | Confine)
+        use Stage::{Attach, Capture, CatchUp, Confine, Cut, Fence, Grant, Hold, Isolate};
+        use Stage::{Promote, Recruit};
+        matches!(
+            self,
+            Hold | Capture
+                | Fence
+                | CatchUp
+                | Grant
+                | Promote
+                | Attach
+                | Confine
+                | Cut
+                | Isolate
+                | Recruit
+        )
     }
 
     pub fn name(self) -> &'static str {
@@ -114,6 +143,10 @@ impl Stage {
             Stage::Revert => "revert",
             Stage::Confine => "confine",
             Stage::Regrant => "regrant",
+            Stage::Assess => "assess",
+            Stage::Cut => "cut",
+            Stage::Isolate => "isolate",
+            Stage::Recruit => "recruit",
         }
     }
 }
@@ -160,7 +193,17 @@ pub fn next(kind: Kind, stage: Stage, outcome: Outcome) -> Next {
         (Stage::Hold, Outcome::Done) if fences => Go(Stage::Fence),
         (Stage::Fence, Outcome::Done) if fences => Go(Stage::Confine),
         (Stage::Confine | Stage::Regrant, Outcome::Done) => Go(Stage::Release),
-        (Stage::Release, Outcome::Done) if kind != Kind::Switchover => End(Ending::Completed),
+        (Stage::Release, Outcome::Done) if !matches!(kind, Kind::Switchover | Kind::Failover) => {
+            End(Ending::Completed)
+        }
+        (Stage::Assess, Outcome::Done) => Go(Stage::Cut),
+        // Nothing was changed, and clients wait for the server by themselves.
+        (Stage::Assess, Outcome::Failed) => End(Ending::Aborted),
+        (Stage::Cut, Outcome::Done) => Go(Stage::Isolate),
+        (Stage::Isolate, Outcome::Done) => Go(Stage::Recruit),
+        (Stage::Recruit, Outcome::Done) => Go(Stage::Grant),
+        // Sessions did not come along from a lost server: there is none to attach.
+        (Stage::Promote, Outcome::Done) if kind == Kind::Failover => Go(Stage::Release),
         (Stage::Prepare, Outcome::Done) => Go(Stage::Hold),
         (Stage::Hold, Outcome::Done) => Go(Stage::Capture),
         (Stage::Capture, Outcome::Done) => Go(Stage::Fence),
@@ -179,6 +222,9 @@ pub fn next(kind: Kind, stage: Stage, outcome: Outcome) -> Next {
             | Stage::Fence
             | Stage::Capture
             | Stage::CatchUp
+            | Stage::Cut
+            | Stage::Isolate
+            | Stage::Recruit
             | Stage::Grant,
             Outcome::Failed,
         ) => Go(Stage::Revert),
@@ -201,10 +247,12 @@ pub fn next(kind: Kind, stage: Stage, outcome: Outcome) -> Next {
 pub fn resume(kind: Kind, stage: Stage, is_past: bool) -> Stage {
     match (kind, stage, is_past) {
         // Held sessions are gone with the process that held them, so what is left is the server's part.
-        (Kind::Switchover, Stage::Rejoin, true) => Stage::Rejoin,
-        (Kind::Switchover, _, true) => Stage::Promote,
+        (Kind::Switchover | Kind::Failover, Stage::Rejoin, true) => Stage::Rejoin,
+        (Kind::Switchover | Kind::Failover, _, true) => Stage::Promote,
         (Kind::Fence | Kind::FenceAll, _, true) => Stage::Release,
-        (Kind::Switchover | Kind::Fence | Kind::FenceAll, _, false) => Stage::Revert,
+        (Kind::Switchover | Kind::Fence | Kind::FenceAll | Kind::Failover, _, false) => {
+            Stage::Revert
+        }
         // It begins with its grant, and there is nothing to go back to.
         (Kind::Unfence, ..) => Stage::Regrant,
     }
@@ -269,6 +317,19 @@ release: Completed, else Stuck
         assert_eq!((ways(Kind::Fence), ways(Kind::FenceAll)), (fence.into(), fence.into()));
         let unfence = "regrant: release, else Stuck\nrelease: Completed, else Stuck\n";
         assert_eq!(ways(Kind::Unfence), unfence);
+        assert_eq!(
+            ways(Kind::Failover),
+            "\
+assess: cut, else Aborted
+cut: isolate, else revert
+isolate: recruit, else revert
+recruit: grant, else revert
+grant: promote, else revert
+promote: release, else Stuck
+release: rejoin, else Stuck
+rejoin: Completed, else CompletedWithoutRejoin
+"
+        );
         assert_eq!(next(Kind::Fence, Stage::Revert, Outcome::Done), Next::End(Ending::Aborted));
     }
 
@@ -285,7 +346,7 @@ release: Completed, else Stuck
 
     #[test]
     fn every_way_ends() {
-        for kind in [Kind::Switchover, Kind::Fence, Kind::FenceAll, Kind::Unfence] {
+        for kind in [Kind::Switchover, Kind::Fence, Kind::FenceAll, Kind::Unfence, Kind::Failover] {
             for mut stage in Stage::ALL {
                 let mut steps = 0;
                 while let Next::Go(after) = next(kind, stage, Outcome::Done) {
@@ -303,6 +364,8 @@ release: Completed, else Stuck
             assert_eq!(resume(Kind::Switchover, stage, false), Stage::Revert);
             let after = resume(Kind::Switchover, stage, true);
             assert!(matches!(after, Stage::Promote | Stage::Rejoin));
+            assert_eq!(resume(Kind::Failover, stage, false), Stage::Revert);
+            assert_eq!(resume(Kind::Failover, stage, true), after);
             assert_eq!(resume(Kind::Fence, stage, false), Stage::Revert);
             assert_eq!(resume(Kind::Fence, stage, true), Stage::Release);
             assert_eq!(resume(Kind::Unfence, stage, true), Stage::Regrant);

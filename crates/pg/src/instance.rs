@@ -2,9 +2,11 @@
 //!
 //! PostgreSQL refuses to run as root, so as root everything here runs as the owner of the data directory.
 
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -15,7 +17,7 @@ use tokio::time::timeout;
 const OWN_FILES: [&str; 4] =
     ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
 /// Output of a program that is kept for its error.
-const OUTPUT_LEN_MAX: usize = 4_000;
+const OUTPUT_LEN_MAX: u64 = 4_000;
 
 #[derive(Debug, Error)]
 pub enum InstanceError {
@@ -50,6 +52,14 @@ pub struct Instance {
 
 fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
+}
+
+fn same_dir(one: &Path, other: &Path) -> bool {
+    let id = |path: &Path| std::fs::metadata(path).map(|dir| (dir.dev(), dir.ino()));
+    match (id(one), id(other)) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => one == other,
+    }
 }
 
 /// The directory of the newest server programs on this machine: Debian's layout, or what is on the PATH.
@@ -106,6 +116,27 @@ impl Instance {
         args: &[&str],
         limit: Duration,
     ) -> Result<String, InstanceError> {
+        let (status, mut output) = self.run_into_file(program, args, limit).await?;
+        let len = output.metadata().map_or(0, |file| file.len());
+        let start = len.saturating_sub(OUTPUT_LEN_MAX);
+        let mut text = Vec::new();
+        let read = output.seek(SeekFrom::Start(start)).and_then(|_| output.read_to_end(&mut text));
+        read.map_err(|source| InstanceError::Run { program: program.into(), source })?;
+        let output = String::from_utf8_lossy(&text).trim().to_owned();
+        if status.success() {
+            return Ok(output);
+        }
+        let program = format!("{program} {}", args.first().copied().unwrap_or_default());
+        Err(InstanceError::Failed { program, status: status.to_string(), output })
+    }
+
+    /// The same, with how it ended and all that it has said.
+    pub(crate) async fn run_into_file(
+        &self,
+        program: &'static str,
+        args: &[&str],
+        limit: Duration,
+    ) -> Result<(ExitStatus, File), InstanceError> {
         let path = self.bin_dir.join(program);
         if !path.exists() {
             return Err(InstanceError::NoProgram { program, bin_dir: self.bin_dir.clone() });
@@ -119,36 +150,14 @@ impl Instance {
             command.uid(uid).gid(gid);
         }
         // A server started by pg_ctl would keep a pipe open for ever, so output goes to a file.
-        let log = self.scratch_file(program)?;
-        let file =
-            |what| move |source| InstanceError::File { path: PathBuf::from(program), what, source };
-        let out = std::fs::File::create(&log).map_err(file("created"))?;
-        command.stdout(out.try_clone().map_err(file("shared"))?).stderr(out);
-        let ended = match timeout(limit, command.status()).await {
-            Ok(ended) => ended.map_err(|source| InstanceError::Run { program: shown(), source }),
+        let run = |source| InstanceError::Run { program: shown(), source };
+        let output = tempfile::tempfile().map_err(run)?;
+        let (out, err) = (output.try_clone().map_err(run)?, output.try_clone().map_err(run)?);
+        command.stdout(out).stderr(err);
+        match timeout(limit, command.status()).await {
+            Ok(ended) => Ok((ended.map_err(run)?, output)),
             Err(_) => Err(InstanceError::Timeout { program: shown(), limit }),
-        };
-        let output = std::fs::read(&log).unwrap_or_default();
-        let _ = std::fs::remove_file(&log);
-        let status = ended?;
-        let start = output.len().saturating_sub(OUTPUT_LEN_MAX);
-        let output =
-            String::from_utf8_lossy(output.get(start..).unwrap_or_default()).trim().to_owned();
-        if status.success() {
-            Ok(output)
-        } else {
-            Err(InstanceError::Failed { program: shown(), status: status.to_string(), output })
         }
-    }
-
-    fn scratch_file(&self, program: &str) -> Result<PathBuf, InstanceError> {
-        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        let next = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("holdfast-{}", std::process::id()));
-        std::fs::create_dir_all(&dir)
-            .and_then(|()| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)))
-            .map_err(|source| InstanceError::File { path: dir.clone(), what: "created", source })?;
-        Ok(dir.join(format!("{program}-{next}.log")))
     }
 
     fn data(&self) -> &str {
@@ -162,6 +171,9 @@ impl Instance {
     pub async fn start(&self, limit: Duration) -> Result<(), InstanceError> {
         if self.is_running() {
             return Ok(());
+        }
+        if self.processes().is_empty() {
+            self.remove_locks();
         }
         let log = self.data_dir.join("server.log");
         let seconds = limit.as_secs().max(1).to_string();
@@ -191,7 +203,76 @@ impl Instance {
     pub fn pid(&self) -> Option<u32> {
         let text = std::fs::read_to_string(self.data_dir.join("postmaster.pid")).ok()?;
         let pid: u32 = text.lines().next()?.trim().parse().ok()?;
-        Path::new(&format!("/proc/{pid}")).exists().then_some(pid)
+        // What cannot be seen may be it.
+        self.owns(pid).unwrap_or(true).then_some(pid)
+    }
+
+    /// A process of this number lives and is of the server; None if that cannot be seen. One that has ended and was not
+    /// waited for works nowhere.
+    fn owns(&self, pid: u32) -> Option<bool> {
+        match std::fs::read_link(format!("/proc/{pid}/cwd")) {
+            Ok(dir) => Some(same_dir(&dir, &self.data_dir)),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => None,
+            Err(_) => Some(false),
+        }
+    }
+
+    /// The server's processes that live, the postmaster's and all others. Each works in the data directory.
+    fn processes(&self) -> Vec<u32> {
+        let Ok(all) = std::fs::read_dir("/proc") else { return Vec::new() };
+        let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let is_server = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.trim_end() == "postgres")
+        };
+        pids.filter(|pid| is_server(pid) && self.owns(*pid) == Some(true)).collect()
+    }
+
+    /// Ends every process of the server at once, whatever it is doing, also if it was stopped. Gives how many there were.
+    ///
+    /// # Errors
+    /// Some are still there after `limit`.
+    pub async fn kill(&self, limit: Duration) -> Result<usize, InstanceError> {
+        let deadline = std::time::Instant::now() + limit;
+        let mut ended = std::collections::BTreeSet::new();
+        // The postmaster first, so that it begins no more.
+        let mut pids: Vec<u32> = self.pid().into_iter().collect();
+        loop {
+            pids.extend(self.processes());
+            if pids.is_empty() {
+                self.remove_locks();
+                return Ok(ended.len());
+            }
+            if std::time::Instant::now() > deadline {
+                let program = format!("process {} of the server", pids[0]);
+                return Err(InstanceError::Timeout { program, limit });
+            }
+            for pid in pids.drain(..) {
+                let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+                if let Some(number) = number {
+                    // One that has ended meanwhile is not there any more.
+                    let _ = rustix::process::kill_process(number, rustix::process::Signal::KILL);
+                }
+                ended.insert(pid);
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// The server's lock files, once it is known that none of its processes lives. A process that nobody has waited for, or
+    /// another of the same number, would keep it from starting (`CreateLockFile`).
+    fn remove_locks(&self) {
+        let path = self.data_dir.join("postmaster.pid");
+        let Ok(text) = std::fs::read_to_string(&path) else { return };
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        if let [pid, _, _, port, sockets, ..] = lines.as_slice() {
+            let lock = Path::new(sockets).join(format!(".s.PGSQL.{port}.lock"));
+            let owner = std::fs::read_to_string(&lock).unwrap_or_default();
+            if owner.lines().next().map(str::trim) == Some(*pid) {
+                let _ = std::fs::remove_file(lock);
+            }
+        }
+        let _ = std::fs::remove_file(path);
     }
 
     pub fn is_running(&self) -> bool {
@@ -275,7 +356,7 @@ impl Instance {
         use std::io::Write;
         let error = |source| InstanceError::File { path: path.to_owned(), what: "written", source };
         let temporary = path.with_extension("holdfast-new");
-        let mut file = std::fs::File::create(&temporary).map_err(error)?;
+        let mut file = File::create(&temporary).map_err(error)?;
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(error)?;
         std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))
             .map_err(error)?;
@@ -283,6 +364,6 @@ impl Instance {
             std::os::unix::fs::chown(&temporary, Some(uid), Some(gid)).map_err(error)?;
         }
         std::fs::rename(&temporary, path).map_err(error)?;
-        std::fs::File::open(&self.data_dir).and_then(|dir| dir.sync_all()).map_err(error)
+        File::open(&self.data_dir).and_then(|dir| dir.sync_all()).map_err(error)
     }
 }

@@ -74,6 +74,8 @@ pub struct App {
     gate: watch::Sender<Gate>,
     /// Sessions are to be handed out at their next safe point. Set with the gate.
     pub holding: AtomicBool,
+    /// The cell whose server is lost: whoever still stands on it is taken from it.
+    lost: Mutex<Option<Arc<Cell>>>,
     /// Sessions that have passed the gate and not ended, wherever they are.
     pub sessions: AtomicUsize,
     /// Sessions attached beforehand to another cell.
@@ -106,6 +108,7 @@ impl App {
             judged_by: AtomicU64::new(0),
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
+            lost: Mutex::default(),
             sessions: AtomicUsize::new(0),
             prepared: Mutex::default(),
             facts: Mutex::default(),
@@ -263,9 +266,27 @@ impl App {
         self.gate.send_replace(Gate::Held);
     }
 
+    /// The served cell's server is lost. Gives the cell, if there is one.
+    pub fn lose(&self) -> Option<Arc<Cell>> {
+        let cell = self.active();
+        if cell.is_some() {
+            self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&cell);
+        }
+        self.hold();
+        cell
+    }
+
+    pub fn is_lost(&self, cell: &Arc<Cell>) -> bool {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.as_ref().is_some_and(|lost| Arc::ptr_eq(lost, cell))
+    }
+
     pub fn open(&self, cell: Arc<Cell>) {
         if self.pool.is_some() {
             self.pools.forget();
+        }
+        if self.is_lost(&cell) {
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         self.holding.store(false, Ordering::SeqCst);
         self.gate.send_replace(Gate::Open(cell));

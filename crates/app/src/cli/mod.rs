@@ -97,6 +97,20 @@ enum Verb {
         #[arg(long, value_name = "abort|force", default_value = "abort", value_parser = on_timeout)]
         on_timeout: OnTimeout,
     },
+    /// Have another cell take the place of the active one, whose server is lost.
+    #[command(after_help = "Example: holdfast failover shop --to b --dry-run")]
+    Failover {
+        app: String,
+        /// The cell that becomes active.
+        #[arg(long, value_name = "CELL")]
+        to: String,
+        /// Give up what only the lost server has; and where Holdfast cannot see that it is dead, say so.
+        #[arg(long)]
+        allow_data_loss: bool,
+        /// Change nothing; say what would be done, or why it would be refused.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Let the active cell take no more writes; clients stay connected and read.
     #[command(after_help = "Example: holdfast fence shop a --deadline 10s --on-timeout force")]
     Fence {
@@ -191,6 +205,10 @@ pub(crate) fn main() -> ExitCode {
             let request =
                 control::SwitchoverRequest { to, dry_run, deadline_ms: deadline, on_timeout };
             show::switchover(&cli.global, &app, &request)
+        }
+        Verb::Failover { app, to, allow_data_loss, dry_run } => {
+            let request = control::FailoverRequest { to, allow_data_loss, dry_run };
+            show::failover(&cli.global, &app, &request)
         }
         Verb::Fence { app, cell, writes: _, all, deadline, on_timeout } => {
             let request = control::FenceRequest { all, deadline_ms: deadline, on_timeout };

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use control::runner::DryRun;
-use control::{FenceRequest, MoveRequest, SwitchoverRequest};
+use control::{FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest};
 use model::barrier::{Blocker, Report};
 use model::persisted::{Execution, LogEvent};
 use model::switchover::{Ending, Kind};
@@ -162,27 +162,41 @@ pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest
     let path = format!("/v1/applications/{app}/switchover");
     if request.dry_run {
         let dry: DryRun = client::post(global, &path, request)?;
-        let refused = !dry.refusals.is_empty();
-        if global.json {
-            json(&dry)?;
-        } else {
-            say!("switchover of {app} from {} to {} would:", dry.from, dry.to);
-            dry.steps.iter().for_each(|step| say!("  {step}"));
-            say!("{} of {} sessions could be moved now", dry.movable, dry.sessions);
-            if !dry.blockers.is_empty() {
-                print_blockers(&dry.blockers);
-            }
-            dry.configured_otherwise.iter().for_each(|setting| {
-                say!(
-                    "- the servers' configurations differ, sessions keep what they have: {setting}"
-                );
-            });
-            dry.refusals.iter().for_each(|reason| say!("! it would be refused: {reason}"));
-        }
-        return Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS });
+        return dry_run(global, "switchover", &dry);
     }
     let execution: Execution = client::post(global, &path, request)?;
     ended(global, &execution)
+}
+
+pub(super) fn failover(global: &Global, app: &str, request: &FailoverRequest) -> Done {
+    let path = format!("/v1/applications/{app}/failover");
+    if request.dry_run {
+        let dry: DryRun = client::post(global, &path, request)?;
+        return dry_run(global, "failover", &dry);
+    }
+    let execution: Execution = client::post(global, &path, request)?;
+    ended(global, &execution)
+}
+
+fn dry_run(global: &Global, what: &str, dry: &DryRun) -> Done {
+    let refused = !dry.refusals.is_empty();
+    if global.json {
+        json(dry)?;
+    } else {
+        say!("{what} of {} from {} to {} would:", dry.app, dry.from, dry.to);
+        dry.steps.iter().for_each(|step| say!("  {step}"));
+        if what == "switchover" {
+            say!("{} of {} sessions could be moved now", dry.movable, dry.sessions);
+        }
+        if !dry.blockers.is_empty() {
+            print_blockers(&dry.blockers);
+        }
+        dry.configured_otherwise.iter().for_each(|setting| {
+            say!("- the servers' configurations differ, sessions keep what they have: {setting}");
+        });
+        dry.refusals.iter().for_each(|reason| say!("! it would be refused: {reason}"));
+    }
+    Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 pub(super) fn fence(global: &Global, app: &str, cell: &str, request: &FenceRequest) -> Done {
@@ -230,8 +244,9 @@ pub(crate) fn print_execution(execution: &Execution) {
     let (id, app, from, to) = (execution.id, &execution.app, &execution.from, &execution.to);
     let ending = ending(execution);
     match execution.kind {
-        Kind::Switchover => {
-            say!("execution {id}: switchover of {app} from {from} to {to}: {ending}");
+        kind @ (Kind::Switchover | Kind::Failover) => {
+            let kind = kind.name();
+            say!("execution {id}: {kind} of {app} from {from} to {to}: {ending}");
         }
         kind => say!("execution {id}: {} of {app}, cell {to}: {ending}", kind.name()),
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use control::ControlConfig;
-use control::config::{AppServers, CellServer};
+use control::config::{AppServers, CellServer, FailoverConfig};
 pub(crate) use model::chain;
 use pg::admin::AdminLogin;
 use pg::instance::{self, Instance};
@@ -306,6 +306,19 @@ fn read_pool(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<PoolL
     (shares == Some(true)).then_some(PoolLimits { size, kept_max, wait_max, currval })
 }
 
+/// `[app.failover]`
+fn read_failover(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> FailoverConfig {
+    let default = FailoverConfig::default();
+    let Some(mut table) = table.table(mistakes, "failover") else { return default };
+    let read = FailoverConfig {
+        automatic: table.flag(mistakes, "automatic").unwrap_or(default.automatic),
+        loss_max: table.size(mistakes, "loss_max"),
+        block: table.duration(mistakes, "block").unwrap_or(default.block),
+    };
+    table.end(mistakes);
+    read
+}
+
 fn read_app(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
@@ -317,6 +330,7 @@ fn read_app(
     let moves = read_moves(table, mistakes);
     let pool = read_pool(table, mistakes);
     let policy = policy::read(table, mistakes);
+    let failover = read_failover(table, mistakes);
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -376,7 +390,11 @@ fn read_app(
     let databases =
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
     let app = AppConfig { name, databases, moves, pool, policy, cells: targets, auth, admin };
-    Some((app, AppServers { first_active, cells }))
+    if failover.automatic && cells.values().any(|server| server.instance.is_none()) {
+        let text = "`app.failover.automatic` needs a `data_dir` for each cell: without one nobody can say that a server is dead";
+        mistakes.add(table.span_of("failover"), text);
+    }
+    Some((app, AppServers { first_active, cells, failover }))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {

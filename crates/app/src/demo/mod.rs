@@ -31,6 +31,9 @@ pub(crate) struct DemoArgs {
     /// Let sessions share so many server connections.
     #[arg(long, value_name = "SIZE")]
     pool: Option<u16>,
+    /// Leave it to you to fail over when a server is lost.
+    #[arg(long)]
+    no_failover: bool,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     bindir: Option<PathBuf>,
@@ -88,6 +91,7 @@ pub(crate) struct Demo {
     instances: Vec<Instance>,
     ports: Vec<u16>,
     pool: Option<u16>,
+    fails_over: bool,
     running: Option<Running>,
 }
 
@@ -100,7 +104,8 @@ impl Demo {
         let (dir, remove) = directory(args.dir.as_deref())?;
         let run_as = unprivileged(&dir)?;
         let (instances, ports) = (Vec::new(), Vec::new());
-        let mut demo = Demo { dir, remove, instances, ports, pool: args.pool, running: None };
+        let (pool, fails_over) = (args.pool, !args.no_failover);
+        let mut demo = Demo { dir, remove, instances, ports, pool, fails_over, running: None };
         // From here on whatever was started is stopped, also if something fails.
         match Box::pin(demo.start_all(&bin_dir, run_as, args.sessions)).await {
             Ok(()) => Ok(demo),
@@ -187,6 +192,7 @@ impl Demo {
         if let Some(size) = self.pool {
             text.push_str(&format!("pool = \"transaction\"\npool_size = {size}\n"));
         }
+        text.push_str(&format!("\n[app.failover]\nautomatic = {}\n", self.fails_over));
         for (at, cell) in CELLS.iter().enumerate() {
             let options: Vec<String> =
                 self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();

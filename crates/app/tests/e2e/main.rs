@@ -10,6 +10,7 @@ mod between;
 mod cells;
 mod crash;
 mod drivers;
+mod failover;
 mod faults;
 mod flood;
 mod hostile;

@@ -9,9 +9,7 @@ use crate::support::{Installation, extended, last_words, named, run, signal, val
 
 /// Ends the server of `a` by a signal, and starts it again.
 async fn lose_server(installation: &Installation, how: &str) {
-    let pid = installation.dir.join("a").join("postmaster.pid");
-    let pid = std::fs::read_to_string(pid).unwrap().lines().next().unwrap().parse().unwrap();
-    signal(pid, how);
+    installation.signal_server("a", how);
     installation.start_server("a").await;
 }
 
@@ -31,7 +29,7 @@ async fn begun(installation: &Installation, number: usize) -> Connection {
 }
 
 /// As long as definitions are read anew, sessions that do anything keep their servers.
-async fn wait_shared(installation: &Installation, name: &str) {
+pub(crate) async fn wait_shared(installation: &Installation, name: &str) {
     while pool_of(installation, name).await != "shared" {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }

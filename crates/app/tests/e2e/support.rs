@@ -61,13 +61,18 @@ impl Installation {
         Installation::start_with(name, &["--pool", &size.to_string()])
     }
 
+    /// Its sessions share servers, and it fails over by itself.
+    pub(crate) fn start_failing_over(name: &str) -> Installation {
+        Installation::start_on(name, &["--pool", "8"], other_bin_dir())
+    }
+
     /// On the system's PostgreSQL, whichever the tests are for.
     pub(crate) fn start_on_system(name: &str) -> Installation {
-        Installation::start_on(name, &[], None)
+        Installation::start_on(name, &["--no-failover"], None)
     }
 
     fn start_with(name: &str, args: &[&str]) -> Installation {
-        Installation::start_on(name, args, other_bin_dir())
+        Installation::start_on(name, &[args, &["--no-failover"]].concat(), other_bin_dir())
     }
 
     fn start_on(name: &str, args: &[&str], bin_dir: Option<PathBuf>) -> Installation {
@@ -178,6 +183,12 @@ impl Installation {
 
     pub(crate) fn config(&self) -> PathBuf {
         self.dir.join("holdfast.toml")
+    }
+
+    /// Sends a signal to the postmaster of a server.
+    pub(crate) fn signal_server(&self, cell: &str, name: &str) {
+        let pid = std::fs::read_to_string(self.dir.join(cell).join("postmaster.pid")).unwrap();
+        signal(pid.lines().next().unwrap().parse().unwrap(), name);
     }
 
     /// Waits until the process of proxy and control has ended by itself.

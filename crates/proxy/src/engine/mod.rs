@@ -56,6 +56,8 @@ pub(crate) enum Command {
     Want(Want, Out),
     /// Nobody wants them any more.
     Unwant(Want),
+    /// Take the sessions of an application from their servers, which are lost.
+    Cut(Arc<App>),
     /// End sessions with this report, whatever they are doing.
     End(Want, Report),
     /// Forward a cancel request if something is running.

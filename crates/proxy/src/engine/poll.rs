@@ -181,6 +181,15 @@ impl Engine {
                     }
                 }
             }
+            Command::Cut(app) => {
+                self.give_up_idle(&app);
+                for slot in self.matching(&Want::App(app)) {
+                    if let Some(Some(entry)) = self.slots.get_mut(slot) {
+                        cut(&mut entry.session);
+                        self.drive(slot);
+                    }
+                }
+            }
             Command::End(want, report) => {
                 for slot in self.matching(&want) {
                     if let Some(entry) = self.take_out(slot) {
@@ -259,6 +268,9 @@ impl Engine {
         session.server.readable = !session.server_gone && !session.is_detached();
         session.carry_waits = true;
         session.active_at = self.clock.seconds();
+        if session.app.is_lost(&session.cell) {
+            cut(&mut session);
+        }
         let generation = self.generations.get(slot).copied().unwrap_or(0);
         let of_server = match self.admit(&mut session, slot) {
             Some(token) => token,
@@ -458,6 +470,14 @@ impl Engine {
             let _ = tls.seal_close(&mut session.client.out);
             write_some(&mut session.client);
         }
+    }
+}
+
+/// The server is lost. What it has answered is still read.
+fn cut(session: &mut Session) {
+    if !session.is_detached() {
+        session.server.shut_down(std::net::Shutdown::Both);
+        (session.server.readable, session.server.eof) = (true, true);
     }
 }
 

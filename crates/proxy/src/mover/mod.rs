@@ -36,6 +36,8 @@ const RETIRED_AT_ONCE: usize = 8;
 const RETIRE_PAUSE: Duration = Duration::from_millis(10);
 /// However many there are, they are ended within about this time.
 const RETIRE_MAX: Duration = Duration::from_secs(2);
+/// How long sessions may take to leave a server that is lost.
+const CUT_MAX: Duration = Duration::from_secs(2);
 
 struct Held {
     session: Box<Session>,
@@ -127,6 +129,7 @@ impl Mover {
             Order::HearOut { app } => self.hear_out(&app),
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to, state, epoch } => self.release(&app, &to, state, epoch).await,
+            Order::Cut { app } => self.cut(&app).await,
             Order::GiveUp { app } => self.give_up(&app).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
             Order::Move { app, session, to, deadline_ms } => {
@@ -427,6 +430,29 @@ impl Mover {
             held.session.tell_and_end(&forced(&why));
         }
         Ok(report)
+    }
+
+    /// Takes every session from a server that is lost. Those that cannot go on without it are told by their engines.
+    async fn cut(&mut self, app: &str) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let before = app.sessions.load(Ordering::SeqCst);
+        app.lose();
+        for engine in &self.shared.engines {
+            engine.send(Command::Cut(app.clone()));
+        }
+        let deadline = Instant::now() + CUT_MAX;
+        // An engine that has a lot to read from one may need several turns. Those that are looked at come later.
+        while Instant::now() < deadline {
+            let views = self.shared.views().await;
+            let mut attached = views.iter().filter(|v| v.app == app.name && !v.server.is_empty());
+            if attached.next().is_none() {
+                break;
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        let left = app.sessions.load(Ordering::SeqCst);
+        let told = count(before.saturating_sub(left));
+        Ok(Report { sessions: count(before), done: count(left), told, ..Report::default() })
     }
 
     /// Tells and ends every held session. Those that go on already are left alone; the gate stays closed, so new

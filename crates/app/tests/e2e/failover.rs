@@ -1,0 +1,280 @@
+//! The active cell's server is lost, and another takes its place: clients stay connected, and nothing that was
+//! acknowledged is lost.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::outlive::wait_shared;
+use crate::support::{Installation, named, run, shown, signal, value};
+
+const POLL: Duration = Duration::from_millis(20);
+
+/// A client that writes all the time: numbers that were acknowledged, and how often it was told to try again.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    task: tokio::task::JoinHandle<(Vec<u64>, Vec<String>)>,
+}
+
+impl Writer {
+    /// Each transaction is begun and committed by statements of its own, if `in_blocks`.
+    async fn start(installation: &Installation, from: u64, in_blocks: bool) -> Writer {
+        let mut client = installation.connect().await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let task = tokio::spawn(async move {
+            let (mut acknowledged, mut told) = (Vec::new(), Vec::new());
+            for number in from.. {
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+                let insert = format!("INSERT INTO written VALUES ({number})");
+                let texts =
+                    if in_blocks { vec!["BEGIN", &insert, "COMMIT"] } else { vec![&*insert] };
+                let mut failed = None;
+                for text in texts {
+                    if let Err(error) = client.query(text).await {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+                match failed {
+                    None => acknowledged.push(number),
+                    Some(error) => {
+                        let state = error.sqlstate().map(|state| state.to_string());
+                        told.push(state.unwrap_or_else(|| error.to_string()));
+                        // On the same connection, which is still there.
+                        run(&mut client, "ROLLBACK").await;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            (acknowledged, told)
+        });
+        Writer { stop, task }
+    }
+
+    async fn stop(self) -> (Vec<u64>, Vec<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.unwrap()
+    }
+}
+
+async fn wait_active(installation: &Installation, cell: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        if status.contains(&format!("active cell {cell},")) && !status.contains('!') {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{status}");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn begin(installation: &Installation) -> Vec<Writer> {
+    run(&mut installation.connect().await, "CREATE TABLE written (n bigint PRIMARY KEY)").await;
+    let mut writers = Vec::new();
+    for number in 0..4 {
+        writers.push(Writer::start(installation, number * 1_000_000, number % 2 == 0).await);
+    }
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    writers
+}
+
+async fn end(installation: &Installation, writers: Vec<Writer>) {
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut client = installation.connect().await;
+    for writer in writers {
+        let (acknowledged, told) = writer.stop().await;
+        assert!(acknowledged.len() > 50, "{} {told:?}", acknowledged.len());
+        // One whose transaction was running, or whose COMMIT was.
+        assert!(told.len() <= 1, "{told:?}");
+        assert!(told.iter().all(|state| state == "40001" || state == "08007"), "{told:?}");
+        let list: Vec<String> = acknowledged.iter().map(u64::to_string).collect();
+        let question = format!(
+            "SELECT count(*) FROM unnest('{{{}}}'::bigint[]) n WHERE n NOT IN (SELECT n FROM written)",
+            list.join(",")
+        );
+        assert_eq!(value(&mut client, &question).await, "0", "acknowledged and not there");
+    }
+}
+
+#[tokio::test]
+async fn a_killed_server_is_replaced_and_clients_stay() {
+    let installation = Installation::start_failing_over("failover");
+    let mut idle = installation.connect().await;
+    let writers = begin(&installation).await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    installation.signal_server("a", "KILL");
+    wait_active(&installation, "b").await;
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    end(&installation, writers).await;
+    let execution = shown(&installation.holdfast(&["executions", "1"]));
+    assert!(execution.contains("failover of shop from a to b: completed"), "{execution}");
+    // The lost server is a standby, and has it all.
+    let all = value(&mut idle, "SELECT count(*) FROM written").await;
+    let mut old = installation.direct("a").await;
+    assert_eq!(value(&mut old, "SELECT pg_is_in_recovery()").await, "t");
+    while value(&mut old, "SELECT count(*) FROM written").await != all {
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Its process lives and answers nobody: it is ended before another is granted anything.
+#[tokio::test]
+async fn a_server_that_hangs_is_ended_first() {
+    let installation = Installation::start_failing_over("failover-hangs");
+    let writers = begin(&installation).await;
+    installation.signal_server("a", "STOP");
+    wait_active(&installation, "b").await;
+    end(&installation, writers).await;
+}
+
+#[tokio::test]
+async fn a_failover_by_hand_says_what_it_would_do() {
+    let installation = Installation::start_pooled("failover-by-hand", 4);
+    let mut client = named(&installation, "client").await;
+    run(&mut client, "CREATE TABLE written (n int); INSERT INTO written VALUES (1)").await;
+    wait_shared(&installation, "client").await;
+    let output = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    let text = shown(&output);
+    assert!(output.status.code() == Some(1), "{text}");
+    assert!(text.contains("holdfast switchover shop --to b"), "{text}");
+    installation.signal_server("a", "KILL");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        if status.contains("DeadPrimary") && status.contains("holdfast failover shop --to b") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{status}");
+        tokio::time::sleep(POLL).await;
+    }
+    let output = installation.holdfast(&["failover", "shop", "--to", "b", "--dry-run"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(installation.active(), "a");
+    let output = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "1");
+    installation.switch_to("a");
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "1");
+}
+
+/// The standby has stopped to receive some time before.
+async fn stop_receiving(installation: &Installation) {
+    let mut standby = installation.direct("b").await;
+    run(&mut standby, "ALTER SYSTEM SET primary_conninfo = ''").await;
+    run(&mut standby, "SELECT pg_reload_conf()").await;
+    while value(&mut standby, "SELECT count(*) FROM pg_stat_wal_receiver").await != "0" {
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+const ROWS: &str = "INSERT INTO written SELECT g FROM generate_series(1, 1000) g";
+
+#[tokio::test]
+async fn what_only_the_lost_servers_disk_has_is_read_from_there() {
+    let installation = Installation::start_pooled("failover-salvage", 4);
+    let mut client = named(&installation, "client").await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    stop_receiving(&installation).await;
+    run(&mut client, ROWS).await;
+    wait_shared(&installation, "client").await;
+    run(&mut client, "INSERT INTO written VALUES (0)").await;
+    installation.signal_server("a", "KILL");
+    let output = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    let text = shown(&output);
+    assert!(output.status.success() && text.contains("were read from the lost server"), "{text}");
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "1001");
+    assert_eq!(value(&mut client, "SHOW restore_command").await, "");
+    wait_active(&installation, "b").await;
+}
+
+/// Where its disk cannot be read in time, somebody has to say that what it alone has may be lost; it is told then what
+/// that was, and kept.
+#[tokio::test]
+async fn what_is_lost_is_asked_for_and_kept() {
+    let mut installation = Installation::start_pooled("failover-loses", 4);
+    // The other server is one whose files are elsewhere.
+    installation.reconfigure(|text| {
+        let (a, b) = text.split_once("name = \"b\"").unwrap();
+        let b = b.lines().filter(|line| !line.starts_with("data_dir"));
+        format!("{a}name = \"b\"{}", b.collect::<Vec<_>>().join("\n"))
+    });
+    let mut client = named(&installation, "client").await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    stop_receiving(&installation).await;
+    run(&mut client, ROWS).await;
+    wait_shared(&installation, "client").await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    run(&mut client, "INSERT INTO written VALUES (0)").await;
+    installation.signal_server("a", "KILL");
+    let output = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    let text = shown(&output);
+    assert!(!output.status.success() && text.contains("it lacks at least"), "{text}");
+    let next = "holdfast failover shop --to b --allow-data-loss";
+    assert!(text.contains(next), "{text}");
+    assert_eq!(installation.active(), "a");
+    let output = installation.holdfast(&next.split(' ').skip(1).collect::<Vec<_>>());
+    let text = shown(&output);
+    assert!(output.status.success() && text.contains("2 commits"), "{text}");
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "0");
+    let kept = installation.dir.join("state/lost/shop-2");
+    let transactions = std::fs::read_to_string(kept.join("transactions.txt")).unwrap();
+    assert_eq!(transactions.matches("COMMIT").count(), 2, "{transactions}");
+    assert!(std::fs::read_dir(&kept).unwrap().count() > 1);
+    wait_active(&installation, "b").await;
+}
+
+/// Killed at any step it goes back to the old server, which is started again, or on to the new one.
+#[tokio::test]
+async fn a_crash_in_a_failover_finds_its_way() {
+    let mut installation = Installation::start_pooled("failover-crash", 4);
+    run(&mut installation.connect().await, "CREATE TABLE written (n serial)").await;
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    let (mut active, mut other, mut epoch, mut written) = ("a", "b", 1, 0);
+    let stages = [
+        ("assess", false),
+        ("cut", false),
+        ("isolate", false),
+        ("recruit", false),
+        ("grant", true),
+        ("promote", true),
+        ("release", true),
+        ("rejoin", true),
+    ];
+    for (stage, granted) in stages {
+        for at in ["begin", "end"] {
+            let point = format!("{stage}:{at}");
+            installation.restart(&[("HOLDFAST_CRASH_AT", &point)]);
+            wait_active(&installation, active).await;
+            let mut client = installation.connect().await;
+            run(&mut client, "INSERT INTO written DEFAULT VALUES").await;
+            written += 1;
+            installation.signal_server(active, "KILL");
+            let output = installation.holdfast(&["failover", "shop", "--to", other]);
+            assert_eq!(output.status.code(), Some(1), "{point}: {}", shown(&output));
+            installation.wait_crashed();
+            installation.restart(&[]);
+            if granted {
+                std::mem::swap(&mut active, &mut other);
+                epoch += 1;
+            }
+            wait_active(&installation, active).await;
+            let status = shown(&installation.holdfast(&["status", "shop"]));
+            let expected = format!("active cell {active}, epoch {epoch}");
+            assert!(status.contains(&expected), "{point}: {status}");
+            let mut client = installation.connect().await;
+            let count = value(&mut client, "SELECT count(*) FROM written").await;
+            assert_eq!(count, written.to_string(), "{point}");
+            let mut passive = installation.direct(other).await;
+            assert!(passive.query("INSERT INTO written DEFAULT VALUES").await.is_err(), "{point}");
+            signal(installation.pid(), "KILL");
+            installation.wait_crashed();
+        }
+    }
+    installation.restart(&[]);
+}

@@ -1,0 +1,309 @@
+//! Another server takes the place of one that is lost.
+//!
+//! The lost one is proven dead before anybody gets its grant: its processes are ended where Holdfast may do that, or a
+//! person has said so. What only its disk has is read from there, if the disk can be read: then nothing is lost at all.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use model::Lsn;
+use model::barrier::Order;
+use model::failover::{Answer, Candidate, Known, LossPolicy, check_chosen, most_advanced};
+use model::persisted::{Execution, LostTail};
+use pg::admin::Admin;
+use pg::instance::Instance;
+use tokio::time::timeout;
+
+use super::fencing::reload;
+use super::{Done, POLL, START_MAX, admin, admin_at_once, chain, release, reported};
+use crate::config::{AppServers, CellServer};
+use crate::runner::Control;
+
+/// A server that answers does so at once.
+const PROBE_MAX: Duration = Duration::from_secs(1);
+const KILL_MAX: Duration = Duration::from_secs(10);
+/// How long what was read from the lost server's disk may take to be replayed.
+const SALVAGE_MAX: Duration = Duration::from_secs(60);
+
+/// Asks a server what it is.
+pub(crate) async fn probe(server: &CellServer) -> (Answer, Option<Admin>) {
+    let ask = async {
+        let mut admin = Admin::connect(&server.target, &server.admin).await.ok()?;
+        let in_recovery = admin.value("SELECT pg_is_in_recovery()").await.ok()??;
+        Some((if in_recovery == "t" { Answer::Standby } else { Answer::Primary }, admin))
+    };
+    match timeout(PROBE_MAX, ask).await {
+        Ok(Some((answer, admin))) => (answer, Some(admin)),
+        _ => (Answer::Nothing, None),
+    }
+}
+
+/// The standbys that answer, but for that of `from`, whose place is to be taken.
+pub(crate) async fn candidates(servers: &AppServers, from: &str) -> Vec<Candidate> {
+    let mut found = Vec::new();
+    for (cell, server) in servers.cells.iter().filter(|(cell, _)| *cell != from) {
+        let (Answer::Standby, Some(mut admin)) = probe(server).await else { continue };
+        if let Ok((timeline, received)) = position(&mut admin).await {
+            found.push(Candidate { cell: cell.clone(), timeline, received });
+        }
+    }
+    found
+}
+
+/// The timeline and the end of the WAL that a standby has.
+async fn position(admin: &mut Admin) -> Result<(u64, Lsn), String> {
+    let question = "SELECT GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), \
+        GREATEST((SELECT received_tli FROM pg_stat_wal_receiver), timeline_id) FROM pg_control_checkpoint()";
+    let rows = admin.rows(question).await.map_err(chain)?;
+    let cell = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
+    let received = cell(0).and_then(Lsn::read).ok_or("it says no position")?;
+    Ok((cell(1).and_then(|text| text.parse().ok()).unwrap_or(0), received))
+}
+
+/// The standby that is to take the place, if nobody has said which.
+pub(crate) async fn choose(servers: &AppServers, from: &str) -> Result<String, String> {
+    let all = candidates(servers, from).await;
+    most_advanced(&all).map(|one| one.cell.clone()).ok_or_else(|| "no standby answers".into())
+}
+
+fn loss_policy(execution: &Execution, servers: &AppServers) -> LossPolicy {
+    LossPolicy { allowed: execution.allow_data_loss, max: servers.failover.loss_max }
+}
+
+fn or_allow(execution: &Execution, reason: &str) -> String {
+    let Execution { app, to, .. } = execution;
+    format!(
+        "{reason}; `holdfast failover {app} --to {to} --allow-data-loss` gives up what it lacks"
+    )
+}
+
+/// Both servers' files are here, so the one can read what the other has left.
+fn can_salvage<'a>(from: &'a CellServer, to: &CellServer) -> Option<&'a Instance> {
+    from.instance.as_ref().filter(|lost| to.instance.is_some() && lost.has("pg_waldump"))
+}
+
+pub(super) async fn assess(
+    control: &Control,
+    execution: &Execution,
+    servers: &AppServers,
+    (from, to): (&CellServer, &CellServer),
+) -> Done {
+    let Execution { app, from: from_name, to: to_name, .. } = execution;
+    let process = from.instance.as_ref().map(Instance::is_running);
+    let (answer, _) = probe(from).await;
+    match answer {
+        Answer::Primary => {
+            return Err(format!(
+                "the server of `{from_name}` answers as a primary; `holdfast switchover {app} --to {to_name}` loses nothing"
+            ));
+        }
+        Answer::Standby => {
+            return Err(format!(
+                "the server of `{from_name}` is a standby, of which nothing is lost"
+            ));
+        }
+        Answer::Nothing => (),
+    }
+    if from.instance.is_none() && !execution.allow_data_loss {
+        return Err(format!(
+            "nobody can say that the server of `{from_name}` is dead, as it has no data_dir; if you know it, `holdfast failover {app} --to {to_name} --allow-data-loss` says so"
+        ));
+    }
+    let all = candidates(servers, from_name).await;
+    let chosen = check_chosen(&all, to_name)
+        .map_err(|why| format!("`{to_name}` cannot take its place: {why}"))?;
+    let last_seen = control.last_seen(app);
+    if can_salvage(from, to).is_none() {
+        let known = Known::of(last_seen, chosen.received);
+        loss_policy(execution, servers)
+            .permits(known)
+            .map_err(|why| or_allow(execution, &format!("`{to_name}`: {why}")))?;
+    }
+    let process = match process {
+        Some(true) => "its process lives",
+        Some(false) => "its process is gone",
+        None => "of its process nothing is known",
+    };
+    let seen = last_seen.map_or("nowhere".to_owned(), |lsn| lsn.to_string());
+    let Candidate { received, timeline, .. } = chosen;
+    Ok(format!(
+        "`{from_name}` does not answer, {process}; seen last at {seen}; `{to_name}` has {received} of timeline {timeline}"
+    ))
+}
+
+pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
+    let report = reported(control.order(Order::Cut { app: execution.app.clone() }).await)?;
+    let (sessions, told) = (report.sessions, report.told);
+    Ok(format!("{} of {sessions} sessions go on without it, {told} ended", report.done))
+}
+
+pub(super) async fn isolate(execution: &Execution, from: &CellServer) -> Done {
+    let Some(instance) = &from.instance else {
+        return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
+    };
+    match instance.kill(KILL_MAX).await.map_err(chain)? {
+        0 => Ok("its processes are gone".into()),
+        ended => Ok(format!("{ended} processes of it ended")),
+    }
+}
+
+pub(super) async fn recruit(
+    control: &Control,
+    execution: &mut Execution,
+    servers: &AppServers,
+    (from, to): (&CellServer, &CellServer),
+) -> Done {
+    let mut new = admin_at_once(to).await?;
+    let (_, received) = position(&mut new).await?;
+    let salvaged = match can_salvage(from, to) {
+        Some(lost) => {
+            let salvaged = salvage(lost, &mut new, received).await;
+            end_salvage(&mut new).await?;
+            salvaged
+        }
+        None => Err("its disk cannot be read from here".into()),
+    };
+    let (known, how) = match salvaged {
+        Ok(how) => (Known::All, how),
+        Err(why) => (Known::of(control.last_seen(&execution.app), received), why),
+    };
+    // Another may have received more since it was assessed.
+    let all = candidates(servers, &execution.from).await;
+    let chosen = check_chosen(&all, &execution.to)?;
+    loss_policy(execution, servers)
+        .permits(known)
+        .map_err(|why| or_allow(execution, &format!("`{}`: {why} ({how})", execution.to)))?;
+    execution.lsn = Some(chosen.received);
+    Ok(match known {
+        Known::All => format!("`{}` has all up to {}: {how}", execution.to, chosen.received),
+        Known::Lacks(bytes) => format!("`{}` lacks at least {bytes} bytes: {how}", execution.to),
+        Known::Perhaps => format!("`{}` may lack the last commits: {how}", execution.to),
+    })
+}
+
+/// Has the standby replay what the lost server's disk has beyond `received`.
+async fn salvage(lost: &Instance, new: &mut Admin, received: Lsn) -> Result<String, String> {
+    // What was received may end within a record, what is replayed does not.
+    let replayed = new.replayed_lsn().await.map_err(chain)?;
+    let timeline = lost.last_timeline().map_err(chain)?;
+    let tail = lost.wal_tail(timeline, replayed).await.map_err(chain)?;
+    let Some(last) = tail.last.filter(|last| *last >= replayed) else {
+        return Ok("the lost server's disk has no more".into());
+    };
+    let dir = lost.data_dir.join("pg_wal");
+    let dir = dir.to_str().filter(|dir| !dir.contains(['\'', '"', '\\', '%', '$', '`']));
+    let dir = dir.ok_or("the name of its directory has letters that a command cannot have")?;
+    // Read by the standby itself, by the way it knows (manual, "Archive Recovery Settings").
+    let command = format!("cp \"{dir}/%f\" \"%p\"");
+    let set = format!("ALTER SYSTEM SET restore_command = '{command}'");
+    new.rows(&set).await.map_err(chain)?;
+    reload(new).await?;
+    let deadline = Instant::now() + SALVAGE_MAX;
+    // Behind the last whole record.
+    while new.replayed_lsn().await.map_err(chain)? <= last {
+        if Instant::now() > deadline {
+            return Err(format!("what is on its disk is not replayed after {SALVAGE_MAX:?}"));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(match last.bytes_since(received) {
+        0 => "the lost server's disk has no more".into(),
+        bytes => format!("about {bytes} bytes were read from the lost server's disk"),
+    })
+}
+
+async fn end_salvage(new: &mut Admin) -> Result<(), String> {
+    new.rows("ALTER SYSTEM RESET restore_command").await.map_err(chain)?;
+    reload(new).await
+}
+
+/// The lost server takes up its work again, if it can; whoever waits for it goes on waiting.
+pub(super) async fn revert(
+    control: &Control,
+    execution: &Execution,
+    (from, to): (&CellServer, &CellServer),
+) -> Done {
+    let started = match &from.instance {
+        Some(instance) => instance.start(START_MAX).await.map_err(chain),
+        None => Ok(()),
+    };
+    if let Ok(mut new) = admin_at_once(to).await {
+        end_salvage(&mut new).await?;
+    }
+    let state = model::cell::CellState::Active;
+    let released = release(control, execution, &execution.from, state).await?;
+    started.map(|()| released)
+}
+
+/// Looks at what only the lost server had, before that is gone, and keeps it for people.
+pub(super) async fn keep_tail(
+    control: &Control,
+    execution: &mut Execution,
+    (from, to): (&CellServer, &CellServer),
+) -> Result<String, String> {
+    let Some(lost) = from.instance.as_ref().filter(|lost| lost.has("pg_waldump")) else {
+        return Err("what the lost server alone had is not known".into());
+    };
+    let mut new = admin(to).await?;
+    let (timeline, fork) = fork_of(&mut new).await?;
+    let tail = lost.wal_tail(timeline, fork).await.map_err(chain)?;
+    let Some(last) = tail.last.filter(|last| *last >= fork) else {
+        return Ok("the lost server had nothing that is not here".into());
+    };
+    let Execution { app, id, .. } = &*execution;
+    let dir = control.config.state_dir.join("lost").join(format!("{app}-{id}"));
+    lost.keep_wal(timeline, fork, &tail, &dir).map_err(chain)?;
+    let kept_in = dir.display().to_string();
+    let text = format!(
+        "{} commits, {} bytes from {fork} to {last}, were only on the lost server; kept in {kept_in}",
+        tail.commits,
+        last.bytes_since(fork)
+    );
+    execution.lost = Some(LostTail { from: fork, to: last, transactions: tail.commits, kept_in });
+    Ok(text)
+}
+
+/// The timeline that the new primary has left, and where.
+async fn fork_of(new: &mut Admin) -> Result<(u64, Lsn), String> {
+    // Its control file names the new timeline from its first checkpoint on.
+    new.rows("CHECKPOINT").await.map_err(chain)?;
+    let question = "SELECT pg_read_file('pg_wal/' || upper(lpad(to_hex(timeline_id), 8, '0')) || '.history') \
+        FROM pg_control_checkpoint()";
+    let text = new.value(question).await.map_err(chain)?.unwrap_or_default();
+    let last = text.lines().rev().find(|line| !line.trim().is_empty() && !line.starts_with('#'));
+    let mut words = last.unwrap_or_default().split_whitespace();
+    let timeline = words.next().and_then(|word| word.parse().ok());
+    let fork = words.next().and_then(Lsn::read);
+    timeline.zip(fork).ok_or_else(|| "the history of its timeline cannot be read".into())
+}
+
+/// What would be done, for `--dry-run`.
+pub(crate) fn describe(servers: &AppServers, execution: &Execution) -> Vec<String> {
+    let Execution { from, to, .. } = execution;
+    let cell = |name: &str| servers.cells.get(name);
+    let salvages = cell(from).zip(cell(to)).is_some_and(|(a, b)| can_salvage(a, b).is_some());
+    let managed = cell(from).is_some_and(|server| server.instance.is_some());
+    let mut steps = BTreeMap::new();
+    let mut step = |text: String| drop(steps.insert(steps.len(), text));
+    step(format!(
+        "cut: sessions are taken from `{from}`; those with state there are told, the others wait"
+    ));
+    step(match managed {
+        true => format!("isolate: every process of `{from}` is ended"),
+        false => format!("isolate: `{from}` has no data_dir, so its death is yours to vouch for"),
+    });
+    step(match salvages {
+        true => format!("recruit: `{to}` reads from the disk of `{from}` what it lacks"),
+        false => format!("recruit: `{to}` must have what may not be lost"),
+    });
+    step(format!("grant: `{to}` is given the next epoch; the point of no return"));
+    step(format!("promote: `{to}` becomes a primary"));
+    step("release: sessions go on".into());
+    step(match managed {
+        true => format!(
+            "rejoin: what only `{from}` has is kept aside, then it becomes a standby of `{to}`"
+        ),
+        false => format!("rejoin: `{from}` stays as it is for you to rejoin"),
+    });
+    steps.into_values().collect()
+}

@@ -1,0 +1,225 @@
+//! A server takes no more writes, from whomever; and takes them again.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use model::Lsn;
+use model::barrier::Order;
+use model::persisted::Execution;
+use pg::admin::Admin;
+use pg::instance::Instance;
+use tokio::time::timeout;
+
+use super::{Done, POLL, admin_at_once, again, chain, reported};
+use crate::config::{AppServers, CellServer};
+use crate::hba;
+use crate::runner::Control;
+
+/// How long taking the fence back is tried. Then clients go on all the same.
+const UNFENCE_MAX: Duration = Duration::from_secs(10);
+/// How long ended backends may take to go.
+const TERMINATE_MAX: Duration = Duration::from_secs(5);
+
+/// The old server's `pg_hba.conf` and where its original is kept.
+pub(super) struct Hba {
+    pub(super) path: std::path::PathBuf,
+    pub(super) saved: std::path::PathBuf,
+}
+
+async fn hba_of(server: &CellServer, admin: &mut Admin) -> Result<Option<(Instance, Hba)>, String> {
+    let Some(instance) = &server.instance else { return Ok(None) };
+    let path = admin.value("SHOW hba_file").await.map_err(chain)?.unwrap_or_default();
+    let path = std::path::PathBuf::from(path);
+    let saved = path.with_extension("conf.holdfast");
+    Ok(Some((instance.clone(), Hba { path, saved })))
+}
+
+/// Reloads the configuration and waits until this connection, and so every other, has been told.
+pub(super) async fn reload(admin: &mut Admin) -> Result<(), String> {
+    let loaded = "SELECT pg_conf_load_time()::text";
+    let before = admin.value(loaded).await.map_err(chain)?;
+    admin.value("SELECT pg_reload_conf()").await.map_err(chain)?;
+    let deadline = Instant::now() + TERMINATE_MAX;
+    while admin.value(loaded).await.map_err(chain)? == before {
+        if Instant::now() > deadline {
+            return Err("the server does not reload its configuration".into());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
+}
+
+/// Who may still log in to a fenced server, besides Holdfast and replication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Logins {
+    /// Nobody.
+    Closed,
+    /// Whoever comes from where the proxy is.
+    OfProxy,
+}
+
+pub(super) async fn fence(
+    control: &Control,
+    execution: &mut Execution,
+    from: &CellServer,
+    logins: Logins,
+) -> Done {
+    let mut old = admin_at_once(from).await?;
+    let report = control.order(Order::Backends { app: execution.app.clone() }).await;
+    let own: Vec<String> = reported(report)?.backends.iter().map(i32::to_string).collect();
+    let own = own.join(",");
+    let hba = hba_of(from, &mut old).await?;
+    let login = match &hba {
+        Some((instance, hba)) => {
+            let proxies = match logins {
+                Logins::Closed => BTreeSet::new(),
+                Logins::OfProxy => addresses_of(&mut old, &own).await?,
+            };
+            let admitted = hba::Admitted { admin: &from.admin.user, proxies: &proxies };
+            close_hba(&mut old, instance, hba, &admitted).await?;
+            let shown: Vec<String> = proxies.iter().map(ToString::to_string).collect();
+            match shown.as_slice() {
+                [] => "logins closed".to_owned(),
+                shown => format!("logins only from {}, where the proxy is", shown.join(", ")),
+            }
+        }
+        None => "logins open, as Holdfast does not manage its files".to_owned(),
+    };
+    old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
+    reload(&mut old).await?;
+    // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
+    // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
+    let outsiders = format!(
+        "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
+         AND NOT pid = ANY ('{{{own}}}'::int4[])"
+    );
+    let ended = old
+        .value(&format!("SELECT count(pg_terminate_backend(pid)) {outsiders}"))
+        .await
+        .map_err(chain)?
+        .unwrap_or_default();
+    let deadline = Instant::now() + TERMINATE_MAX;
+    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref()
+        != Some("0")
+    {
+        if Instant::now() > deadline {
+            return Err("connections beside the proxy's do not end".into());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    // A record that is written and flushed: whatever was written before it is flushed, too.
+    old.rows("SELECT pg_logical_emit_message(true, 'holdfast', 'fenced')").await.map_err(chain)?;
+    let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;
+    let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
+    execution.lsn = Some(lsn);
+    Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended"))
+}
+
+/// Where Holdfast's connections come from, as the server sees it: its own one, and those of the proxy.
+async fn addresses_of(old: &mut Admin, pids: &str) -> Result<BTreeSet<hba::Peer>, String> {
+    let rows = old
+        .rows(&format!(
+            "SELECT DISTINCT host(client_addr) FROM pg_stat_activity \
+             WHERE pid = pg_backend_pid() OR pid = ANY ('{{{pids}}}'::int4[])"
+        ))
+        .await
+        .map_err(chain)?;
+    let peer = |row: Vec<Option<String>>| match row.into_iter().next().flatten() {
+        None => Ok(hba::Peer::Local),
+        Some(text) => {
+            text.parse().map(hba::Peer::Host).map_err(|_| format!("`{text}` is no address"))
+        }
+    };
+    rows.into_iter().map(peer).collect()
+}
+
+/// What the server makes of its `pg_hba.conf`.
+pub(super) async fn hba_rules(admin: &mut Admin) -> Result<Vec<hba::Rule>, String> {
+    hba::read(&admin.rows(hba::QUESTION).await.map_err(chain)?)
+}
+
+async fn close_hba(
+    old: &mut Admin,
+    instance: &Instance,
+    hba: &Hba,
+    admitted: &hba::Admitted<'_>,
+) -> Result<(), String> {
+    let io = |error: std::io::Error| format!("`{}`: {error}", hba.path.display());
+    let text = std::fs::read(&hba.path).map_err(io)?;
+    if !text.starts_with(hba::MARK.as_bytes()) {
+        // The server would not load a file with an error in it, and go on with what it has loaded before.
+        let fenced = hba::fenced(&hba_rules(old).await?, admitted)?;
+        instance.write(&hba.saved, &text).map_err(chain)?;
+        instance.write(&hba.path, fenced.as_bytes()).map_err(chain)?;
+    }
+    if hba::is_fenced(&hba_rules(old).await?, admitted) {
+        return Ok(());
+    }
+    let (path, admin) = (hba.path.display(), admitted.admin);
+    Err(format!("`{path}` cannot be narrowed to `{admin}`, replication and the proxy"))
+}
+
+/// Puts the original back, if the file is ours.
+pub(super) fn open_hba(instance: &Instance, hba: &Hba) -> Result<(), String> {
+    let fenced = std::fs::read_to_string(&hba.path).is_ok_and(|text| text.starts_with(hba::MARK));
+    if !fenced {
+        return Ok(());
+    }
+    let text =
+        std::fs::read(&hba.saved).map_err(|error| format!("`{}`: {error}", hba.saved.display()))?;
+    instance.write(&hba.path, &text).map_err(chain)
+}
+
+pub(super) async fn unfence_in_time(server: &CellServer) -> Result<(), String> {
+    let deadline = Instant::now() + UNFENCE_MAX;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let address = &server.target.address;
+        let late = |_| format!("`{address}` is not unfenced within {UNFENCE_MAX:?}");
+        match timeout(left, unfence(server)).await.map_err(late).flatten() {
+            Err(failure) if again(deadline, &failure).await => (),
+            done => return done,
+        }
+    }
+}
+
+/// The cell's server is a primary, and no other is: two primaries are two histories, of which a person has to choose one.
+pub(crate) async fn check_alone(servers: &AppServers, cell: &str) -> Result<(), String> {
+    for (name, server) in &servers.cells {
+        let status = match admin_at_once(server).await {
+            Ok(mut admin) => admin.status().await.map_err(chain),
+            Err(error) => Err(error),
+        };
+        match status {
+            Ok(status) if name == cell && status.in_recovery => {
+                return Err(format!("the server of `{cell}` is in recovery, not a primary"));
+            }
+            Ok(status) if name != cell && !status.in_recovery => {
+                return Err(format!("the server of `{name}` is a primary, too: stop one of them"));
+            }
+            Ok(_) => (),
+            Err(error) if name == cell => return Err(error),
+            Err(error) => {
+                tracing::warn!(cell = name, error, "it cannot be asked whether it is a primary");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The cell has the grant; its server is to take writes again.
+pub(super) async fn regrant(control: &Control, execution: &Execution, to: &CellServer) -> Done {
+    check_alone(control.servers(&execution.app).map_err(chain)?, &execution.to).await?;
+    unfence_in_time(to).await?;
+    let epoch = control.application(&execution.app).map_err(chain)?.epoch;
+    Ok(format!("epoch {epoch} is `{}`'s, its server takes writes", execution.to))
+}
+
+async fn unfence(server: &CellServer) -> Result<(), String> {
+    let mut old = admin_at_once(server).await?;
+    if let Some((instance, hba)) = hba_of(server, &mut old).await? {
+        open_hba(&instance, &hba)?;
+    }
+    old.rows("ALTER SYSTEM RESET default_transaction_read_only").await.map_err(chain)?;
+    reload(&mut old).await
+}

@@ -1,0 +1,160 @@
+//! What a server that has ended has left in its write-ahead log, as `pg_waldump` reads it.
+
+use std::io::{BufRead, BufReader, Seek};
+use std::path::Path;
+use std::time::Duration;
+
+use model::Lsn;
+
+use crate::instance::{Instance, InstanceError};
+
+/// How long reading the log may take.
+const READ_MAX: Duration = Duration::from_secs(60);
+/// Lines that are kept of it.
+const LINES_MAX: usize = 10_000;
+
+/// Whole records behind some position.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WalTail {
+    /// Where the last one begins. None if there is none.
+    pub last: Option<Lsn>,
+    /// Commits among them, and what the first of them say.
+    pub commits: u64,
+    pub shown: Vec<String>,
+}
+
+impl WalTail {
+    /// Reads a line of the program.
+    fn read(&mut self, line: &str) {
+        if let Some((_, rest)) = line.split_once(" lsn: ") {
+            let lsn = rest.split(',').next().and_then(Lsn::read);
+            self.last = lsn.max(self.last);
+            if rest.contains("desc: COMMIT") || rest.contains("desc: COMMIT_PREPARED") {
+                self.commits += 1;
+            }
+            if self.shown.len() < LINES_MAX {
+                self.shown.push(line.to_owned());
+            }
+        } else if let Some((_, rest)) = line.split_once("error in WAL record at ") {
+            // The last record that could be read, of whatever kind.
+            let lsn = rest.split(':').next().and_then(Lsn::read);
+            self.last = lsn.max(self.last);
+        }
+    }
+}
+
+impl Instance {
+    /// The timeline that the server has written last.
+    ///
+    /// # Errors
+    /// Its log cannot be read.
+    pub fn last_timeline(&self) -> Result<u64, InstanceError> {
+        let dir = self.data_dir.join("pg_wal");
+        let error = |source| InstanceError::File { path: dir.clone(), what: "read", source };
+        let entries = std::fs::read_dir(&dir).map_err(error)?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let segments = names.filter(|name| segment_end(name, 1).is_some());
+        let timelines = segments.filter_map(|name| u64::from_str_radix(name.get(..8)?, 16).ok());
+        timelines.max().ok_or_else(|| error(std::io::ErrorKind::NotFound.into()))
+    }
+
+    /// What the log of this server, which must have ended, holds from `from` on.
+    ///
+    /// # Errors
+    /// It cannot be read, which says nothing of what it holds.
+    pub async fn wal_tail(&self, timeline: u64, from: Lsn) -> Result<WalTail, InstanceError> {
+        let dir = self.data_dir.join("pg_wal");
+        let dir = dir.to_str().unwrap_or_default();
+        let (timeline, start) = (timeline.to_string(), from.to_string());
+        let args = ["-p", dir, "-t", &timeline, "-s", &start, "-r", "Transaction"];
+        let (status, mut output) = self.run_into_file("pg_waldump", &args, READ_MAX).await?;
+        let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
+        output.rewind().map_err(run)?;
+        let (mut tail, mut is_understood, mut last) = (WalTail::default(), false, String::new());
+        for line in BufReader::new(output).lines() {
+            let line = line.map_err(run)?;
+            tail.read(&line);
+            is_understood |= line.contains("error in WAL record at ")
+                || line.contains("could not find a valid record after ");
+            last = line;
+        }
+        // It always ends with an error: where no more can be read.
+        if is_understood {
+            return Ok(tail);
+        }
+        let (program, status) = ("pg_waldump".into(), status.to_string());
+        Err(InstanceError::Failed { program, status, output: last })
+    }
+
+    /// Copies what the log holds from `from` on to `dir`, for people, with what [`Instance::wal_tail`] has found.
+    ///
+    /// # Errors
+    /// It cannot be read or written.
+    pub fn keep_wal(
+        &self,
+        timeline: u64,
+        from: Lsn,
+        tail: &WalTail,
+        dir: &Path,
+    ) -> Result<(), InstanceError> {
+        let error = |path: &Path| {
+            let path = path.to_owned();
+            move |source| InstanceError::File { path, what: "kept", source }
+        };
+        std::fs::create_dir_all(dir).map_err(error(dir))?;
+        let wal = self.data_dir.join("pg_wal");
+        let first = format!("{timeline:08X}");
+        for entry in std::fs::read_dir(&wal).map_err(error(&wal))?.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else { continue };
+            // A segment's number grows with its position, whatever its size: the last one before `from` is wanted, too.
+            let is_needed = entry
+                .metadata()
+                .is_ok_and(|file| segment_end(name, file.len()).is_some_and(|end| end > from));
+            if name.starts_with(&first) && is_needed {
+                let to = dir.join(name);
+                std::fs::copy(entry.path(), &to).map_err(error(&to))?;
+            }
+        }
+        let text = tail.shown.join("\n") + "\n";
+        let path = dir.join("transactions.txt");
+        std::fs::write(&path, text).map_err(error(&path))
+    }
+}
+
+/// Where the segment with this name ends, if it is one of `len` bytes.
+fn segment_end(name: &str, len: u64) -> Option<Lsn> {
+    let is_segment = name.len() == 24 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let part =
+        |at: usize| u64::from_str_radix(name.get(at..at + 8)?, 16).ok().filter(|_| is_segment);
+    let (high, low) = (part(8)?, part(16)?);
+    let begin = (high << 32).checked_add(low.checked_mul(len)?)?;
+    Some(Lsn(begin.checked_add(len)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_the_program_are_read() {
+        let mut tail = WalTail::default();
+        for line in [
+            "rmgr: Transaction len (rec/tot):     34/    34, tx:        745, lsn: 0/050001F0, prev 0/050001B0, desc: COMMIT 2026-11-22 10:00:00.000000 UTC",
+            "rmgr: Transaction len (rec/tot):     34/    34, tx:        746, lsn: 0/05000250, prev 0/050001B0, desc: ABORT 2026-11-22 10:00:00.000000 UTC",
+            "pg_waldump: error: error in WAL record at 0/5000288: invalid record length at 0/50002C0: wanted 24, got 0",
+        ] {
+            tail.read(line);
+        }
+        assert_eq!((tail.commits, tail.last), (1, Lsn::read("0/5000288")));
+        assert_eq!(tail.shown.len(), 2);
+    }
+
+    #[test]
+    fn a_segment_ends_where_the_next_begins() {
+        let end = segment_end("000000010000000000000005", 16 << 20);
+        assert_eq!(end, Lsn::read("0/6000000"));
+        assert_eq!(segment_end("0000000100000002000000FF", 16 << 20), Lsn::read("3/0"));
+        assert_eq!(segment_end("00000002.history", 100), None);
+    }
+}
