@@ -283,7 +283,7 @@ impl App {
 
     pub fn open(&self, cell: Arc<Cell>) {
         if self.pool.is_some() {
-            self.pools.forget();
+            self.pools.moved(&cell);
         }
         if self.is_lost(&cell) {
             *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = None;

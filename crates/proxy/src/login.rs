@@ -23,6 +23,7 @@ use crate::auth::Check;
 use crate::console;
 use crate::engine::Command;
 use crate::pool::Sharing;
+use crate::pool::keeper::Learned;
 use crate::proxy::{Place, Shared};
 use crate::session::{Identity, Leg, Session};
 
@@ -428,13 +429,14 @@ async fn attach(
     let mut sharing = None;
     let server = match pool {
         None => log_in(&mut client, shared, &app, &cell, &identity).await?,
-        Some(pool) => {
+        Some(mut pool) => {
             pool.knows(&identity);
             // One of a kind logs in, the others wait to be told what it was told.
             let one = match pool.welcome(&cell) {
                 Some(_) => None,
                 None => Some(pool.welcoming.lock().await),
             };
+            let mut next = None;
             let server = match pool.welcome(&cell) {
                 Some(welcome) => Begun {
                     leg: Leg::vacant(),
@@ -449,16 +451,29 @@ async fn attach(
                     let aside = std::mem::take(&mut connection.aside);
                     let learned = pool.learn(&app, &cell, &identity, &mut connection).await;
                     connection.aside = aside;
-                    learned.map_or_else(
-                        |error| {
-                            tracing::warn!(app = app.name, error, "a session cannot share servers")
-                        },
-                        drop,
-                    );
+                    match learned {
+                        Ok(Learned::Same(_)) => (),
+                        Ok(Learned::Other { here, .. }) => {
+                            // Those who were there before keep what they had; this one has what it was told.
+                            app.pools.retire_one(&pool);
+                            let (user, database) = (&identity.user, &identity.database);
+                            if let Some(other) = app.pools.of(user, database, &identity.params) {
+                                other.knows(&identity);
+                                other.know(&here);
+                                next = Some(other);
+                            }
+                        }
+                        Err(error) => {
+                            tracing::warn!(app = app.name, error, "a session cannot share servers");
+                        }
+                    }
                     Begun::of(connection, &app)?
                 }
             };
             drop(one);
+            if let Some(next) = next {
+                pool = next;
+            }
             sharing = pool.welcome(&cell).map(|_| Box::new(Sharing::new(pool)));
             server
         }

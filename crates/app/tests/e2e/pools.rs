@@ -569,3 +569,36 @@ async fn a_literal_is_never_read_under_other_settings() {
     assert_eq!(told.0.unwrap().to_string(), "57P01", "{}", told.1);
     run(&mut other, "COMMIT").await;
 }
+
+/// Sessions that stand on no server keep what their login gave them, also where another server's configuration is
+/// another; whoever logs in after that has what that one gives.
+#[tokio::test]
+async fn what_a_login_gave_stays_on_another_server() {
+    let installation = Installation::start_pooled("pool-configured", 3);
+    let mut other = installation.direct("b").await;
+    run(&mut other, "ALTER SYSTEM SET work_mem = '9MB'").await;
+    run(&mut other, "SELECT pg_reload_conf()").await;
+    let mut plain = installation.connect().await;
+    let mut set = installation.connect().await;
+    run(&mut set, "SET lock_timeout = '7s'").await;
+    let seen = |work_mem: &str, lock_timeout: &str| [work_mem.to_owned(), lock_timeout.to_owned()];
+    for (cell, fresh) in [("b", "9MB"), ("a", "4MB"), ("b", "9MB")] {
+        installation.switch_to(cell);
+        let mut new = installation.connect().await;
+        let (old, fresh) = (seen("4MB", "0"), seen(fresh, "0"));
+        for _ in 0..3 {
+            for (session, expected) in
+                [(&mut plain, &old), (&mut new, &fresh), (&mut set, &seen("4MB", "7s"))]
+            {
+                for (name, value_of) in ["work_mem", "lock_timeout"].iter().zip(expected) {
+                    assert_eq!(&value(session, &format!("SHOW {name}")).await, value_of, "{cell}");
+                }
+            }
+        }
+        run(&mut plain, "SET work_mem = '5MB'").await;
+        assert_eq!(value(&mut plain, "SHOW work_mem").await, "5MB");
+        run(&mut plain, "RESET work_mem").await;
+        assert_eq!(value(&mut plain, "SHOW work_mem").await, "4MB", "{cell}");
+        assert_eq!(value(&mut new, "SHOW work_mem").await, fresh[0], "{cell}");
+    }
+}

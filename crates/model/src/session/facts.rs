@@ -307,6 +307,17 @@ impl Facts {
             && *creating_refused == other.creating_refused
     }
 
+    /// What RESET finds of what this server's configuration gives otherwise than that of `there`, and anybody may set.
+    pub fn given_otherwise(&self, there: &Facts) -> Vec<(String, String)> {
+        let differs = |(name, here): (&String, &Configured)| {
+            let other = there.configured.get(name)?;
+            let may_be_given = !here.superuser && !other.superuser && other.value != here.value;
+            let reset = self.resets.get(name).filter(|_| may_be_given)?;
+            Some((name.clone(), reset.clone()))
+        };
+        self.configured.iter().filter_map(differs).collect()
+    }
+
     /// Settings that sessions may change and that the two servers' configurations give otherwise, as
     /// `name (here, there)`. A session keeps the value it has; RESET finds the other.
     pub fn configured_otherwise(&self, there: &Facts) -> Vec<String> {

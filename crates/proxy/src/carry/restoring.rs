@@ -52,7 +52,7 @@ pub(crate) async fn prepare(
     snapshot: &Snapshot,
     cell: &Cell,
 ) -> Result<Prepared, Reason> {
-    let connection = copy(model, snapshot, cell).await?;
+    let connection = copy(model, snapshot, cell, Vec::new()).await?;
     let (cell, snapshot, unnamed) = (cell.name.clone(), snapshot.beforehand(), Vec::new());
     Ok(Prepared { cell, connection, snapshot, unnamed, rehearsed: None })
 }
@@ -60,13 +60,24 @@ pub(crate) async fn prepare(
 /// A login that gives what a login gave when `welcome` was learned.
 pub(crate) async fn login_as_before(
     welcome: &Welcome,
+    (cell, there): (&Cell, &Facts),
     identity: &Identity,
     limits: MoveLimits,
 ) -> Result<Connection, Reason> {
     let custom = BTreeSet::new();
-    let (here, there) = (&*welcome.facts, &*welcome.facts);
+    let here = &*welcome.facts;
     let model = Model { identity, custom: &custom, limits, here, there };
-    let mut connection = copy(&model, &welcome.fresh, &welcome.cell).await?;
+    // So that RESET finds it.
+    let mut wanted = welcome.fresh.clone();
+    let beneath = wanted.beneath.get_or_insert_default();
+    let mut params = Vec::new();
+    for (name, value) in here.given_otherwise(there) {
+        let value = beneath.entry(name.clone()).or_insert(value);
+        params.push((name.into_bytes(), value.clone().into_bytes()));
+    }
+    // What the other server's configuration gives as well is not beneath anything there.
+    beneath.retain(|name, value| there.resets.get(name) != Some(value));
+    let mut connection = copy(&model, &wanted, cell, params).await?;
     let steps = replay::idle_timeout_steps(&welcome.fresh, here);
     run_steps(&mut connection, BEGIN, &steps, "COMMIT").await?;
     Ok(connection)
@@ -92,15 +103,21 @@ pub(crate) async fn prove_settings(
         role: snapshot.role.clone(),
         ..Snapshot::default()
     };
-    copy(&model, &settings, &session.cell).await.map(drop)
+    copy(&model, &settings, &session.cell, Vec::new()).await.map(drop)
 }
 
-async fn copy(model: &Model<'_>, snapshot: &Snapshot, cell: &Cell) -> Result<Connection, Reason> {
+async fn copy(
+    model: &Model<'_>,
+    snapshot: &Snapshot,
+    cell: &Cell,
+    params: Vec<(Vec<u8>, Vec<u8>)>,
+) -> Result<Connection, Reason> {
     let snapshot = snapshot.beforehand();
     let (identity, stay) = (model.identity, replay::STAY.into());
     let stay = [Step::Run { what: "waiting".into(), sql: stay, params: Vec::new() }];
     let mut login =
         Login { params: identity.params.clone(), credential: identity.credential.clone() };
+    login.params.extend(params);
     let mut connection = cell.target.login(&login).await.map_err(failed)?;
     connection.answer_timeout = model.limits.answer_timeout;
     run_steps(&mut connection, BEGIN, &stay, "COMMIT").await?;
@@ -145,7 +162,7 @@ pub(crate) async fn rehearse(
         return Ok(());
     }
     let here = Model { there: model.here, ..*model };
-    let mut connection = copy(&here, &carried.snapshot, cell).await?;
+    let mut connection = copy(&here, &carried.snapshot, cell, Vec::new()).await?;
     make(&mut connection, &here, carried).await?;
     prepared.rehearsed = Some(carried.snapshot.clone());
     Ok(())

@@ -204,7 +204,7 @@ impl Engine {
         let Some(Some(Slot { session, .. })) = self.slots.get_mut(slot) else { return };
         let Some(sharing) = &session.sharing else { return };
         let (app, pool, state, id) =
-            (session.app.clone(), sharing.pool.clone(), sharing.state.clone(), session.id);
+            (session.app.clone(), sharing.pool.clone(), sharing.state_now(), session.id);
         let mut chores = Chores::default();
         let lent = self.lending.ask(&app, &pool, &state, (slot, id), &mut chores);
         self.do_chores(chores);
@@ -247,6 +247,7 @@ impl Engine {
         (session.backend_pid, session.backend_secret, session.cell) = (pid, secret, cell);
         (sharing.needs, sharing.waits_since, sharing.lent) = (false, None, Some(at));
         sharing.judged_at = None;
+        (sharing.state, sharing.base) = sharing.pool.state_now(&sharing.state, sharing.base);
         here.state = sharing.state.clone();
         (here.unnamed, here.is_used) = (Default::default(), true);
         (here.drops_unnamed, here.doubts_unnamed) = (false, false);
@@ -350,7 +351,7 @@ impl Engine {
         let state_of = |slot: usize, id: u64| -> Option<State> {
             let session = &slots.get(slot)?.as_ref()?.session;
             let sharing = session.sharing.as_deref().filter(|sharing| sharing.needs)?;
-            (session.id == id && !session.wanted).then(|| sharing.state.clone())
+            (session.id == id && !session.wanted).then(|| sharing.state_now())
         };
         let mut chores = Chores::default();
         let next = self.lending.put_back(at, server, state_of, &mut chores);

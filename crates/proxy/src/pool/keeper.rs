@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use model::session::footprint::{Leaves, decides_compiling};
-use model::session::{Landscape, Snapshot, landscape};
+use model::session::{Facts, Landscape, Snapshot, landscape};
 use pg::admin::{Admin, AdminLogin};
 use pg::connect::{ConnectError, Login};
 use pg::connection::{Connection, QueryError};
@@ -77,6 +77,14 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
     }
 }
 
+/// What a login gives.
+pub(crate) enum Learned {
+    /// What the sessions of the pool have.
+    Same(Arc<Welcome>),
+    /// Its sessions have logged in to another server, where it was something else.
+    Other { here: Arc<Welcome>, before: Arc<Welcome> },
+}
+
 async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
     let opened = timeout(OPEN_MAX, log_in(app, pool)).await;
     opened.unwrap_or_else(|_| Err(NotOpened::new(format!("it is not open within {OPEN_MAX:?}"))))
@@ -93,7 +101,7 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
     let before = pool.welcome(&cell);
     let mut opened = match &before {
         Some(old) if pool.is_retired.load(Ordering::Relaxed) => {
-            Some(as_before(old, &identity, app).await?)
+            Some(as_before(old, (&cell, &old.facts), &identity, app).await?)
         }
         _ => None,
     };
@@ -114,7 +122,7 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
         opened = match &before {
             // Since the last look roles or their defaults have changed: this is not what its sessions had.
             Some(old) if pool.is_retired.load(Ordering::Relaxed) => {
-                Some(as_before(old, &identity, app).await?)
+                Some(as_before(old, (&cell, &old.facts), &identity, app).await?)
             }
             _ => Some(connection),
         };
@@ -122,7 +130,19 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
     let Some(mut connection) = opened else { return Err(NotOpened::new("it is not open")) };
     let welcome = {
         let _one = pool.welcoming.lock().await;
-        pool.learn(app, &cell, &identity, &mut connection).await.map_err(NotOpened::new)?
+        match pool.learn(app, &cell, &identity, &mut connection).await.map_err(NotOpened::new)? {
+            Learned::Same(welcome) => welcome,
+            Learned::Other { here, before } => {
+                // Its sessions keep what they had on the other server.
+                app.pools.retire_one(pool);
+                connection = as_before(&before, (&cell, &here.facts), &identity, app).await?;
+                load_library(&mut connection).await.map_err(NotOpened::new)?;
+                let asked = pool.ask(app, &cell, &identity, &mut connection).await;
+                let welcome = asked.map_err(NotOpened::new)?;
+                pool.rebase(before, &welcome);
+                welcome
+            }
+        }
     };
     let params = app.share(std::mem::take(&mut connection.params));
     if app.lifts_fence(&params).await {
@@ -141,8 +161,13 @@ async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
 }
 
 /// A login of now may give something else.
-async fn as_before(old: &Welcome, identity: &Identity, app: &App) -> Result<Connection, NotOpened> {
-    let opened = carry::login_as_before(old, identity, app.moves).await;
+async fn as_before(
+    old: &Welcome,
+    (cell, facts): (&Cell, &Facts),
+    identity: &Identity,
+    app: &App,
+) -> Result<Connection, NotOpened> {
+    let opened = carry::login_as_before(old, (cell, facts), identity, app.moves).await;
     let mut connection = opened.map_err(|reason| NotOpened::new(reason.to_string()))?;
     // A custom setting that has a default by now cannot be taken away from a login.
     let rows = connection.rows(CUSTOM_DEFAULTS).await;
@@ -156,6 +181,15 @@ async fn as_before(old: &Welcome, identity: &Identity, app: &App) -> Result<Conn
             Err(NotOpened { error, refused: Some(SqlState::ADMIN_SHUTDOWN) })
         }
         None => Ok(connection),
+    }
+}
+
+/// A look at a session loads this library, whose settings are there from then on: so they always are. Where the language is
+/// missing, they never are.
+async fn load_library(connection: &mut Connection) -> Result<(), String> {
+    match connection.rows("DO LANGUAGE plpgsql 'BEGIN END'").await {
+        Ok(_) | Err(QueryError::Server { .. }) => Ok(()),
+        Err(error) => Err(model::chain(&error)),
     }
 }
 
@@ -180,16 +214,42 @@ impl Pool {
         cell: &Arc<Cell>,
         identity: &Identity,
         connection: &mut Connection,
-    ) -> Result<Arc<Welcome>, String> {
-        // A look at a session loads this library, whose settings are there from then on: so they always are. Where the
-        // language is missing, they never are.
-        match connection.rows("DO LANGUAGE plpgsql 'BEGIN END'").await {
-            Ok(_) | Err(QueryError::Server { .. }) => (),
-            Err(error) => return Err(model::chain(&error)),
-        }
+    ) -> Result<Learned, String> {
+        load_library(connection).await?;
         if let Some(known) = self.welcome(cell) {
-            return Ok(known);
+            return Ok(Learned::Same(known));
         }
+        let here = self.ask(app, cell, identity, connection).await?;
+        match self.elsewhere().filter(|before| !here.is_as(before)) {
+            Some(before) => {
+                let (app, cell) = (&app.name, &cell.name);
+                tracing::info!(
+                    app,
+                    cell,
+                    "a login gives something else than where sessions were before"
+                );
+                Ok(Learned::Other { here, before })
+            }
+            None => {
+                self.know(&here);
+                Ok(Learned::Same(here))
+            }
+        }
+    }
+
+    /// From now on a login gives this.
+    pub(crate) fn know(&self, welcome: &Arc<Welcome>) {
+        let mut known = lock(&self.known);
+        (known.welcome, known.elsewhere) = (Some(welcome.clone()), None);
+    }
+
+    async fn ask(
+        &self,
+        app: &App,
+        cell: &Arc<Cell>,
+        identity: &Identity,
+        connection: &mut Connection,
+    ) -> Result<Arc<Welcome>, String> {
         let facts = app
             .learn_facts(cell, &self.database.name)
             .await
@@ -204,9 +264,7 @@ impl Pool {
             fresh.settings.remove(FENCE);
         }
         let params = app.share(connection.params.clone());
-        let welcome = Arc::new(Welcome { cell: cell.clone(), params, facts, fresh });
-        lock(&self.known).welcome = Some(welcome.clone());
-        Ok(welcome)
+        Ok(Arc::new(Welcome { cell: cell.clone(), params, facts, fresh }))
     }
 }
 
@@ -303,8 +361,7 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
             let Ok(Some(marks)) =
                 admin.rows(landscape::LOGINS_QUESTION).await.map(|mut rows| rows.pop())
             else {
-                app.pools.reloaded();
-                app.pools.retire();
+                // Whatever has changed meanwhile shows beside the marks of before, to the next who asks.
                 continue;
             };
             app.pools.mark(&cell.name, marks);
@@ -424,11 +481,7 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
 
 impl Pool {
     /// What is the same for all sessions, not older than a few seconds.
-    async fn recent_facts(
-        &self,
-        app: &App,
-        cell: &Cell,
-    ) -> Result<Arc<model::session::Facts>, String> {
+    async fn recent_facts(&self, app: &App, cell: &Cell) -> Result<Arc<Facts>, String> {
         let mut recent = self.recent.lock().await;
         let redefined = self.database.redefined();
         let reloads = self.reloads.load(Ordering::SeqCst);

@@ -86,6 +86,11 @@ struct Known {
     /// Who logged in last.
     identity: Option<Arc<Identity>>,
     welcome: Option<Arc<Welcome>>,
+    /// The same of another cell, where its sessions have logged in.
+    elsewhere: Option<Arc<Welcome>>,
+    /// From where to where its sessions have come, if a login to the one gives something else than to the other. States of
+    /// sessions are told beside what a login gives.
+    bases: Vec<(Arc<Welcome>, Arc<Welcome>)>,
     statements: HashMap<StatementKey, Arc<Statement>>,
     states: BTreeSet<Arc<Beyond>>,
 }
@@ -107,6 +112,14 @@ pub struct Welcome {
     pub params: Params,
     pub facts: Arc<Facts>,
     pub fresh: Snapshot,
+}
+
+impl Welcome {
+    /// A session finds the same here and there.
+    fn is_as(&self, other: &Welcome) -> bool {
+        Beyond::of(&self.fresh) == Beyond::of(&other.fresh)
+            && other.facts.configured_otherwise(&self.facts).is_empty()
+    }
 }
 
 /// Why a server could not be opened.
@@ -145,6 +158,33 @@ impl Pool {
     /// What a fresh login gives, if that is known of `cell`.
     pub fn welcome(&self, cell: &Arc<Cell>) -> Option<Arc<Welcome>> {
         lock(&self.known).welcome.clone().filter(|known| Arc::ptr_eq(&known.cell, cell))
+    }
+
+    /// Its sessions have come from one server to another. What a login gives here was made what it is there.
+    fn rebase(&self, before: Arc<Welcome>, here: &Arc<Welcome>) {
+        lock(&self.known).bases.push((before, here.clone()));
+        self.know(here);
+    }
+
+    /// How often that has happened.
+    fn base(&self) -> usize {
+        lock(&self.known).bases.len()
+    }
+
+    /// What `state`, which was told at the base of this number, is by now; and the number of now.
+    pub(crate) fn state_now(&self, state: &State, base: usize) -> (State, usize) {
+        let bases = match lock(&self.known).bases.get(base..) {
+            None | Some([]) => return (state.clone(), base),
+            Some(bases) => bases.to_vec(),
+        };
+        let now = bases.iter().fold(state.clone(), |state, (before, here)| {
+            self.state(state::rebased(state.as_deref()?, before, here), &here.fresh)
+        });
+        (now, base + bases.len())
+    }
+
+    fn elsewhere(&self) -> Option<Arc<Welcome>> {
+        lock(&self.known).elsewhere.clone()
     }
 
     fn identity(&self) -> Option<Arc<Identity>> {
@@ -320,10 +360,40 @@ impl Pools {
         }
     }
 
+    /// The pool gets no new sessions.
+    pub(crate) fn retire_one(&self, pool: &Pool) {
+        lock(&self.pools).retain(|_, one| {
+            let is_it = one.id == pool.id;
+            if is_it {
+                lock(&self.retired).push(Arc::downgrade(one));
+            }
+            !is_it
+        });
+        pool.is_retired.store(true, Ordering::Relaxed);
+    }
+
+    /// Sessions stand on `cell` from now on. What a login gives there may be something else than where they have logged in.
+    pub fn moved(&self, cell: &Arc<Cell>) {
+        let retired = lock(&self.retired).iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
+        for pool in lock(&self.pools).values().chain(&retired) {
+            let mut known = lock(&pool.known);
+            if let Some(welcome) = known.welcome.take_if(|known| !Arc::ptr_eq(&known.cell, cell)) {
+                known.elsewhere = Some(welcome);
+            }
+            known.welcome = None;
+            pool.reloads.fetch_add(1, Ordering::SeqCst);
+        }
+        // Of the other server nothing is known of what was defined last.
+        for database in lock(&self.databases).values() {
+            database.mark_stale();
+        }
+    }
+
     /// Nothing of what was learned of servers holds any more.
     pub fn forget(&self) {
         for pool in lock(&self.pools).values() {
-            lock(&pool.known).welcome = None;
+            let mut known = lock(&pool.known);
+            (known.welcome, known.elsewhere) = (None, None);
             pool.reloads.fetch_add(1, Ordering::SeqCst);
         }
     }
@@ -336,6 +406,8 @@ pub struct Sharing {
     /// The client's names of prepared statements.
     pub names: Names<Arc<Statement>>,
     pub state: State,
+    /// See [`Pool::state_now`].
+    pub base: usize,
     /// It keeps its server, or is to keep the next one.
     pub keeps: Option<Keeps>,
     /// Of the server that it is attached to.
@@ -499,6 +571,7 @@ impl Here {
 impl Sharing {
     pub fn new(pool: Arc<Pool>) -> Sharing {
         Sharing {
+            base: pool.base(),
             pool,
             names: Names::default(),
             state: None,
@@ -545,6 +618,11 @@ impl Sharing {
             others_wait: false,
             last_name: Vec::new(),
         }
+    }
+
+    /// Its state beside what a login gives now.
+    pub(crate) fn state_now(&self) -> State {
+        self.pool.state_now(&self.state, self.base).0
     }
 
     /// The names by which the server knows the session's statements.

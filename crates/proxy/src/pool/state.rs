@@ -29,6 +29,20 @@ impl Beyond {
     }
 }
 
+/// What is beyond a login on one server, told beside what a login gives on another.
+pub(super) fn rebased(state: &Beyond, before: &Welcome, here: &Welcome) -> Beyond {
+    let configured =
+        |of: &Welcome, name: &String| of.facts.configured.get(name).map(|one| one.value.clone());
+    // What is not there is as it is configured.
+    let value = |name: &String| {
+        let value = state.settings.get(name).cloned().or_else(|| configured(before, name))?;
+        (configured(here, name).as_ref() != Some(&value)).then(|| (name.clone(), value))
+    };
+    let names = state.settings.keys().chain(before.fresh.settings.keys());
+    let names: BTreeSet<&String> = names.chain(here.fresh.settings.keys()).collect();
+    Beyond { settings: names.into_iter().filter_map(value).collect(), ..state.clone() }
+}
+
 /// None for what a fresh login gives.
 pub type State = Option<Arc<Beyond>>;
 
