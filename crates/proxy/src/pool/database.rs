@@ -3,10 +3,14 @@
 use std::sync::{Arc, Mutex};
 
 use model::session::Landscape;
+use model::session::command::ends_transaction;
 use model::session::footprint::{Footprint, Leaves};
 use tokio::sync::Notify;
 
 use super::{Bound, lock};
+
+/// So often learning fails before nobody waits for it any more.
+const FAILURES_MAX: u32 = 2;
 
 /// What names stand for in one database of an application, and whether that still holds.
 #[derive(Debug)]
@@ -29,8 +33,9 @@ pub(super) struct DatabaseState {
     pub(super) settled: u64,
     /// How often that has happened.
     pub(super) redefined: u64,
-    /// What it is could not be learned.
-    pub(super) has_failed: bool,
+    /// What it is could not be learned, so often one after the other. Once may be the end of a server whose sessions do
+    /// not know it yet.
+    pub(super) failures: u32,
     /// Sessions wait until it is.
     pub(super) is_waited_for: bool,
 }
@@ -51,6 +56,8 @@ impl Database {
     pub(super) fn footprint(&self, sql: &[u8]) -> Footprint {
         match self.landscape() {
             Some(landscape) => landscape.of_text(sql),
+            // It is run also while names are being learned, as it means the same whatever they stand for.
+            None if ends_transaction(sql) => Landscape::default().of_text(sql),
             None => Footprint::of(Leaves::ANYTHING),
         }
     }
@@ -58,7 +65,7 @@ impl Database {
     /// It is being learned what was defined anew: a moment later more is known.
     pub(super) fn is_being_learned(&self) -> bool {
         let mut state = lock(&self.state);
-        let waits = !state.is_sure() && !state.has_failed;
+        let waits = !state.is_sure() && state.failures < FAILURES_MAX;
         state.is_waited_for |= waits;
         waits
     }

@@ -374,7 +374,7 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
 fn tell_learned(shared: &Shared, app: &Arc<App>, database: &Database, is_learned: bool) {
     let was_waited_for = {
         let mut state = lock(&database.state);
-        state.has_failed = !is_learned;
+        state.failures = if is_learned { 0 } else { state.failures.saturating_add(1) };
         std::mem::take(&mut state.is_waited_for)
     };
     if was_waited_for {
