@@ -408,11 +408,40 @@ impl Control {
         is_automatic: bool,
     ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
+        self.supersede(app)?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
         let FailoverRequest { to, allow_data_loss, .. } = request;
         let asked = Asked::new(Kind::Failover, from, to);
         self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
+    }
+
+    /// Writes an execution as it is, between the begin and the end of a stage.
+    pub(crate) fn save(&self, execution: &Execution) -> Result<(), ControlError> {
+        let seen = records::application(&*self.store, &execution.app)?;
+        records::write(&*self.store, &execution.app, seen.revision, &seen.application, execution)?;
+        Ok(())
+    }
+
+    /// An execution that stands still before its point of no return is in the way of nobody who fails over.
+    fn supersede(&self, app: &str) -> Result<(), ControlError> {
+        let mut seen = records::application(&*self.store, app)?;
+        let Some(id) = seen.application.execution else { return Ok(()) };
+        let mut execution = self.execution(app, id)?;
+        let is_before = !seen.application.is_past(&execution) && execution.kind != Kind::Unfence;
+        if execution.ending != Some(Ending::Stuck) || !is_before {
+            return Ok(());
+        }
+        execution.ending = Some(Ending::Aborted);
+        if seen.application.state(&execution.from).map_err(RecordError::Cell)?
+            == CellState::Draining
+        {
+            let from = execution.from.clone();
+            seen.application.change(&from, CellState::Active).map_err(RecordError::Cell)?;
+        }
+        seen.application.execution = None;
+        records::write(&*self.store, app, seen.revision, &seen.application, &execution)?;
+        Ok(())
     }
 
     /// Where the active cell's server was seen last.

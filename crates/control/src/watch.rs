@@ -101,7 +101,7 @@ async fn look(
     }
     let (mut process, mut streams) = (None, None);
     if answer == Answer::Nothing {
-        process = server.instance.as_ref().map(|instance| instance.is_running());
+        process = stages::process_of(server).await;
         if process.is_none() {
             streams = streams_from(servers, cell).await;
         }

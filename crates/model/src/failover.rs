@@ -14,15 +14,29 @@ pub enum Answer {
     Primary,
     /// It answers, and is in recovery.
     Standby,
-    /// It refuses a login, or does not answer.
+    /// It refuses a login, and says why: it is there, whatever the matter is.
+    Refuses,
+    /// It is starting, ending or recovering.
+    NotReady,
+    /// Nobody answers.
     Nothing,
+}
+
+/// What became of a server's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process {
+    Lives,
+    /// It is gone, and has not shut down.
+    Crashed,
+    /// It was shut down, by whoever may have a plan.
+    ShutDown,
 }
 
 /// What is seen of the active cell's server at one moment, by ways that do not hang on each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sight {
-    /// Whether its process lives. None where that cannot be seen.
-    pub process: Option<bool>,
+    /// What became of its process. None where that cannot be seen.
+    pub process: Option<Process>,
     pub answer: Answer,
     /// Whether a standby of another cell streams from it. None if none could be asked.
     pub streams: Option<bool>,
@@ -42,6 +56,12 @@ pub enum Analysis {
     UnreachablePrimary,
     /// It is in recovery, so that nothing can be written.
     PrimaryInRecovery,
+    /// It was shut down.
+    PrimaryShutDown,
+    /// It is starting, ending or recovering.
+    PrimaryNotReady,
+    /// It does not let us in.
+    LoginRefused,
 }
 
 impl Analysis {
@@ -53,6 +73,9 @@ impl Analysis {
             Analysis::PrimaryHung => "PrimaryHung",
             Analysis::UnreachablePrimary => "UnreachablePrimary",
             Analysis::PrimaryInRecovery => "PrimaryInRecovery",
+            Analysis::PrimaryShutDown => "PrimaryShutDown",
+            Analysis::PrimaryNotReady => "PrimaryNotReady",
+            Analysis::LoginRefused => "LoginRefused",
         }
     }
 
@@ -70,6 +93,9 @@ impl Analysis {
             Analysis::PrimaryHung => "the server's process lives, and answers nobody",
             Analysis::UnreachablePrimary => "the server does not answer us, but its standbys",
             Analysis::PrimaryInRecovery => "the server is in recovery",
+            Analysis::PrimaryShutDown => "the server was shut down",
+            Analysis::PrimaryNotReady => "the server is starting, ending or recovering",
+            Analysis::LoginRefused => "the server lives, and refuses our login",
         }
     }
 }
@@ -98,11 +124,18 @@ impl Detector {
                 self.silent_since = None;
                 return Analysis::PrimaryInRecovery;
             }
+            Answer::Refuses | Answer::NotReady => {
+                self.silent_since = None;
+                let is_refused = sight.answer == Answer::Refuses;
+                return if is_refused { Analysis::LoginRefused } else { Analysis::PrimaryNotReady };
+            }
             Answer::Nothing => (),
         }
         let since = *self.silent_since.get_or_insert(now);
-        if sight.process == Some(false) {
-            return Analysis::DeadPrimary;
+        match sight.process {
+            Some(Process::Crashed) => return Analysis::DeadPrimary,
+            Some(Process::ShutDown) => return Analysis::PrimaryShutDown,
+            Some(Process::Lives) | None => (),
         }
         if now.duration_since(since) < SILENT_MAX {
             return Analysis::Unsure;
@@ -124,6 +157,8 @@ pub enum Known {
     Lacks(u64),
     /// It was seen last at the candidate's position or before, and may have gone on.
     Perhaps,
+    /// Nobody has seen where it was.
+    Nothing,
 }
 
 impl Known {
@@ -131,7 +166,8 @@ impl Known {
     pub fn of(last_seen: Option<Lsn>, received: Lsn) -> Known {
         match last_seen.map(|lsn| lsn.bytes_since(received)) {
             Some(bytes) if bytes > 0 => Known::Lacks(bytes),
-            _ => Known::Perhaps,
+            Some(_) => Known::Perhaps,
+            None => Known::Nothing,
         }
     }
 }
@@ -159,7 +195,7 @@ impl LossPolicy {
                 let max = max.unwrap_or(0);
                 Err(format!("it lacks at least {bytes} bytes of WAL, at most {max} may be lost"))
             }
-            Known::Perhaps => Err(
+            Known::Perhaps | Known::Nothing => Err(
                 "it may lack what the lost server has acknowledged last, and nothing may be lost"
                     .into(),
             ),
@@ -216,16 +252,25 @@ mod tests {
 
     #[test]
     fn a_process_that_is_gone_is_dead_at_once() {
-        assert_eq!(after(0, Sight { process: Some(false), ..SILENT }), Analysis::DeadPrimary);
+        let gone = Sight { process: Some(Process::Crashed), ..SILENT };
+        assert_eq!(after(0, gone), Analysis::DeadPrimary);
+        let shut_down = Sight { process: Some(Process::ShutDown), ..SILENT };
+        assert_eq!(after(5_000, shut_down), Analysis::PrimaryShutDown);
         // A server that answers is there, whatever is thought of its process.
-        let answers = Sight { process: Some(false), answer: Answer::Primary, streams: None };
-        assert_eq!(after(5_000, answers), Analysis::NoProblem);
+        assert_eq!(after(5_000, Sight { answer: Answer::Primary, ..gone }), Analysis::NoProblem);
+        for (answer, expected) in [
+            (Answer::Refuses, Analysis::LoginRefused),
+            (Answer::NotReady, Analysis::PrimaryNotReady),
+        ] {
+            let analysis = after(60_000, Sight { answer, ..gone });
+            assert!(analysis == expected && !analysis.calls_for_failover());
+        }
     }
 
     #[test]
     fn silence_alone_is_not_enough() {
         for (sight, expected) in [
-            (Sight { process: Some(true), ..SILENT }, Analysis::PrimaryHung),
+            (Sight { process: Some(Process::Lives), ..SILENT }, Analysis::PrimaryHung),
             (Sight { streams: Some(false), ..SILENT }, Analysis::DeadPrimary),
             (Sight { streams: Some(true), ..SILENT }, Analysis::UnreachablePrimary),
             (SILENT, Analysis::UnreachablePrimary),
@@ -240,7 +285,7 @@ mod tests {
     #[test]
     fn an_answer_begins_the_time_anew() {
         let (mut detector, now) = (Detector::default(), Instant::now());
-        let hung = Sight { process: Some(true), ..SILENT };
+        let hung = Sight { process: Some(Process::Lives), ..SILENT };
         detector.see(now, hung);
         let later = now + Duration::from_secs(1);
         detector.see(later, Sight { answer: Answer::Primary, ..hung });
@@ -259,7 +304,8 @@ mod tests {
         assert_eq!(permitted(Known::Lacks(101)), [false, false, true]);
         assert_eq!(Known::of(Some(Lsn(7)), Lsn(5)), Known::Lacks(2));
         assert_eq!(Known::of(Some(Lsn(5)), Lsn(7)), Known::Perhaps);
-        assert_eq!(Known::of(None, Lsn(7)), Known::Perhaps);
+        assert_eq!(Known::of(None, Lsn(7)), Known::Nothing);
+        assert_eq!(permitted(Known::Nothing), [false, false, true]);
     }
 
     #[test]

@@ -13,11 +13,8 @@ use thiserror::Error;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-/// Files that belong to one server and not to its data; pg_rewind would overwrite them with the source's.
-const OWN_FILES: [&str; 4] =
-    ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
 /// Output of a program that is kept for its error.
-const OUTPUT_LEN_MAX: u64 = 4_000;
+const OUTPUT_LEN_MAX: u64 = 8_000;
 
 #[derive(Debug, Error)]
 pub enum InstanceError {
@@ -29,6 +26,10 @@ pub enum InstanceError {
     Timeout { program: String, limit: Duration },
     #[error("`{program}` ended with {status}: {output}")]
     Failed { program: String, status: String, output: String },
+    #[error(
+        "it cannot be seen whose process {pid} is; Holdfast has to run as the server's owner, or with the right to trace (CAP_SYS_PTRACE)"
+    )]
+    Unseen { pid: u32 },
     #[error("`{path}` cannot be {what}")]
     File { path: PathBuf, what: &'static str, source: std::io::Error },
 }
@@ -38,6 +39,14 @@ pub enum InstanceError {
 pub struct RunAs {
     pub uid: u32,
     pub gid: u32,
+}
+
+/// What `pg_controldata` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlData {
+    pub system_identifier: String,
+    /// It is a primary that has ended as it should.
+    pub is_shut_down: bool,
 }
 
 /// A server that this process may start and stop.
@@ -172,7 +181,7 @@ impl Instance {
         if self.is_running() {
             return Ok(());
         }
-        if self.processes().is_empty() {
+        if self.processes().is_ok_and(|pids| pids.is_empty()) {
             self.remove_locks();
         }
         let log = self.data_dir.join("server.log");
@@ -212,20 +221,38 @@ impl Instance {
     fn owns(&self, pid: u32) -> Option<bool> {
         match std::fs::read_link(format!("/proc/{pid}/cwd")) {
             Ok(dir) => Some(same_dir(&dir, &self.data_dir)),
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => None,
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                // A server's processes run as the owner of its data (`checkDataDir`).
+                let owner = |path: &Path| std::fs::metadata(path).map(|file| file.uid());
+                let process = owner(Path::new(&format!("/proc/{pid}"))).ok()?;
+                let data = owner(&self.data_dir).ok()?;
+                (process != data).then_some(false)
+            }
             Err(_) => Some(false),
         }
     }
 
     /// The server's processes that live, the postmaster's and all others. Each works in the data directory.
-    fn processes(&self) -> Vec<u32> {
-        let Ok(all) = std::fs::read_dir("/proc") else { return Vec::new() };
+    ///
+    /// # Errors
+    /// Of some it cannot be seen whose they are: which is no proof that there are none.
+    fn processes(&self) -> Result<Vec<u32>, InstanceError> {
+        let error = |source| InstanceError::File { path: "/proc".into(), what: "read", source };
+        let all = std::fs::read_dir("/proc").map_err(error)?;
         let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let is_server = |pid: &u32| {
             std::fs::read_to_string(format!("/proc/{pid}/comm"))
-                .is_ok_and(|name| name.trim_end() == "postgres")
+                .is_ok_and(|name| matches!(name.trim_end(), "postgres" | "postmaster"))
         };
-        pids.filter(|pid| is_server(pid) && self.owns(*pid) == Some(true)).collect()
+        let mut own = Vec::new();
+        for pid in pids.filter(is_server) {
+            match self.owns(pid) {
+                Some(true) => own.push(pid),
+                Some(false) => (),
+                None => return Err(InstanceError::Unseen { pid }),
+            }
+        }
+        Ok(own)
     }
 
     /// Ends every process of the server at once, whatever it is doing, also if it was stopped. Gives how many there were.
@@ -236,9 +263,10 @@ impl Instance {
         let deadline = std::time::Instant::now() + limit;
         let mut ended = std::collections::BTreeSet::new();
         // The postmaster first, so that it begins no more.
-        let mut pids: Vec<u32> = self.pid().into_iter().collect();
+        let is_own = |pid: &u32| self.owns(*pid) == Some(true);
+        let mut pids: Vec<u32> = self.pid().into_iter().filter(is_own).collect();
         loop {
-            pids.extend(self.processes());
+            pids.extend(self.processes()?);
             if pids.is_empty() {
                 self.remove_locks();
                 return Ok(ended.len());
@@ -306,28 +334,53 @@ impl Instance {
         self.run("pg_basebackup", &args, Duration::from_secs(3_600)).await.map(drop)
     }
 
-    /// Takes back what was written after the histories parted. The server's own files stay its own.
+    /// Takes back what was written after the histories parted. The server's own files become those of the source.
     ///
     /// # Errors
     /// pg_rewind fails; then the directory may be unusable and must be copied anew.
     pub async fn rewind(&self, source_conninfo: &str) -> Result<String, InstanceError> {
-        let kept: Vec<(PathBuf, Option<Vec<u8>>)> = OWN_FILES
-            .iter()
-            .map(|name| self.data_dir.join(name))
-            .map(|path| {
-                let bytes = std::fs::read(&path).ok();
-                (path, bytes)
-            })
-            .collect();
         let args = ["-D", self.data(), "--source-server", source_conninfo];
-        let result = self.run("pg_rewind", &args, Duration::from_secs(3_600)).await;
-        for (path, bytes) in kept {
-            match bytes {
-                Some(bytes) => self.write(&path, &bytes)?,
-                None => drop(std::fs::remove_file(&path)),
+        self.run("pg_rewind", &args, Duration::from_secs(3_600)).await
+    }
+
+    /// Whoever starts the server from now on starts a standby, which takes no writes, unless [`Instance::may_be_primary`]
+    /// was called.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn must_be_standby(&self) -> Result<(), InstanceError> {
+        self.write(&self.data_dir.join("standby.signal"), b"")
+    }
+
+    /// Takes [`Instance::must_be_standby`] back.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
+    pub fn may_be_primary(&self) -> Result<(), InstanceError> {
+        let path = self.data_dir.join("standby.signal");
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(InstanceError::File { path, what: "removed", source })
             }
+            _ => Ok(()),
         }
-        result
+    }
+
+    /// What the control file of the server says, whether it runs or not.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub async fn control_data(&self) -> Result<ControlData, InstanceError> {
+        let text =
+            self.run("pg_controldata", &["-D", self.data()], Duration::from_secs(10)).await?;
+        let value = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.map(str::trim).unwrap_or_default().to_owned()
+        };
+        Ok(ControlData {
+            system_identifier: value("Database system identifier"),
+            is_shut_down: value("Database cluster state") == "shut down",
+        })
     }
 
     /// Tells the server to be a standby of `primary_conninfo` from its next start.

@@ -18,6 +18,8 @@ const LINES_MAX: usize = 10_000;
 pub struct WalTail {
     /// Where the last one begins. None if there is none.
     pub last: Option<Lsn>,
+    /// Where the next would begin, if that is told.
+    pub end: Option<Lsn>,
     /// Commits among them, and what the first of them say.
     pub commits: u64,
     pub shown: Vec<String>,
@@ -29,16 +31,18 @@ impl WalTail {
         if let Some((_, rest)) = line.split_once(" lsn: ") {
             let lsn = rest.split(',').next().and_then(Lsn::read);
             self.last = lsn.max(self.last);
-            if rest.contains("desc: COMMIT") || rest.contains("desc: COMMIT_PREPARED") {
+            if line.contains("rmgr: Transaction") && rest.contains("desc: COMMIT") {
                 self.commits += 1;
             }
-            if self.shown.len() < LINES_MAX {
+            if line.contains("rmgr: Transaction") && self.shown.len() < LINES_MAX {
                 self.shown.push(line.to_owned());
             }
         } else if let Some((_, rest)) = line.split_once("error in WAL record at ") {
             // The last record that could be read, of whatever kind.
             let lsn = rest.split(':').next().and_then(Lsn::read);
             self.last = lsn.max(self.last);
+            let end = rest.split_once("invalid record length at ").map(|(_, end)| end);
+            self.end = end.and_then(|end| end.split(':').next()).and_then(Lsn::read);
         }
     }
 }
@@ -66,7 +70,7 @@ impl Instance {
         let dir = self.data_dir.join("pg_wal");
         let dir = dir.to_str().unwrap_or_default();
         let (timeline, start) = (timeline.to_string(), from.to_string());
-        let args = ["-p", dir, "-t", &timeline, "-s", &start, "-r", "Transaction"];
+        let args = ["-p", dir, "-t", &timeline, "-s", &start];
         let (status, mut output) = self.run_into_file("pg_waldump", &args, READ_MAX).await?;
         let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
         output.rewind().map_err(run)?;
@@ -74,8 +78,10 @@ impl Instance {
         for line in BufReader::new(output).lines() {
             let line = line.map_err(run)?;
             tail.read(&line);
+            // A log that ends with a segment has no next one.
             is_understood |= line.contains("error in WAL record at ")
-                || line.contains("could not find a valid record after ");
+                || line.contains("could not find a valid record after ")
+                || (tail.last.is_some() && line.contains("could not find file "));
             last = line;
         }
         // It always ends with an error: where no more can be read.
@@ -147,6 +153,7 @@ mod tests {
             tail.read(line);
         }
         assert_eq!((tail.commits, tail.last), (1, Lsn::read("0/5000288")));
+        assert_eq!(tail.end, Lsn::read("0/50002C0"));
         assert_eq!(tail.shown.len(), 2);
     }
 

@@ -397,6 +397,8 @@ impl Session {
                                 let skip = HEADER_LEN + body_len;
                                 self.edits.push(Edit { at, skip, insert: Vec::new() });
                                 at += skip;
+                                self.server.shut_down(std::net::Shutdown::Both);
+                                (self.server.readable, self.server.eof) = (true, true);
                                 continue;
                             }
                             self.server_said_why |= fatal;

@@ -145,7 +145,9 @@ async fn sessions_go_on_with_what_they_had() {
             frontend::sync(out);
         })
         .await;
-        assert_eq!(hears(rolls, 2).await, "InTransaction ROLLBACK Idle", "{how}");
+        // It is not run before it is known what is run: whoever sends COMMIT instead must be told.
+        assert_eq!(hears(rolls, 2).await, "InTransaction 40001 Failed", "{how}");
+        assert_eq!(says(rolls, "ROLLBACK").await, "ROLLBACK Idle", "{how}");
         for session in [select, rollback, commit, extends, rolls] {
             assert_eq!(value(session, "SELECT count(*) FROM kept").await, "0", "{how}");
         }
@@ -251,4 +253,69 @@ async fn what_is_sent_while_there_is_no_server_waits_for_one() {
     assert!(!asked.is_finished());
     installation.start_server("a").await;
     assert_eq!(asked.await.unwrap(), "7");
+}
+
+/// What was set and committed may be what the session has, and nobody knows it yet; and what a lost text may have begun
+/// is not gone on with.
+#[tokio::test]
+async fn what_may_be_committed_is_not_taken_for_nothing() {
+    let installation = Installation::start_pooled("outlive-doubt", 8);
+    run(&mut installation.connect().await, "CREATE TABLE kept (n int)").await;
+    tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
+    let mut chained = installation.connect().await;
+    for sql in ["BEGIN", "SET work_mem = '9MB'", "COMMIT AND CHAIN"] {
+        run(&mut chained, sql).await;
+    }
+    let mut queued = installation.connect().await;
+    send(&mut queued, |out| {
+        frontend::query(out, b"SET work_mem = '9MB'");
+        frontend::query(out, SLEEPS.as_bytes());
+    })
+    .await;
+    let mut begins = installation.connect().await;
+    let text = format!("BEGIN; {SLEEPS}");
+    send(&mut begins, |out| frontend::query(out, text.as_bytes())).await;
+    let mut bound = installation.connect().await;
+    send(&mut bound, |out| {
+        frontend::parse(out, b"b", b"BEGIN", &[]);
+        frontend::sync(out);
+    })
+    .await;
+    hears(&mut bound, 1).await;
+    send(&mut bound, |out| {
+        // Never executed, so what follows is a transaction by itself.
+        frontend::bind_text(out, b"p", b"b", &[]);
+        add_run(out, SLEEPS);
+        frontend::sync(out);
+    })
+    .await;
+    let mut half = installation.connect().await;
+    send(&mut half, |out| {
+        frontend::parse(out, b"", b"BEGIN", &[]);
+        frontend::flush(out);
+    })
+    .await;
+    assert_eq!(half.receive().await.unwrap().tag, b'1');
+    wait_asleep(&installation, 3).await;
+    lose_server(&installation, "QUIT").await;
+    for session in [&mut chained, &mut queued] {
+        let heard = hears(session, 2).await;
+        assert!(heard.ends_with("the connection ended") && heard.contains("08006"), "{heard}");
+    }
+    assert_eq!(hears(&mut begins, 1).await, "BEGIN 08007 Failed");
+    assert_eq!(says(&mut begins, "INSERT INTO kept VALUES (1)").await, "25P02 Failed");
+    assert_eq!(hears(&mut bound, 1).await, "08007 Idle");
+    send(&mut half, |out| {
+        frontend::bind_text(out, b"", b"", &[]);
+        frontend::execute(out, b"", 0);
+        add_run(out, "INSERT INTO kept VALUES (2)");
+        frontend::sync(out);
+        frontend::query(out, b"INSERT INTO kept VALUES (3)");
+        frontend::query(out, b"COMMIT");
+    })
+    .await;
+    let heard = hears(&mut half, 3).await;
+    assert!(heard.contains("Failed 25P02 Failed ROLLBACK Idle"), "{heard}");
+    let mut client = installation.connect().await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM kept").await, "0");
 }

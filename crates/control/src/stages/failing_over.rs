@@ -8,11 +8,14 @@ use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::Order;
-use model::failover::{Answer, Candidate, Known, LossPolicy, check_chosen, most_advanced};
+use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
 use model::persisted::{Execution, LostTail};
+use pg::ConnectError;
 use pg::admin::Admin;
 use pg::instance::Instance;
+use pg::wal::WalTail;
 use tokio::time::timeout;
+use wire::sqlstate::SqlState;
 
 use super::fencing::reload;
 use super::{Done, POLL, START_MAX, admin, admin_at_once, chain, release, reported};
@@ -28,21 +31,54 @@ const SALVAGE_MAX: Duration = Duration::from_secs(60);
 /// Asks a server what it is.
 pub(crate) async fn probe(server: &CellServer) -> (Answer, Option<Admin>) {
     let ask = async {
-        let mut admin = Admin::connect(&server.target, &server.admin).await.ok()?;
-        let in_recovery = admin.value("SELECT pg_is_in_recovery()").await.ok()??;
-        Some((if in_recovery == "t" { Answer::Standby } else { Answer::Primary }, admin))
+        let mut admin = match Admin::connect(&server.target, &server.admin).await {
+            Ok(admin) => admin,
+            Err(ConnectError::Refused { sqlstate: SqlState::CANNOT_CONNECT_NOW, .. }) => {
+                return (Answer::NotReady, None);
+            }
+            Err(ConnectError::Refused { .. }) => return (Answer::Refuses, None),
+            Err(_) => return (Answer::Nothing, None),
+        };
+        match admin.value("SELECT pg_is_in_recovery()").await {
+            Ok(Some(in_recovery)) if in_recovery == "t" => (Answer::Standby, Some(admin)),
+            Ok(Some(_)) => (Answer::Primary, Some(admin)),
+            _ => (Answer::Nothing, None),
+        }
     };
-    match timeout(PROBE_MAX, ask).await {
-        Ok(Some((answer, admin))) => (answer, Some(admin)),
-        _ => (Answer::Nothing, None),
+    timeout(PROBE_MAX, ask).await.unwrap_or((Answer::Nothing, None))
+}
+
+/// What became of a server's process, where Holdfast can see that.
+pub(crate) async fn process_of(server: &CellServer) -> Option<Process> {
+    let instance = server.instance.as_ref()?;
+    if instance.is_running() {
+        return Some(Process::Lives);
     }
+    match instance.control_data().await {
+        Ok(control) if control.is_shut_down => Some(Process::ShutDown),
+        _ => Some(Process::Crashed),
+    }
+}
+
+/// Which system the servers of an application are of, by the files of one.
+async fn system_of(server: &CellServer) -> Option<String> {
+    Some(server.instance.as_ref()?.control_data().await.ok()?.system_identifier)
 }
 
 /// The standbys that answer, but for that of `from`, whose place is to be taken.
 pub(crate) async fn candidates(servers: &AppServers, from: &str) -> Vec<Candidate> {
     let mut found = Vec::new();
+    let system = match servers.cells.get(from) {
+        Some(server) => system_of(server).await,
+        None => None,
+    };
     for (cell, server) in servers.cells.iter().filter(|(cell, _)| *cell != from) {
         let (Answer::Standby, Some(mut admin)) = probe(server).await else { continue };
+        let status = admin.status().await;
+        if system.is_some() && status.ok().map(|status| status.system_identifier) != system {
+            tracing::warn!(cell, ?system, "its server is of another system");
+            continue;
+        }
         if let Ok((timeline, received)) = position(&mut admin).await {
             found.push(Candidate { cell: cell.clone(), timeline, received });
         }
@@ -53,7 +89,9 @@ pub(crate) async fn candidates(servers: &AppServers, from: &str) -> Vec<Candidat
 /// The timeline and the end of the WAL that a standby has.
 async fn position(admin: &mut Admin) -> Result<(u64, Lsn), String> {
     let question = "SELECT GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), \
-        GREATEST((SELECT received_tli FROM pg_stat_wal_receiver), timeline_id) FROM pg_control_checkpoint()";
+        GREATEST((SELECT received_tli FROM pg_stat_wal_receiver), timeline_id, \
+        (SELECT ('x' || max(left(name, 8)))::bit(32)::int FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$')) \
+        FROM pg_control_checkpoint()";
     let rows = admin.rows(question).await.map_err(chain)?;
     let cell = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
     let received = cell(0).and_then(Lsn::read).ok_or("it says no position")?;
@@ -89,7 +127,7 @@ pub(super) async fn assess(
     (from, to): (&CellServer, &CellServer),
 ) -> Done {
     let Execution { app, from: from_name, to: to_name, .. } = execution;
-    let process = from.instance.as_ref().map(Instance::is_running);
+    let process = process_of(from).await;
     let (answer, _) = probe(from).await;
     match answer {
         Answer::Primary => {
@@ -102,7 +140,13 @@ pub(super) async fn assess(
                 "the server of `{from_name}` is a standby, of which nothing is lost"
             ));
         }
-        Answer::Nothing => (),
+        Answer::Refuses => {
+            return Err(format!(
+                "the server of `{from_name}` lives, and refuses the login of `{}`",
+                from.admin.user
+            ));
+        }
+        Answer::NotReady | Answer::Nothing => (),
     }
     if from.instance.is_none() && !execution.allow_data_loss {
         return Err(format!(
@@ -112,6 +156,7 @@ pub(super) async fn assess(
     let all = candidates(servers, from_name).await;
     let chosen = check_chosen(&all, to_name)
         .map_err(|why| format!("`{to_name}` cannot take its place: {why}"))?;
+    check_history(execution, from, &chosen)?;
     let last_seen = control.last_seen(app);
     if can_salvage(from, to).is_none() {
         let known = Known::of(last_seen, chosen.received);
@@ -120,8 +165,9 @@ pub(super) async fn assess(
             .map_err(|why| or_allow(execution, &format!("`{to_name}`: {why}")))?;
     }
     let process = match process {
-        Some(true) => "its process lives",
-        Some(false) => "its process is gone",
+        Some(Process::Lives) => "its process lives",
+        Some(Process::Crashed) => "its process is gone",
+        Some(Process::ShutDown) => "it was shut down",
         None => "of its process nothing is known",
     };
     let seen = last_seen.map_or("nowhere".to_owned(), |lsn| lsn.to_string());
@@ -129,6 +175,25 @@ pub(super) async fn assess(
     Ok(format!(
         "`{from_name}` does not answer, {process}; seen last at {seen}; `{to_name}` has {received} of timeline {timeline}"
     ))
+}
+
+/// A standby that was a primary meanwhile, or has not followed, has another history.
+fn check_history(
+    execution: &Execution,
+    from: &CellServer,
+    chosen: &Candidate,
+) -> Result<(), String> {
+    let lost = from.instance.as_ref().and_then(|lost| lost.last_timeline().ok());
+    match lost.filter(|timeline| *timeline != chosen.timeline && !execution.allow_data_loss) {
+        Some(lost) => Err(or_allow(
+            execution,
+            &format!(
+                "`{}` is on timeline {}, and the lost server was on {lost}",
+                chosen.cell, chosen.timeline
+            ),
+        )),
+        None => Ok(()),
+    }
 }
 
 pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
@@ -141,6 +206,8 @@ pub(super) async fn isolate(execution: &Execution, from: &CellServer) -> Done {
     let Some(instance) = &from.instance else {
         return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
     };
+    // Whoever starts it again, such as the system, starts a standby.
+    instance.must_be_standby().map_err(chain)?;
     match instance.kill(KILL_MAX).await.map_err(chain)? {
         0 => Ok("its processes are gone".into()),
         ended => Ok(format!("{ended} processes of it ended")),
@@ -158,7 +225,9 @@ pub(super) async fn recruit(
     let salvaged = match can_salvage(from, to) {
         Some(lost) => {
             let salvaged = salvage(lost, &mut new, received).await;
-            end_salvage(&mut new).await?;
+            if let Err(error) = end_salvage(&mut new).await {
+                tracing::warn!(error, "`restore_command` cannot be put back");
+            }
             salvaged
         }
         None => Err("its disk cannot be read from here".into()),
@@ -170,6 +239,7 @@ pub(super) async fn recruit(
     // Another may have received more since it was assessed.
     let all = candidates(servers, &execution.from).await;
     let chosen = check_chosen(&all, &execution.to)?;
+    check_history(execution, from, &chosen)?;
     loss_policy(execution, servers)
         .permits(known)
         .map_err(|why| or_allow(execution, &format!("`{}`: {why} ({how})", execution.to)))?;
@@ -177,7 +247,9 @@ pub(super) async fn recruit(
     Ok(match known {
         Known::All => format!("`{}` has all up to {}: {how}", execution.to, chosen.received),
         Known::Lacks(bytes) => format!("`{}` lacks at least {bytes} bytes: {how}", execution.to),
-        Known::Perhaps => format!("`{}` may lack the last commits: {how}", execution.to),
+        Known::Perhaps | Known::Nothing => {
+            format!("`{}` may lack the last commits: {how}", execution.to)
+        }
     })
 }
 
@@ -186,17 +258,27 @@ async fn salvage(lost: &Instance, new: &mut Admin, received: Lsn) -> Result<Stri
     // What was received may end within a record, what is replayed does not.
     let replayed = new.replayed_lsn().await.map_err(chain)?;
     let timeline = lost.last_timeline().map_err(chain)?;
-    let tail = lost.wal_tail(timeline, replayed).await.map_err(chain)?;
-    let Some(last) = tail.last.filter(|last| *last >= replayed) else {
+    let tail = tail_around(lost, timeline, replayed).await?;
+    let last = tail.last.ok_or("nothing of its log can be read there")?;
+    if let Some(end) = tail.end.filter(|end| *end < replayed) {
+        return Err(format!("it has {replayed}, and the lost server's log ends at {end}"));
+    }
+    if last < replayed {
         return Ok("the lost server's disk has no more".into());
-    };
+    }
+    // Replay that somebody has stopped would be waited for.
+    new.rows("SELECT pg_wal_replay_resume()").await.map_err(chain)?;
     let dir = lost.data_dir.join("pg_wal");
     let dir = dir.to_str().filter(|dir| !dir.contains(['\'', '"', '\\', '%', '$', '`']));
     let dir = dir.ok_or("the name of its directory has letters that a command cannot have")?;
     // Read by the standby itself, by the way it knows (manual, "Archive Recovery Settings").
-    let command = format!("cp \"{dir}/%f\" \"%p\"");
-    let set = format!("ALTER SYSTEM SET restore_command = '{command}'");
-    new.rows(&set).await.map_err(chain)?;
+    let own = format!("cp \"{dir}/%f\" \"%p\"");
+    let before = new.value("SHOW restore_command").await.map_err(chain)?.unwrap_or_default();
+    let command = match before.as_str() {
+        "" => format!("{own} {MARK}"),
+        before => format!("{own} || {before} {MARK}"),
+    };
+    set_restore_command(new, &command).await?;
     reload(new).await?;
     let deadline = Instant::now() + SALVAGE_MAX;
     // Behind the last whole record.
@@ -212,9 +294,39 @@ async fn salvage(lost: &Instance, new: &mut Admin, received: Lsn) -> Result<Stri
     })
 }
 
+/// Ends a `restore_command` of ours; what it was before stands before it.
+const MARK: &str = "# holdfast";
+
+async fn set_restore_command(new: &mut Admin, command: &str) -> Result<(), String> {
+    let literal = command.replace('\'', "''");
+    let set = format!("ALTER SYSTEM SET restore_command = '{literal}'");
+    new.rows(&set).await.map_err(chain).map(drop)
+}
+
+/// Puts the `restore_command` of before back, if there is one of ours.
 async fn end_salvage(new: &mut Admin) -> Result<(), String> {
-    new.rows("ALTER SYSTEM RESET restore_command").await.map_err(chain)?;
+    let now = new.value("SHOW restore_command").await.map_err(chain)?.unwrap_or_default();
+    let Some(now) = now.strip_suffix(MARK) else { return Ok(()) };
+    match now.split_once(" || ") {
+        Some((_, before)) => set_restore_command(new, before.trim()).await?,
+        None => drop(new.rows("ALTER SYSTEM RESET restore_command").await.map_err(chain)?),
+    }
     reload(new).await
+}
+
+/// What a lost server has around a position, of which some records before it are read as well: where none can be, the
+/// position is of another history, or beyond the end.
+async fn tail_around(lost: &Instance, timeline: u64, position: Lsn) -> Result<WalTail, String> {
+    const BEFORE: u64 = 64 * 1024;
+    // No segment is smaller; the one before may be gone.
+    const SEGMENT_MIN: u64 = 1024 * 1024;
+    let far = position.0.saturating_sub(BEFORE);
+    let near = far.max(position.0 / SEGMENT_MIN * SEGMENT_MIN);
+    let tail = lost.wal_tail(timeline, Lsn(near)).await;
+    match tail {
+        Ok(tail) if tail.last.is_some() => Ok(tail),
+        _ => lost.wal_tail(timeline, Lsn(far)).await.map_err(chain),
+    }
 }
 
 /// The lost server takes up its work again, if it can; whoever waits for it goes on waiting.
@@ -224,15 +336,30 @@ pub(super) async fn revert(
     (from, to): (&CellServer, &CellServer),
 ) -> Done {
     let started = match &from.instance {
-        Some(instance) => instance.start(START_MAX).await.map_err(chain),
+        Some(instance) => start_again(instance, from).await,
         None => Ok(()),
     };
-    if let Ok(mut new) = admin_at_once(to).await {
-        end_salvage(&mut new).await?;
+    if let Ok(mut new) = admin_at_once(to).await
+        && let Err(error) = end_salvage(&mut new).await
+    {
+        tracing::warn!(error, "`restore_command` cannot be put back");
     }
     let state = model::cell::CellState::Active;
     let released = release(control, execution, &execution.from, state).await?;
-    started.map(|()| released)
+    // Clients wait for it as before, and what to do next is in the reason.
+    Ok(match started {
+        Ok(()) => released,
+        Err(why) => format!("{released}; the lost server does not start: {why}"),
+    })
+}
+
+async fn start_again(instance: &Instance, from: &CellServer) -> Result<(), String> {
+    if probe(from).await.0 == Answer::Standby {
+        // Somebody has started it while it was to be none but a standby.
+        instance.kill(KILL_MAX).await.map_err(chain)?;
+    }
+    instance.may_be_primary().map_err(chain)?;
+    instance.start(START_MAX).await.map_err(chain)
 }
 
 /// Looks at what only the lost server had, before that is gone, and keeps it for people.
@@ -241,15 +368,21 @@ pub(super) async fn keep_tail(
     execution: &mut Execution,
     (from, to): (&CellServer, &CellServer),
 ) -> Result<String, String> {
+    if let Some(instance) = &from.instance {
+        // Whatever somebody has started writes to it no more.
+        instance.kill(KILL_MAX).await.map_err(chain)?;
+    }
     let Some(lost) = from.instance.as_ref().filter(|lost| lost.has("pg_waldump")) else {
         return Err("what the lost server alone had is not known".into());
     };
     let mut new = admin(to).await?;
     let (timeline, fork) = fork_of(&mut new).await?;
-    let tail = lost.wal_tail(timeline, fork).await.map_err(chain)?;
-    let Some(last) = tail.last.filter(|last| *last >= fork) else {
+    let around = tail_around(lost, timeline, fork).await?;
+    if around.last.ok_or("nothing of its log can be read there")? < fork {
         return Ok("the lost server had nothing that is not here".into());
-    };
+    }
+    let tail = lost.wal_tail(timeline, fork).await.map_err(chain)?;
+    let last = tail.last.ok_or("nothing of its log can be read there")?;
     let Execution { app, id, .. } = &*execution;
     let dir = control.config.state_dir.join("lost").join(format!("{app}-{id}"));
     lost.keep_wal(timeline, fork, &tail, &dir).map_err(chain)?;
@@ -260,6 +393,7 @@ pub(super) async fn keep_tail(
         last.bytes_since(fork)
     );
     execution.lost = Some(LostTail { from: fork, to: last, transactions: tail.commits, kept_in });
+    control.save(execution).map_err(chain)?;
     Ok(text)
 }
 

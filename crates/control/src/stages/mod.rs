@@ -33,7 +33,7 @@ mod rejoining;
 use fencing::{Logins, fence, hba_rules, regrant, unfence_in_time};
 use rejoining::rejoin;
 
-pub(crate) use failing_over::{choose, describe as describe_failover, probe};
+pub(crate) use failing_over::{choose, describe as describe_failover, probe, process_of};
 pub(crate) use fencing::check_alone;
 
 /// Done with a line for the log, or failed with a reason.
@@ -69,12 +69,21 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::Rejoin => {
             let retire = Order::Retire { app: execution.app.clone() };
             reported(control.order(retire).await)?;
-            if execution.kind != Kind::Failover {
-                return rejoin(from, to).await;
+            if rejoining::is_done(from).await {
+                return Ok("streams as a standby already".into());
             }
-            let kept = failing_over::keep_tail(control, execution, (from, to)).await;
-            let rejoined = rejoin(from, to).await?;
-            Ok(format!("{rejoined}; {}", kept.unwrap_or_else(|why| why)))
+            if execution.kind != Kind::Failover {
+                return rejoin(from, to, true).await;
+            }
+            let kept = match execution.lost.is_some() || rejoining::has_begun(from) {
+                true => Ok("what was lost was looked at before".to_owned()),
+                false => failing_over::keep_tail(control, execution, (from, to)).await,
+            };
+            let rejoined = rejoin(from, to, kept.is_ok()).await?;
+            Ok(match kept {
+                Ok(kept) => format!("{rejoined}; {kept}"),
+                Err(why) => format!("{rejoined}; what was lost is not known: {why}"),
+            })
         }
         Stage::Revert if execution.kind == Kind::Failover => {
             failing_over::revert(control, execution, (from, to)).await

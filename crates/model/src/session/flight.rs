@@ -17,7 +17,9 @@ pub enum Block {
     Begins,
     /// ROLLBACK, and nothing else.
     RollsBack,
-    /// It may commit, or is not known.
+    /// COMMIT, and nothing else.
+    Commits,
+    /// It may commit, and begin another, or is not known.
     MayCommit,
 }
 
@@ -38,7 +40,18 @@ impl Block {
                     Some(_) => Block::MayCommit,
                 }
             }
-            b"commit" | b"end" | b"prepare" => Block::MayCommit,
+            b"commit" | b"end" => {
+                let mut next = rest.next();
+                if next.is_some_and(|token| token.is_word("work") || token.is_word("transaction")) {
+                    next = rest.next();
+                }
+                match next {
+                    None => Block::Commits,
+                    Some(token) if token.kind == Kind::Semicolon => Block::Commits,
+                    Some(_) => Block::MayCommit,
+                }
+            }
+            b"prepare" => Block::MayCommit,
             _ => Block::Stays,
         }
     }
@@ -89,7 +102,8 @@ impl Flight {
     /// A text is sent to be run.
     pub fn runs(&mut self, block: Block) {
         match block {
-            Block::MayCommit => *self = Flight { open: Open::No, may_be_committed: true },
+            Block::Commits => *self = Flight { open: Open::No, may_be_committed: true },
+            Block::MayCommit => *self = Flight { open: Open::Perhaps, may_be_committed: true },
             Block::Begins => {
                 if self.open == Open::No {
                     self.open = Open::InBatch;
@@ -99,6 +113,16 @@ impl Flight {
             Block::Stays => {
                 self.may_be_committed |= matches!(self.open, Open::No | Open::Perhaps);
             }
+        }
+    }
+
+    /// A portal is made of a text, and perhaps run. What begins a block does so only when it is run.
+    pub fn binds(&mut self, block: Block) {
+        match block {
+            Block::Begins => (),
+            Block::RollsBack => self.open = Open::Perhaps,
+            Block::Commits => self.runs(Block::MayCommit),
+            Block::Stays | Block::MayCommit => self.runs(block),
         }
     }
 
@@ -127,7 +151,7 @@ impl Default for Flight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Block::{Begins, MayCommit, RollsBack, Stays};
+    use Block::{Begins, Commits, MayCommit, RollsBack, Stays};
 
     /// `None` ends a batch.
     fn after(status: TxStatus, sent: &[Option<Block>]) -> (Lost, TxStatus) {
@@ -154,13 +178,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_only_bound_begins_nothing() {
+        let mut flight = Flight::default();
+        flight.binds(Begins);
+        flight.binds(Stays);
+        assert_eq!(flight.lost(), (Lost::InDoubt, TxStatus::Idle));
+        let mut flight = Flight::at_rest(TxStatus::InTransaction);
+        flight.binds(RollsBack);
+        assert_eq!(flight.lost(), (Lost::RolledBack, TxStatus::Failed));
+    }
+
+    #[test]
     fn what_may_be_committed_is_in_doubt() {
         let idle = (Lost::InDoubt, TxStatus::Idle);
         assert_eq!(after(TxStatus::Idle, &[Some(Stays)]), idle);
-        assert_eq!(after(TxStatus::InTransaction, &[Some(MayCommit)]), idle);
+        assert_eq!(after(TxStatus::InTransaction, &[Some(Commits)]), idle);
+        // It may have begun another.
+        let failed = (Lost::InDoubt, TxStatus::Failed);
+        assert_eq!(after(TxStatus::InTransaction, &[Some(MayCommit)]), failed);
         assert_eq!(after(TxStatus::Failed, &[Some(RollsBack), None, Some(Stays)]), idle);
         assert_eq!(
-            after(TxStatus::Idle, &[Some(Begins), Some(Stays), Some(MayCommit)]),
+            after(TxStatus::Idle, &[Some(Begins), Some(Stays), Some(Commits)]),
             (Lost::InDoubt, TxStatus::Idle)
         );
         // The BEGIN may have failed by itself.
@@ -168,7 +206,7 @@ mod tests {
             after(TxStatus::Idle, &[Some(Begins), None, Some(Stays)]),
             (Lost::InDoubt, TxStatus::Failed)
         );
-        let again = after(TxStatus::InTransaction, &[Some(MayCommit), None, Some(Begins)]);
+        let again = after(TxStatus::InTransaction, &[Some(Commits), None, Some(Begins)]);
         assert_eq!(again, (Lost::InDoubt, TxStatus::Failed));
     }
 }

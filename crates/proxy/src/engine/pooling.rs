@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use model::session::footprint::Leaves;
 use model::session::protocol::{Own, Unnamed};
-use wire::backend::{Backend, Report, TxStatus};
+use wire::backend::{Backend, Report};
 use wire::frame::{HEADER_LEN, Side};
 use wire::frontend;
 use wire::sqlstate::SqlState;
@@ -428,7 +428,7 @@ impl Engine {
         let mut out = Vec::new();
         Report::error(SqlState::QUERY_CANCELED, "canceling statement due to user request")
             .write_error(&mut out);
-        wire::backend::ready(&mut out, TxStatus::Idle);
+        wire::backend::ready(&mut out, session.protocol.status());
         session.client.push(&out);
         // An error shows at the next read.
         let _ = flush(&mut session.client);

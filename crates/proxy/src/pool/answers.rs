@@ -90,7 +90,10 @@ impl Session {
             sharing.flight = Flight::at_rest(status);
             sharing.may_commit_later |= std::mem::take(&mut sharing.binds_end);
             sharing.may_commit_later &= status != TxStatus::Idle;
-            sharing.has_set |= status == TxStatus::Idle && !sharing.assigned.is_empty();
+        }
+        // Also if more is under way, or another block has begun.
+        if tag == b'Z' && self.protocol.status() == TxStatus::Idle {
+            sharing.has_set |= !sharing.assigned.is_empty();
         }
         if tag == b'E' || tag == b'Z' {
             sharing.fails_batch = false;
@@ -233,6 +236,9 @@ impl Session {
     pub(crate) fn on_shared_tag(&mut self, tag: &[u8]) {
         let Some(sharing) = &mut self.sharing else { return };
         let tag = tag.strip_suffix(&[0]).unwrap_or(tag);
+        if matches!(tag, b"COMMIT" | b"PREPARE TRANSACTION") {
+            sharing.has_set |= !sharing.assigned.is_empty();
+        }
         match tag {
             b"DEALLOCATE" => {
                 if let Some(name) = sharing.deallocates.pop_front() {

@@ -6,7 +6,7 @@
 
 use model::session::flight::{Flight, Lost};
 use model::session::protocol::{Own, Reply};
-use model::sql::{Kind, Tokens};
+use model::sql::{Kind, Token, Tokens};
 use wire::backend::{self, Report, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend;
@@ -49,6 +49,17 @@ pub(crate) fn is_shutdown(state: SqlState) -> bool {
     matches!(state, SqlState::ADMIN_SHUTDOWN | SqlState::CRASH_SHUTDOWN)
 }
 
+/// A simple query is a ROLLBACK and nothing else: that is what has happened.
+fn rolls_back(body: &[u8]) -> bool {
+    let mut tokens = Tokens::new(body.strip_suffix(&[0]).unwrap_or(body));
+    let verb = tokens.next();
+    let is_verb = verb.is_some_and(|token| token.is_word("rollback") || token.is_word("abort"));
+    let mut rest = tokens.skip_while(|token| {
+        token.kind == Kind::Semicolon || token.is_word("work") || token.is_word("transaction")
+    });
+    is_verb && rest.next().is_none()
+}
+
 impl Session {
     /// Why it cannot go on without the server that it stands on, if that is lost. None if it can.
     pub(crate) fn needs_its_server(&self) -> Option<String> {
@@ -59,7 +70,10 @@ impl Session {
             return Some(keeps.why.clone());
         }
         let asks = |asked: &Asked| matches!(asked, Asked::Setting { .. });
-        if sharing.has_set || sharing.asked.iter().any(asks) {
+        let is_in_doubt = self.protocol.is_running() && sharing.flight.lost().0 == Lost::InDoubt;
+        let may_have_set = is_in_doubt && !sharing.assigned.is_empty();
+        let is_told = !sharing.told.is_empty() || sharing.asked.iter().any(asks);
+        if sharing.has_set || may_have_set || is_told {
             return Some("it has set something of which nobody knows yet what it is".into());
         }
         if !self.protocol.may_lose_server() {
@@ -73,7 +87,7 @@ impl Session {
 
     /// It goes on if its server is lost.
     pub(crate) fn may_outlive(&self) -> bool {
-        !self.client_gone && self.needs_its_server().is_none()
+        !self.client_gone && !self.server_said_why && self.needs_its_server().is_none()
     }
 
     /// Its server is lost, and it does not need it: the client is told what has become of what it had asked for, and the
@@ -83,7 +97,11 @@ impl Session {
         let is_resting = self.protocol.is_quiet();
         let Some(sharing) = &mut self.sharing else { return };
         let flight = if is_resting { Flight::at_rest(before) } else { sharing.flight };
-        let (lost, status) = flight.lost();
+        let (lost, mut status) = flight.lost();
+        if self.protocol.has_open_batch() && sharing.may_begin {
+            // What follows in its batch is skipped, and what comes then must not be run without it.
+            status = TxStatus::Failed;
+        }
         if self.protocol.is_running() || sharing.redefines || sharing.doubts {
             // Nobody will hear what it has defined.
             sharing.pool.database.doubt();
@@ -150,6 +168,11 @@ impl Session {
             match header.tag {
                 b'X' => return None,
                 b'S' => self.protocol.sync_alone(),
+                b'P' | b'B' if self.may_begin(header.tag, body) => {
+                    self.protocol.fail_alone();
+                    self.sharing.as_mut()?.lost = Some(LostBlock::Told);
+                    Vec::new()
+                }
                 _ => Vec::new(),
             }
         } else {
@@ -162,10 +185,13 @@ impl Session {
                     return Some(Turn::Wait);
                 }
                 b'Q' | b'F' | b'P' | b'B' | b'D' | b'E' | b'C' if is_untold => {
-                    let rolls_back = self.rolls_back(header.tag, body);
+                    let rolls_back = header.tag == b'Q' && rolls_back(body);
                     self.sharing.as_mut()?.lost = Some(LostBlock::Told);
                     if rolls_back {
                         return None;
+                    }
+                    if header.tag == b'P' && body.first() == Some(&0) {
+                        self.protocol.drop_unnamed();
                     }
                     self.protocol.refuse_alone(header.tag)
                 }
@@ -183,27 +209,21 @@ impl Session {
         vec![Reply::Ready(TxStatus::InTransaction)]
     }
 
-    /// The message is a ROLLBACK and nothing else: that is what has happened.
-    fn rolls_back(&self, tag: u8, body: &[u8]) -> bool {
-        let named;
+    /// A message that is skipped would, or might, have begun a block.
+    fn may_begin(&self, tag: u8, body: &[u8]) -> bool {
+        let Ok((_, second)) = frontend::parse_head(body) else { return true };
         let sql = match tag {
-            b'Q' => body.strip_suffix(&[0]).unwrap_or(body),
-            b'P' => frontend::parse_head(body).map(|(_, sql)| sql).unwrap_or_default(),
+            b'P' => Some(second),
             // A Bind begins with two names.
-            b'B' => {
-                let name = frontend::parse_head(body).map(|(_, name)| name).unwrap_or_default();
-                named = self.sharing.as_ref().and_then(|sharing| sharing.names.find(cut(name)));
-                named.map(|statement| statement.sql()).unwrap_or_default()
+            _ => {
+                let sharing = self.sharing.as_ref();
+                let known = sharing.and_then(|sharing| sharing.names.find(cut(second)));
+                known.map(|statement| statement.sql())
             }
-            _ => return false,
         };
-        let mut tokens = Tokens::new(sql);
-        let verb = tokens.next();
-        let is_verb = verb.is_some_and(|token| token.is_word("rollback") || token.is_word("abort"));
-        let mut rest = tokens.skip_while(|token| {
-            token.kind == Kind::Semicolon || token.is_word("work") || token.is_word("transaction")
-        });
-        is_verb && rest.next().is_none()
+        let begins = |token: Token<'_>| token.is_word("begin") || token.is_word("start");
+        // An unnamed one was sent in this batch, and looked at.
+        sql.is_some_and(|sql| Tokens::new(sql).any(begins))
     }
 
     /// It is attached to another server: there its transaction has to have failed as well. Gives what to send.

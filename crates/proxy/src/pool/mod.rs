@@ -463,6 +463,12 @@ pub struct Sharing {
     pub flight: Flight,
     /// Something was bound that may end the transaction, in what is running, or before.
     pub binds_end: bool,
+    /// The portal that begins a block when it is run, if it was bound in this batch.
+    pub begins: Option<Box<[u8]>>,
+    /// Something in the open batch may begin a block.
+    pub may_begin: bool,
+    /// The unnamed statement was sent in this batch.
+    pub unnamed_in_batch: bool,
     pub may_commit_later: bool,
     /// Its transaction was lost with its server.
     pub lost: Option<LostBlock>,
@@ -604,6 +610,9 @@ impl Sharing {
             has_set: false,
             flight: Flight::default(),
             binds_end: false,
+            begins: None,
+            may_begin: false,
+            unnamed_in_batch: false,
             may_commit_later: false,
             lost: None,
             swallows: false,

@@ -122,12 +122,18 @@ impl Session {
                 self.on_shared_extended(header, at, body, body_len, is_whole)
             }
             b'B' | b'D' | b'C' => self.on_shared_extended(header, at, body, body_len, is_whole),
-            b'E' if sharing.may_commit_later => {
-                sharing.runs(Block::MayCommit);
+            b'E' => {
+                let portal = body.split(|byte| *byte == 0).next();
+                if sharing.begins.as_deref() == portal && sharing.begins.is_some() {
+                    sharing.runs(Block::Begins);
+                }
+                if sharing.may_commit_later {
+                    sharing.runs(Block::MayCommit);
+                }
                 Turn::Pass
             }
             b'S' => {
-                sharing.flight.ends_batch();
+                sharing.ends_batch();
                 Turn::Pass
             }
             b'F' => {
@@ -231,7 +237,7 @@ impl Session {
         }
         let Some(sharing) = &mut self.sharing else { return Turn::Pass };
         sharing.runs(footprint.block);
-        sharing.flight.ends_batch();
+        sharing.ends_batch();
         if !footprint.is_empty() {
             sharing.names_temporary |= names_temporary(&footprint, sql);
             sharing.leave(footprint, &self.app.pool.unwrap_or_default(), || shown(sql));
@@ -320,6 +326,7 @@ impl Session {
             sharing.unnamed_unsettled =
                 sharing.repaths || (sharing.rereads && statement::has_literals(sql));
             sharing.unnamed_deallocates = None;
+            sharing.may_begin |= !matches!(sharing.unnamed.block, Block::Stays | Block::Commits);
             sharing.names_temporary |= names_temporary(&sharing.unnamed, sql);
             if sharing.unnamed.leaves.something {
                 self.close_foreign(at);
@@ -433,8 +440,14 @@ impl Session {
             if sharing.unnamed_deallocates.is_some() && self.protocol.awaits_ready() {
                 return Turn::Wait;
             }
+            let is_last =
+                self.protocol.unnamed() == Unnamed::Last && !self.protocol.parses_unnamed();
+            if !sharing.unnamed_in_batch && !is_last && self.protocol.unnamed() != Unnamed::Absent {
+                // The server may still have the one before.
+                sharing.unnamed = Footprint::of(Leaves::ANYTHING);
+            }
             sharing.clears |= sharing.unnamed_clears;
-            sharing.binds(sharing.unnamed.block);
+            sharing.binds(portal, sharing.unnamed.block);
             let is_sql = !sharing.unnamed_clears && sharing.unnamed_deallocates.is_none();
             if is_sql && sharing.unnamed_judged_at != sharing.pool.database.redefined() {
                 // What it calls may be something else by now.
@@ -467,11 +480,11 @@ impl Session {
             return if self.ensure_unnamed(at) { Turn::Pass } else { self.cannot_be_prepared() };
         }
         let Some(statement) = sharing.names.find(cut(name)).cloned() else {
-            sharing.binds(Block::MayCommit);
+            sharing.binds(portal, Block::MayCommit);
             return self.on_unknown_name(b'B', at, portal, name, body_len);
         };
         let footprint = statement.footprint(&sharing.pool.database);
-        sharing.binds(footprint.block);
+        sharing.binds(portal, footprint.block);
         if !footprint.is_empty() {
             let limits = self.app.pool.unwrap_or_default();
             let something = footprint.leaves.something;
@@ -651,7 +664,7 @@ impl Session {
             let text = self.unnamed.get(HEADER_LEN..).unwrap_or_default();
             let text = frontend::parse_head(text).map_or(text, |(_, sql)| sql);
             let is_other = self.unnamed_restyled || sharing.sets_styles;
-            if is_other && statement::is_read_by_settings(text) {
+            if sharing.unnamed_unsettled || (is_other && statement::is_read_by_settings(text)) {
                 return false;
             }
             (sharing.here.has_unnamed, sharing.here.prepares_unnamed) = (true, true);
@@ -665,9 +678,21 @@ impl Session {
 
 impl Sharing {
     /// A portal is made of a statement, and is most likely run in this batch.
-    fn binds(&mut self, block: Block) {
-        self.runs(block);
-        self.binds_end |= matches!(block, Block::MayCommit | Block::RollsBack);
+    fn binds(&mut self, portal: &[u8], block: Block) {
+        self.flight.binds(block);
+        self.may_begin |= block == Block::Begins;
+        if block == Block::Begins {
+            self.begins = Some(portal.into());
+        } else if self.begins.as_deref() == Some(portal) {
+            self.begins = None;
+        }
+        self.binds_end |= !matches!(block, Block::Stays | Block::Begins);
+    }
+
+    /// A simple query, or the Sync of a batch, is sent.
+    fn ends_batch(&mut self) {
+        self.flight.ends_batch();
+        (self.begins, self.may_begin, self.unnamed_in_batch) = (None, false, false);
     }
 
     /// The server has a statement, or will have it by the time it reads what is sent next.
@@ -692,6 +717,7 @@ impl Sharing {
 
     fn on_unnamed_sent(&mut self) {
         (self.here.unnamed, self.here.has_unnamed) = (UnnamedHere::Own, true);
+        self.unnamed_in_batch = true;
     }
 }
 

@@ -206,7 +206,7 @@ fn what_is_used_without_a_name_refuses_the_database() {
 
 #[test]
 fn what_a_text_does_to_its_block() {
-    use super::Block::{self, Begins, MayCommit, RollsBack, Stays};
+    use super::Block::{self, Begins, Commits, MayCommit, RollsBack, Stays};
     let block = |sql: &str| -> Block { landscape().of_text(sql.as_bytes()).block };
     for (sql, expected) in [
         ("select 1; select 2", Stays),
@@ -221,7 +221,10 @@ fn what_a_text_does_to_its_block() {
         ("rollback and chain", MayCommit),
         ("rollback; select 1", MayCommit),
         ("rollback prepared 'x'", MayCommit),
-        ("commit", MayCommit),
+        ("commit", Commits),
+        ("END TRANSACTION;", Commits),
+        ("commit and chain", MayCommit),
+        ("commit prepared 'x'", MayCommit),
         ("select 1; end", MayCommit),
         ("prepare transaction 'x'", MayCommit),
         ("do $$ begin commit; end $$", MayCommit),

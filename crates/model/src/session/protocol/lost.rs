@@ -72,12 +72,26 @@ impl Protocol {
     pub fn refuse_alone(&mut self, tag: u8) -> Vec<Reply> {
         match tag {
             b'S' => self.sync_alone(),
-            b'Q' | b'F' => vec![Reply::Error, Reply::Ready(self.status)],
+            b'Q' | b'F' => {
+                // It would have been dropped.
+                self.unnamed = Unnamed::Absent;
+                vec![Reply::Error, Reply::Ready(self.status)]
+            }
             _ => {
                 (self.skipping, self.error_told) = (true, true);
                 vec![Reply::Error]
             }
         }
+    }
+
+    /// What is skipped would have begun a block: what follows is run in none, so it is not run.
+    pub fn fail_alone(&mut self) {
+        self.status = TxStatus::Failed;
+    }
+
+    /// The unnamed statement was to be replaced, and was not.
+    pub fn drop_unnamed(&mut self) {
+        self.unnamed = Unnamed::Absent;
     }
 
     /// There is no server, and the client sends a Sync.
