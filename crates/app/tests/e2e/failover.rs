@@ -278,3 +278,70 @@ async fn a_crash_in_a_failover_finds_its_way() {
     }
     installation.restart(&[]);
 }
+
+/// Once a lost server is isolated, whoever starts it again starts none that takes writes; if the failover is given up, it
+/// is what it was.
+#[tokio::test]
+async fn whoever_starts_the_lost_server_starts_a_standby() {
+    let mut installation = Installation::start_pooled("failover-restarted", 4);
+    run(&mut installation.connect().await, "CREATE TABLE written (n serial)").await;
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_CRASH_AT", "recruit:begin")]);
+    installation.signal_server("a", "KILL");
+    let output = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+    installation.wait_crashed();
+    installation.start_server("a").await;
+    let mut lost = installation.direct("a").await;
+    assert_eq!(value(&mut lost, "SELECT pg_is_in_recovery()").await, "t");
+    assert!(lost.query("INSERT INTO written DEFAULT VALUES").await.is_err());
+    installation.restart(&[]);
+    wait_active(&installation, "a").await;
+    run(&mut installation.connect().await, "INSERT INTO written DEFAULT VALUES").await;
+}
+
+/// A standby that was a primary meanwhile has another history, however much of it.
+#[tokio::test]
+async fn a_standby_of_another_history_takes_nobodys_place() {
+    let installation = Installation::start_pooled("failover-diverged", 4);
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    let mut other = installation.direct("b").await;
+    while value(&mut other, "SELECT to_regclass('written') IS NOT NULL").await != "t" {
+        tokio::time::sleep(POLL).await;
+    }
+    run(&mut other, "SELECT pg_promote()").await;
+    run(&mut other, "INSERT INTO written SELECT g FROM generate_series(1, 10000) g").await;
+    run(&mut other, "CHECKPOINT").await;
+    installation.signal_server("b", "INT");
+    std::fs::write(installation.dir.join("b/standby.signal"), "").unwrap();
+    installation.start_server("b").await;
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (0)").await;
+    installation.signal_server("a", "KILL");
+    let output = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    let text = shown(&output);
+    assert!(!output.status.success() && text.contains("on timeline 2"), "{text}");
+    assert_eq!(installation.active(), "a");
+}
+
+/// A server that was shut down by somebody, or refuses us, is not lost.
+#[tokio::test]
+async fn a_server_that_was_shut_down_is_not_failed_over() {
+    let installation = Installation::start_failing_over("failover-shut-down");
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    installation.signal_server("a", "INT");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        assert!(status.contains("active cell a,"), "{status}");
+        if status.contains("PrimaryShutDown") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{status}");
+        tokio::time::sleep(POLL).await;
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(installation.active(), "a");
+    installation.start_server("a").await;
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
+}

@@ -406,7 +406,7 @@ pub struct Sharing {
     /// The client's names of prepared statements.
     pub names: Names<Arc<Statement>>,
     pub state: State,
-    /// See [`Pool::state_now`].
+    /// How often its pool's sessions had come from another server when that was told.
     pub base: usize,
     /// It keeps its server, or is to keep the next one.
     pub keeps: Option<Keeps>,
