@@ -275,6 +275,8 @@ pub struct Pools {
     marks: Mutex<Option<(String, Vec<Option<String>>)>>,
     /// Pools that get no new sessions.
     retired: Mutex<Vec<Weak<Pool>>>,
+    /// Where sessions stand.
+    cell: Mutex<Option<Arc<Cell>>>,
     /// Held by each session that has left its engine with its server.
     away: Arc<()>,
 }
@@ -382,6 +384,10 @@ impl Pools {
             }
             known.welcome = None;
             pool.reloads.fetch_add(1, Ordering::SeqCst);
+        }
+        let before = lock(&self.cell).replace(cell.clone());
+        if before.is_none_or(|before| Arc::ptr_eq(&before, cell)) {
+            return;
         }
         // Of the other server nothing is known of what was defined last.
         for database in lock(&self.databases).values() {
