@@ -151,7 +151,7 @@ impl Detector {
 /// What is known of the WAL that the lost server had acknowledged, beside what the candidate has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
-    /// The candidate has all of it: it was read from the lost server's own disk, or no commit was acknowledged without it.
+    /// The candidate has all of it, as the lost server's own disk says.
     All,
     /// The candidate lacks at least so many bytes.
     Lacks(u64),

@@ -75,9 +75,11 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             if execution.kind != Kind::Failover {
                 return rejoin(from, to, true).await;
             }
-            let kept = match execution.lost.is_some() || rejoining::has_begun(from) {
-                true => Ok("what was lost was looked at before".to_owned()),
-                false => failing_over::keep_tail(control, execution, (from, to)).await,
+            let kept = match (execution.lost.is_some(), rejoining::has_begun(from)) {
+                (true, _) => Ok("what was lost was looked at before".to_owned()),
+                // It may have been looked at in vain, so what is left of the directory is kept.
+                (false, true) => Err("an earlier try was broken off".to_owned()),
+                (false, false) => failing_over::keep_tail(control, execution, (from, to)).await,
             };
             let rejoined = rejoin(from, to, kept.is_ok()).await?;
             Ok(match kept {
