@@ -134,7 +134,11 @@ impl Detector {
         let since = *self.silent_since.get_or_insert(now);
         match sight.process {
             Some(Process::Crashed) => return Analysis::DeadPrimary,
-            Some(Process::ShutDown) => return Analysis::PrimaryShutDown,
+            Some(Process::ShutDown) => {
+                // Whoever starts it again has its time.
+                self.silent_since = None;
+                return Analysis::PrimaryShutDown;
+            }
             Some(Process::Lives) | None => (),
         }
         if now.duration_since(since) < SILENT_MAX {
@@ -290,6 +294,17 @@ mod tests {
         let later = now + Duration::from_secs(1);
         detector.see(later, Sight { answer: Answer::Primary, ..hung });
         assert_eq!(detector.see(later + Duration::from_secs(1), hung), Analysis::Unsure);
+    }
+
+    #[test]
+    fn a_server_that_is_started_again_has_its_time() {
+        let (mut detector, now) = (Detector::default(), Instant::now());
+        let shut_down = Sight { process: Some(Process::ShutDown), ..SILENT };
+        detector.see(now, shut_down);
+        let later = now + Duration::from_secs(60);
+        assert_eq!(detector.see(later, shut_down), Analysis::PrimaryShutDown);
+        let starting = Sight { process: Some(Process::Lives), ..SILENT };
+        assert_eq!(detector.see(later, starting), Analysis::Unsure);
     }
 
     #[test]
