@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::member::Member;
 use pg::Target;
 use pg::admin::AdminLogin;
-use pg::instance::Instance;
 
 #[derive(Debug, Clone)]
 pub struct ControlConfig {
@@ -45,9 +45,9 @@ impl Default for FailoverConfig {
 pub struct CellServer {
     pub target: Target,
     pub admin: AdminLogin,
-    /// Its data directory on this machine, if Holdfast may stop, rewind and start it. Without one the old server
-    /// of a switchover stays fenced until somebody makes it a standby.
-    pub instance: Option<Instance>,
+    /// Whoever may stop, rewind and start it. Without one the old server of a switchover stays fenced until somebody makes
+    /// it a standby.
+    pub member: Option<Member>,
     /// How a standby and pg_rewind reach this server, as a libpq connection string.
     pub conninfo: String,
 }

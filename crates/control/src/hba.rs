@@ -12,10 +12,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use pg::connection::Row;
-
-/// The first line of a file that was written by this module.
-pub const MARK: &str =
-    "# holdfast: this server is fenced; the file before it is pg_hba.conf.holdfast";
+use pg::member::HBA_MARK as MARK;
 
 /// Asks a server for the rules of its file as it stands on disk.
 pub const QUESTION: &str = "SELECT type, array_to_json(database)::text, array_to_json(user_name)::text, address, \

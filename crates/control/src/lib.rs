@@ -2,6 +2,7 @@
 //!
 //! # Layout, in reading order
 //! - [`config`]: applications, their cells, and how each server is reached.
+//! - [`member`]: whoever has a server's files at hand.
 //! - [`records`]: the application and its executions in the store.
 //! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
@@ -17,12 +18,14 @@ use tokio::sync::{mpsc, oneshot};
 
 pub mod config;
 pub mod hba;
+pub mod member;
 pub mod records;
 pub mod runner;
 mod stages;
 pub mod watch;
 
 pub use config::ControlConfig;
+pub use member::Member;
 pub use runner::{
     Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, Served, SwitchoverRequest,
 };

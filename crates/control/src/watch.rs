@@ -10,6 +10,7 @@ use model::persisted::Execution;
 use model::switchover::{Ending, Kind};
 
 use crate::config::AppServers;
+use crate::member::Member;
 use crate::runner::{Control, FailoverRequest, now_ms};
 use crate::stages;
 
@@ -75,12 +76,12 @@ pub async fn run(control: Arc<Control>, app: String) {
 async fn wait(control: &Control, app: &str, cell: Option<&str>) {
     let servers = control.servers(app).ok();
     let server = servers.zip(cell).and_then(|(servers, cell)| servers.cells.get(cell));
-    let instance = server.and_then(|server| server.instance.as_ref());
-    let was_running = instance.is_some_and(|instance| instance.is_running());
+    let member = server.and_then(|server| server.member.as_ref());
+    let was_running = member.is_some_and(Member::is_running);
     let until = Instant::now() + PAUSE;
     while Instant::now() < until {
         tokio::time::sleep(GLANCE).await;
-        if was_running && instance.is_some_and(|instance| !instance.is_running()) {
+        if was_running && member.is_some_and(|member| !member.is_running()) {
             return;
         }
     }

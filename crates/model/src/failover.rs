@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::Lsn;
 
 /// A server that does not answer for so long is taken for lost. One whose process is gone is lost at once.
@@ -23,7 +25,8 @@ pub enum Answer {
 }
 
 /// What became of a server's process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Process {
     Lives,
     /// It is gone, and has not shut down.

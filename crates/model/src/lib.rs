@@ -10,6 +10,7 @@
 //! - [`cell`]: applications, cells, their states and the epoch.
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
 //! - [`failover`]: whether a server is lost, and whether another may take its place.
+//! - [`member`]: what control asks of whoever has a server's files at hand.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
@@ -21,6 +22,7 @@ pub mod cell;
 pub mod error_chain;
 pub mod failover;
 pub mod lsn;
+pub mod member;
 pub mod persisted;
 pub mod policy;
 pub mod session;

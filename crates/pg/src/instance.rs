@@ -352,6 +352,11 @@ impl Instance {
         self.write(&self.data_dir.join("standby.signal"), b"")
     }
 
+    /// Its next start, or the last one, is that of a standby.
+    pub fn is_standby(&self) -> bool {
+        self.data_dir.join("standby.signal").exists()
+    }
+
     /// Takes [`Instance::must_be_standby`] back.
     ///
     /// # Errors

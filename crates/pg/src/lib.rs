@@ -7,6 +7,7 @@
 //! - [`connection`]: messages and queries on a connection.
 //! - [`admin`]: Holdfast's own connection to a server: safe `search_path`, own timeouts.
 //! - [`instance`]: a server's programs and its data directory on this machine.
+//! - [`member`]: what is asked of whoever has those at hand.
 //! - [`wal`]: what a server that has ended has left in its log.
 //!
 //! Every wait has a deadline that the caller gives. SQL of ours names everything in full or runs with
@@ -19,6 +20,8 @@ pub mod admin;
 pub mod connect;
 pub mod connection;
 pub mod instance;
+pub mod member;
+mod rejoin;
 pub mod stream;
 pub mod wal;
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use model::Lsn;
+use model::member::WalTail;
 
 use crate::instance::{Instance, InstanceError};
 
@@ -13,26 +14,22 @@ const READ_MAX: Duration = Duration::from_secs(60);
 /// Lines that are kept of it.
 const LINES_MAX: usize = 10_000;
 
-/// Whole records behind some position.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct WalTail {
-    /// Where the last one begins. None if there is none.
-    pub last: Option<Lsn>,
-    /// Where the next would begin, if that is told.
-    pub end: Option<Lsn>,
-    /// Commits among them, and what the first of them say.
-    pub commits: u64,
-    pub shown: Vec<String>,
+/// What the program says.
+#[derive(Debug, Default)]
+struct Reading {
+    tail: WalTail,
+    /// Ends of transactions, the first of them.
+    shown: Vec<String>,
 }
 
-impl WalTail {
-    /// Reads a line of the program.
+impl Reading {
     fn read(&mut self, line: &str) {
+        let tail = &mut self.tail;
         if let Some((_, rest)) = line.split_once(" lsn: ") {
             let lsn = rest.split(',').next().and_then(Lsn::read);
-            self.last = lsn.max(self.last);
+            tail.last = lsn.max(tail.last);
             if line.contains("rmgr: Transaction") && rest.contains("desc: COMMIT") {
-                self.commits += 1;
+                tail.commits += 1;
             }
             if line.contains("rmgr: Transaction") && self.shown.len() < LINES_MAX {
                 self.shown.push(line.to_owned());
@@ -40,9 +37,9 @@ impl WalTail {
         } else if let Some((_, rest)) = line.split_once("error in WAL record at ") {
             // The last record that could be read, of whatever kind.
             let lsn = rest.split(':').next().and_then(Lsn::read);
-            self.last = lsn.max(self.last);
+            tail.last = lsn.max(tail.last);
             let end = rest.split_once("invalid record length at ").map(|(_, end)| end);
-            self.end = end.and_then(|end| end.split(':').next()).and_then(Lsn::read);
+            tail.end = end.and_then(|end| end.split(':').next()).and_then(Lsn::read);
         }
     }
 }
@@ -66,7 +63,11 @@ impl Instance {
     ///
     /// # Errors
     /// It cannot be read, which says nothing of what it holds.
-    pub async fn wal_tail(&self, timeline: u64, from: Lsn) -> Result<WalTail, InstanceError> {
+    pub(crate) async fn wal_tail(
+        &self,
+        timeline: u64,
+        from: Lsn,
+    ) -> Result<(WalTail, Vec<String>), InstanceError> {
         let dir = self.data_dir.join("pg_wal");
         let dir = dir.to_str().unwrap_or_default();
         let (timeline, start) = (timeline.to_string(), from.to_string());
@@ -74,33 +75,32 @@ impl Instance {
         let (status, mut output) = self.run_into_file("pg_waldump", &args, READ_MAX).await?;
         let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
         output.rewind().map_err(run)?;
-        let (mut tail, mut is_understood, mut last) = (WalTail::default(), false, String::new());
+        let (mut reading, mut is_understood, mut last) = (Reading::default(), false, String::new());
         for line in BufReader::new(output).lines() {
             let line = line.map_err(run)?;
-            tail.read(&line);
+            reading.read(&line);
             // A log that ends with a segment has no next one.
             is_understood |= line.contains("error in WAL record at ")
                 || line.contains("could not find a valid record after ")
-                || (tail.last.is_some() && line.contains("could not find file "));
+                || (reading.tail.last.is_some() && line.contains("could not find file "));
             last = line;
         }
         // It always ends with an error: where no more can be read.
         if is_understood {
-            return Ok(tail);
+            return Ok((reading.tail, reading.shown));
         }
         let (program, status) = ("pg_waldump".into(), status.to_string());
         Err(InstanceError::Failed { program, status, output: last })
     }
 
-    /// Copies what the log holds from `from` on to `dir`, for people, with what [`Instance::wal_tail`] has found.
+    /// Copies what the log holds from `from` on to `dir`, for people, with a list of its transactions.
     ///
     /// # Errors
     /// It cannot be read or written.
-    pub fn keep_wal(
+    pub(crate) async fn keep_wal(
         &self,
         timeline: u64,
         from: Lsn,
-        tail: &WalTail,
         dir: &Path,
     ) -> Result<(), InstanceError> {
         let error = |path: &Path| {
@@ -122,7 +122,8 @@ impl Instance {
                 std::fs::copy(entry.path(), &to).map_err(error(&to))?;
             }
         }
-        let text = tail.shown.join("\n") + "\n";
+        let (_, shown) = self.wal_tail(timeline, from).await?;
+        let text = shown.join("\n") + "\n";
         let path = dir.join("transactions.txt");
         std::fs::write(&path, text).map_err(error(&path))
     }
@@ -144,17 +145,18 @@ mod tests {
 
     #[test]
     fn lines_of_the_program_are_read() {
-        let mut tail = WalTail::default();
+        let mut reading = Reading::default();
         for line in [
             "rmgr: Transaction len (rec/tot):     34/    34, tx:        745, lsn: 0/050001F0, prev 0/050001B0, desc: COMMIT 2026-11-22 10:00:00.000000 UTC",
             "rmgr: Transaction len (rec/tot):     34/    34, tx:        746, lsn: 0/05000250, prev 0/050001B0, desc: ABORT 2026-11-22 10:00:00.000000 UTC",
             "pg_waldump: error: error in WAL record at 0/5000288: invalid record length at 0/50002C0: wanted 24, got 0",
         ] {
-            tail.read(line);
+            reading.read(line);
         }
+        let Reading { tail, shown } = reading;
         assert_eq!((tail.commits, tail.last), (1, Lsn::read("0/5000288")));
         assert_eq!(tail.end, Lsn::read("0/50002C0"));
-        assert_eq!(tail.shown.len(), 2);
+        assert_eq!(shown.len(), 2);
     }
 
     #[test]

@@ -6,11 +6,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use control::ControlConfig;
 use control::config::{AppServers, CellServer, FailoverConfig};
+use control::{ControlConfig, Member};
 pub(crate) use model::chain;
 use pg::admin::AdminLogin;
 use pg::instance::{self, Instance};
+use pg::member::Local;
 use pg::stream::Keepalive;
 use pg::{Address, Target};
 use proxy::ProxyConfig;
@@ -124,14 +125,14 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         control.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast".into());
     control.end(mistakes);
 
+    let common = Common { keepalive, timeout: connect_timeout, state_dir: state_dir.clone() };
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
     let tables = root.tables(mistakes, "app");
     if tables.is_empty() {
         mistakes.add(0..0, "there is no [[app]]; at least one is needed");
     }
     for mut table in tables {
-        let (span, read) =
-            (table.span(), read_app(&mut table, mistakes, keepalive, connect_timeout));
+        let (span, read) = (table.span(), read_app(&mut table, mistakes, &common));
         table.end(mistakes);
         let Some((app, its_servers)) = read else { continue };
         if servers.insert(app.name.clone(), its_servers).is_some() {
@@ -319,11 +320,17 @@ fn read_failover(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Failover
     read
 }
 
+/// What is said once for all servers.
+struct Common {
+    keepalive: Keepalive,
+    timeout: Duration,
+    state_dir: PathBuf,
+}
+
 fn read_app(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
-    keepalive: Keepalive,
-    timeout: Duration,
+    common: &Common,
 ) -> Option<(AppConfig, AppServers)> {
     let name = table.required_text(mistakes, "name");
     let databases = table.texts(mistakes, "databases").unwrap_or_default();
@@ -362,7 +369,7 @@ fn read_app(
     for mut cell in table.tables(mistakes, "cell") {
         let span = cell.span();
         let (cell_name, server, first) =
-            read_cell(&mut cell, mistakes, &admin, tls.clone(), keepalive, timeout);
+            read_cell(&mut cell, mistakes, &admin, tls.clone(), common);
         cell.end(mistakes);
         if first {
             active.push(cell_name.clone());
@@ -390,7 +397,7 @@ fn read_app(
     let databases =
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
     let app = AppConfig { name, databases, moves, pool, policy, cells: targets, auth, admin };
-    if failover.automatic && cells.values().any(|server| server.instance.is_none()) {
+    if failover.automatic && cells.values().any(|server| server.member.is_none()) {
         let text = "`app.failover.automatic` needs a `data_dir` for each cell: without one nobody can say that a server is dead";
         mistakes.add(table.span_of("failover"), text);
     }
@@ -437,8 +444,7 @@ fn read_cell(
     mistakes: &mut Mistakes<'_>,
     admin: &AdminLogin,
     tls: Option<ClientTls>,
-    keepalive: Keepalive,
-    timeout: Duration,
+    common: &Common,
 ) -> (String, Option<CellServer>, bool) {
     let name = table.required_text(mistakes, "name");
     let span = table.span_of("server");
@@ -478,8 +484,11 @@ fn read_cell(
             address.host, address.port, admin.user, admin.database
         )
     });
+    let Common { keepalive, timeout, ref state_dir } = *common;
     let target = Target { address, tls, keepalive, timeout };
-    (name, Some(CellServer { target, admin: admin.clone(), instance, conninfo }), active)
+    let member =
+        instance.map(|instance| Member::Here(Local { instance, lost_dir: state_dir.join("lost") }));
+    (name, Some(CellServer { target, admin: admin.clone(), member, conninfo }), active)
 }
 
 /// A database must lead to one application.

@@ -4,27 +4,27 @@
 //! person has said so. What only its disk has is read from there, if the disk can be read: then nothing is lost at all.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::Order;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
+use model::member::WalTail;
 use model::persisted::{Execution, LostTail};
 use pg::ConnectError;
 use pg::admin::Admin;
-use pg::instance::Instance;
-use pg::wal::WalTail;
 use tokio::time::timeout;
 use wire::sqlstate::SqlState;
 
 use super::fencing::reload;
-use super::{Done, POLL, START_MAX, admin, admin_at_once, chain, release, reported};
+use super::{Done, POLL, admin, admin_at_once, chain, release, reported};
 use crate::config::{AppServers, CellServer};
+use crate::member::Member;
 use crate::runner::Control;
 
 /// A server that answers does so at once.
 const PROBE_MAX: Duration = Duration::from_secs(1);
-const KILL_MAX: Duration = Duration::from_secs(10);
 /// How long what was read from the lost server's disk may take to be replayed.
 const SALVAGE_MAX: Duration = Duration::from_secs(60);
 
@@ -50,19 +50,12 @@ pub(crate) async fn probe(server: &CellServer) -> (Answer, Option<Admin>) {
 
 /// What became of a server's process, where Holdfast can see that.
 pub(crate) async fn process_of(server: &CellServer) -> Option<Process> {
-    let instance = server.instance.as_ref()?;
-    if instance.is_running() {
-        return Some(Process::Lives);
-    }
-    match instance.control_data().await {
-        Ok(control) if control.is_shut_down => Some(Process::ShutDown),
-        _ => Some(Process::Crashed),
-    }
+    server.member.as_ref()?.process().await
 }
 
 /// Which system the servers of an application are of, by the files of one.
 async fn system_of(server: &CellServer) -> Option<String> {
-    Some(server.instance.as_ref()?.control_data().await.ok()?.system_identifier)
+    server.member.as_ref()?.look().await.ok()?.system_identifier
 }
 
 /// The standbys that answer, but for that of `from`, whose place is to be taken.
@@ -116,8 +109,13 @@ fn or_allow(execution: &Execution, reason: &str) -> String {
 }
 
 /// Both servers' files are here, so the one can read what the other has left.
-fn can_salvage<'a>(from: &'a CellServer, to: &CellServer) -> Option<&'a Instance> {
-    from.instance.as_ref().filter(|lost| to.instance.is_some() && lost.has("pg_waldump"))
+fn can_salvage<'a>(from: &'a CellServer, to: &CellServer) -> Option<(&'a Member, &'a Path)> {
+    match (&from.member, &to.member) {
+        (Some(member @ Member::Here(lost)), Some(Member::Here(_))) => {
+            lost.instance.has("pg_waldump").then_some((member, &lost.instance.data_dir))
+        }
+        _ => None,
+    }
 }
 
 pub(super) async fn assess(
@@ -148,7 +146,7 @@ pub(super) async fn assess(
         }
         Answer::NotReady | Answer::Nothing => (),
     }
-    if from.instance.is_none() && !execution.allow_data_loss {
+    if from.member.is_none() && !execution.allow_data_loss {
         return Err(format!(
             "nobody can say that the server of `{from_name}` is dead, as it has no data_dir; if you know it, `holdfast failover {app} --to {to_name} --allow-data-loss` says so"
         ));
@@ -156,7 +154,7 @@ pub(super) async fn assess(
     let all = candidates(servers, from_name).await;
     let chosen = check_chosen(&all, to_name)
         .map_err(|why| format!("`{to_name}` cannot take its place: {why}"))?;
-    check_history(execution, from, &chosen)?;
+    check_history(execution, from, &chosen).await?;
     let last_seen = control.last_seen(app);
     if can_salvage(from, to).is_none() {
         let known = Known::of(last_seen, chosen.received);
@@ -178,12 +176,15 @@ pub(super) async fn assess(
 }
 
 /// A standby that was a primary meanwhile, or has not followed, has another history.
-fn check_history(
+async fn check_history(
     execution: &Execution,
     from: &CellServer,
     chosen: &Candidate,
 ) -> Result<(), String> {
-    let lost = from.instance.as_ref().and_then(|lost| lost.last_timeline().ok());
+    let lost = match &from.member {
+        Some(member) => member.look().await.ok().and_then(|condition| condition.timeline),
+        None => None,
+    };
     match lost.filter(|timeline| *timeline != chosen.timeline && !execution.allow_data_loss) {
         Some(lost) => Err(or_allow(
             execution,
@@ -203,12 +204,10 @@ pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
 }
 
 pub(super) async fn isolate(execution: &Execution, from: &CellServer) -> Done {
-    let Some(instance) = &from.instance else {
+    let Some(member) = &from.member else {
         return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
     };
-    // Whoever starts it again, such as the system, starts a standby.
-    instance.must_be_standby().map_err(chain)?;
-    match instance.kill(KILL_MAX).await.map_err(chain)? {
+    match member.isolate().await? {
         0 => Ok("its processes are gone".into()),
         ended => Ok(format!("{ended} processes of it ended")),
     }
@@ -223,8 +222,8 @@ pub(super) async fn recruit(
     let mut new = admin_at_once(to).await?;
     let (_, received) = position(&mut new).await?;
     let salvaged = match can_salvage(from, to) {
-        Some(lost) => {
-            let salvaged = salvage(lost, &mut new, received).await;
+        Some((lost, dir)) => {
+            let salvaged = salvage(lost, dir, &mut new, received).await;
             if let Err(error) = end_salvage(&mut new).await {
                 tracing::warn!(error, "`restore_command` cannot be put back");
             }
@@ -239,7 +238,7 @@ pub(super) async fn recruit(
     // Another may have received more since it was assessed.
     let all = candidates(servers, &execution.from).await;
     let chosen = check_chosen(&all, &execution.to)?;
-    check_history(execution, from, &chosen)?;
+    check_history(execution, from, &chosen).await?;
     loss_policy(execution, servers)
         .permits(known)
         .map_err(|why| or_allow(execution, &format!("`{}`: {why} ({how})", execution.to)))?;
@@ -254,10 +253,15 @@ pub(super) async fn recruit(
 }
 
 /// Has the standby replay what the lost server's disk has beyond `received`.
-async fn salvage(lost: &Instance, new: &mut Admin, received: Lsn) -> Result<String, String> {
+async fn salvage(
+    lost: &Member,
+    data_dir: &Path,
+    new: &mut Admin,
+    received: Lsn,
+) -> Result<String, String> {
     // What was received may end within a record, what is replayed does not.
     let replayed = new.replayed_lsn().await.map_err(chain)?;
-    let timeline = lost.last_timeline().map_err(chain)?;
+    let timeline = lost.look().await?.timeline.ok_or("of its log nothing can be read")?;
     let tail = tail_around(lost, timeline, replayed).await?;
     let last = tail.last.ok_or("nothing of its log can be read there")?;
     if let Some(end) = tail.end.filter(|end| *end < replayed) {
@@ -268,7 +272,7 @@ async fn salvage(lost: &Instance, new: &mut Admin, received: Lsn) -> Result<Stri
     }
     // Replay that somebody has stopped would be waited for.
     new.rows("SELECT pg_wal_replay_resume()").await.map_err(chain)?;
-    let dir = lost.data_dir.join("pg_wal");
+    let dir = data_dir.join("pg_wal");
     let dir = dir.to_str().filter(|dir| !dir.contains(['\'', '"', '\\', '%', '$', '`']));
     let dir = dir.ok_or("the name of its directory has letters that a command cannot have")?;
     // Read by the standby itself, by the way it knows (manual, "Archive Recovery Settings").
@@ -316,16 +320,16 @@ async fn end_salvage(new: &mut Admin) -> Result<(), String> {
 
 /// What a lost server has around a position, of which some records before it are read as well: where none can be, the
 /// position is of another history, or beyond the end.
-async fn tail_around(lost: &Instance, timeline: u64, position: Lsn) -> Result<WalTail, String> {
+async fn tail_around(lost: &Member, timeline: u64, position: Lsn) -> Result<WalTail, String> {
     const BEFORE: u64 = 64 * 1024;
     // No segment is smaller; the one before may be gone.
     const SEGMENT_MIN: u64 = 1024 * 1024;
     let far = position.0.saturating_sub(BEFORE);
     let near = far.max(position.0 / SEGMENT_MIN * SEGMENT_MIN);
-    let tail = lost.wal_tail(timeline, Lsn(near)).await;
+    let tail = lost.read_tail(timeline, Lsn(near)).await;
     match tail {
         Ok(tail) if tail.last.is_some() => Ok(tail),
-        _ => lost.wal_tail(timeline, Lsn(far)).await.map_err(chain),
+        _ => lost.read_tail(timeline, Lsn(far)).await,
     }
 }
 
@@ -335,8 +339,8 @@ pub(super) async fn revert(
     execution: &Execution,
     (from, to): (&CellServer, &CellServer),
 ) -> Done {
-    let started = match &from.instance {
-        Some(instance) => start_again(instance, from).await,
+    let started = match &from.member {
+        Some(member) => member.start_again().await,
         None => Ok(()),
     };
     if let Ok(mut new) = admin_at_once(to).await
@@ -353,40 +357,29 @@ pub(super) async fn revert(
     })
 }
 
-async fn start_again(instance: &Instance, from: &CellServer) -> Result<(), String> {
-    if probe(from).await.0 == Answer::Standby {
-        // Somebody has started it while it was to be none but a standby.
-        instance.kill(KILL_MAX).await.map_err(chain)?;
-    }
-    instance.may_be_primary().map_err(chain)?;
-    instance.start(START_MAX).await.map_err(chain)
-}
-
 /// Looks at what only the lost server had, before that is gone, and keeps it for people.
 pub(super) async fn keep_tail(
     control: &Control,
     execution: &mut Execution,
     (from, to): (&CellServer, &CellServer),
 ) -> Result<String, String> {
-    if let Some(instance) = &from.instance {
-        // Whatever somebody has started writes to it no more.
-        instance.kill(KILL_MAX).await.map_err(chain)?;
+    let unknown = || "what the lost server alone had is not known".to_owned();
+    let lost = from.member.as_ref().ok_or_else(unknown)?;
+    // Whatever somebody has started writes to it no more.
+    lost.isolate().await?;
+    if !lost.look().await?.reads_wal {
+        return Err(unknown());
     }
-    let Some(lost) = from.instance.as_ref().filter(|lost| lost.has("pg_waldump")) else {
-        return Err("what the lost server alone had is not known".into());
-    };
     let mut new = admin(to).await?;
     let (timeline, fork) = fork_of(&mut new).await?;
     let around = tail_around(lost, timeline, fork).await?;
     if around.last.ok_or("nothing of its log can be read there")? < fork {
         return Ok("the lost server had nothing that is not here".into());
     }
-    let tail = lost.wal_tail(timeline, fork).await.map_err(chain)?;
+    let tail = lost.read_tail(timeline, fork).await?;
     let last = tail.last.ok_or("nothing of its log can be read there")?;
     let Execution { app, id, .. } = &*execution;
-    let dir = control.config.state_dir.join("lost").join(format!("{app}-{id}"));
-    lost.keep_wal(timeline, fork, &tail, &dir).map_err(chain)?;
-    let kept_in = dir.display().to_string();
+    let kept_in = lost.keep_tail(timeline, fork, format!("{app}-{id}")).await?;
     let text = format!(
         "{} commits, {} bytes from {fork} to {last}, were only on the lost server; kept in {kept_in}",
         tail.commits,
@@ -416,7 +409,7 @@ pub(crate) fn describe(servers: &AppServers, execution: &Execution) -> Vec<Strin
     let Execution { from, to, .. } = execution;
     let cell = |name: &str| servers.cells.get(name);
     let salvages = cell(from).zip(cell(to)).is_some_and(|(a, b)| can_salvage(a, b).is_some());
-    let managed = cell(from).is_some_and(|server| server.instance.is_some());
+    let managed = cell(from).is_some_and(|server| server.member.is_some());
     let mut steps = BTreeMap::new();
     let mut step = |text: String| drop(steps.insert(steps.len(), text));
     step(format!(

@@ -1,18 +1,19 @@
 //! A server takes no more writes, from whomever; and takes them again.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::Order;
 use model::persisted::Execution;
 use pg::admin::Admin;
-use pg::instance::Instance;
 use tokio::time::timeout;
 
 use super::{Done, POLL, admin_at_once, again, chain, reported};
 use crate::config::{AppServers, CellServer};
 use crate::hba;
+use crate::member::Member;
 use crate::runner::Control;
 
 /// How long taking the fence back is tried. Then clients go on all the same.
@@ -20,18 +21,8 @@ const UNFENCE_MAX: Duration = Duration::from_secs(10);
 /// How long ended backends may take to go.
 const TERMINATE_MAX: Duration = Duration::from_secs(5);
 
-/// The old server's `pg_hba.conf` and where its original is kept.
-pub(super) struct Hba {
-    pub(super) path: std::path::PathBuf,
-    pub(super) saved: std::path::PathBuf,
-}
-
-async fn hba_of(server: &CellServer, admin: &mut Admin) -> Result<Option<(Instance, Hba)>, String> {
-    let Some(instance) = &server.instance else { return Ok(None) };
-    let path = admin.value("SHOW hba_file").await.map_err(chain)?.unwrap_or_default();
-    let path = std::path::PathBuf::from(path);
-    let saved = path.with_extension("conf.holdfast");
-    Ok(Some((instance.clone(), Hba { path, saved })))
+pub(super) async fn hba_file(admin: &mut Admin) -> Result<PathBuf, String> {
+    Ok(admin.value("SHOW hba_file").await.map_err(chain)?.unwrap_or_default().into())
 }
 
 /// Reloads the configuration and waits until this connection, and so every other, has been told.
@@ -68,15 +59,14 @@ pub(super) async fn fence(
     let report = control.order(Order::Backends { app: execution.app.clone() }).await;
     let own: Vec<String> = reported(report)?.backends.iter().map(i32::to_string).collect();
     let own = own.join(",");
-    let hba = hba_of(from, &mut old).await?;
-    let login = match &hba {
-        Some((instance, hba)) => {
+    let login = match &from.member {
+        Some(member) => {
             let proxies = match logins {
                 Logins::Closed => BTreeSet::new(),
                 Logins::OfProxy => addresses_of(&mut old, &own).await?,
             };
             let admitted = hba::Admitted { admin: &from.admin.user, proxies: &proxies };
-            close_hba(&mut old, instance, hba, &admitted).await?;
+            close_hba(&mut old, member, &admitted).await?;
             let shown: Vec<String> = proxies.iter().map(ToString::to_string).collect();
             match shown.as_slice() {
                 [] => "logins closed".to_owned(),
@@ -140,34 +130,20 @@ pub(super) async fn hba_rules(admin: &mut Admin) -> Result<Vec<hba::Rule>, Strin
 
 async fn close_hba(
     old: &mut Admin,
-    instance: &Instance,
-    hba: &Hba,
+    member: &Member,
     admitted: &hba::Admitted<'_>,
 ) -> Result<(), String> {
-    let io = |error: std::io::Error| format!("`{}`: {error}", hba.path.display());
-    let text = std::fs::read(&hba.path).map_err(io)?;
-    if !text.starts_with(hba::MARK.as_bytes()) {
+    let path = hba_file(old).await?;
+    if !member.are_logins_closed(&path).await? {
         // The server would not load a file with an error in it, and go on with what it has loaded before.
-        let fenced = hba::fenced(&hba_rules(old).await?, admitted)?;
-        instance.write(&hba.saved, &text).map_err(chain)?;
-        instance.write(&hba.path, fenced.as_bytes()).map_err(chain)?;
+        let rules = hba::fenced(&hba_rules(old).await?, admitted)?;
+        member.close_logins(&path, rules).await?;
     }
     if hba::is_fenced(&hba_rules(old).await?, admitted) {
         return Ok(());
     }
-    let (path, admin) = (hba.path.display(), admitted.admin);
+    let (path, admin) = (path.display(), admitted.admin);
     Err(format!("`{path}` cannot be narrowed to `{admin}`, replication and the proxy"))
-}
-
-/// Puts the original back, if the file is ours.
-pub(super) fn open_hba(instance: &Instance, hba: &Hba) -> Result<(), String> {
-    let fenced = std::fs::read_to_string(&hba.path).is_ok_and(|text| text.starts_with(hba::MARK));
-    if !fenced {
-        return Ok(());
-    }
-    let text =
-        std::fs::read(&hba.saved).map_err(|error| format!("`{}`: {error}", hba.saved.display()))?;
-    instance.write(&hba.path, &text).map_err(chain)
 }
 
 pub(super) async fn unfence_in_time(server: &CellServer) -> Result<(), String> {
@@ -217,8 +193,9 @@ pub(super) async fn regrant(control: &Control, execution: &Execution, to: &CellS
 
 async fn unfence(server: &CellServer) -> Result<(), String> {
     let mut old = admin_at_once(server).await?;
-    if let Some((instance, hba)) = hba_of(server, &mut old).await? {
-        open_hba(&instance, &hba)?;
+    if let Some(member) = &server.member {
+        let path = hba_file(&mut old).await?;
+        member.open_logins(&path).await?;
     }
     old.rows("ALTER SYSTEM RESET default_transaction_read_only").await.map_err(chain)?;
     reload(&mut old).await

@@ -17,7 +17,6 @@ use crate::runner::{Control, SwitchoverRequest};
 const LAG_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// How long the target may take to have all, once nobody writes.
 const CATCH_UP_MAX: Duration = Duration::from_secs(10);
-const START_MAX: Duration = Duration::from_secs(120);
 const PROMOTE_MAX: Duration = Duration::from_secs(30);
 /// Longest wait for one answer while clients are held.
 const HELD_WAIT: Duration = Duration::from_secs(5);
@@ -75,7 +74,7 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             if execution.kind != Kind::Failover {
                 return rejoin(from, to, true).await;
             }
-            let kept = match (execution.lost.is_some(), rejoining::has_begun(from)) {
+            let kept = match (execution.lost.is_some(), rejoining::has_begun(from).await) {
                 (true, _) => Ok("what was lost was looked at before".to_owned()),
                 // It may have been looked at in vain, so what is left of the directory is kept.
                 (false, true) => Err("an earlier try was broken off".to_owned()),
@@ -145,7 +144,7 @@ pub(crate) fn describe(
         OnTimeout::Abort => "give up if one is left",
         OnTimeout::Force => "end those that are left with an error",
     };
-    let managed = servers.cells.get(from).is_some_and(|server| server.instance.is_some());
+    let managed = servers.cells.get(from).is_some_and(|server| server.member.is_some());
     vec![
         format!(
             "prepare: check {from_at} and {to_at}, checkpoint both, attach a copy of every session to {to_at}"
@@ -201,7 +200,7 @@ pub(crate) async fn check_servers(
     if !b.streaming {
         return Err(format!("`{to}` does not stream from `{from}`"));
     }
-    if server(from)?.instance.is_some() {
+    if server(from)?.member.is_some() {
         hba_rules(&mut old).await.map_err(|error| format!("`{from}` cannot be fenced: {error}"))?;
     }
     let lag = a.lsn.bytes_since(b.lsn);

@@ -1,84 +1,24 @@
 //! The old server becomes a standby of the new one.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use pg::instance::Instance;
+use model::member::Work;
 
-use super::fencing::{Hba, open_hba};
-use super::{Done, START_MAX, admin, chain};
+use super::fencing::hba_file;
+use super::{Done, admin, chain};
 use crate::config::CellServer;
 
-const STOP_MAX: Duration = Duration::from_secs(60);
 const STREAM_MAX: Duration = Duration::from_secs(60);
 
-/// Files that belong to one server and not to its data. They are put aside before anything is overwritten.
-const OWN_FILES: [&str; 4] =
-    ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
-
-/// A place beside the data directory.
-fn beside(instance: &Instance, what: &str) -> PathBuf {
-    let mut name = instance.data_dir.as_os_str().to_owned();
-    name.push(format!(".holdfast-{what}"));
-    name.into()
-}
-
-/// The server's own files, kept while its data is rewound or copied. As long as they are there, the data is neither what it
-/// was nor what it is to be.
-struct Aside<'a> {
-    instance: &'a Instance,
-    dir: PathBuf,
-}
-
-impl<'a> Aside<'a> {
-    fn of(instance: &'a Instance) -> Aside<'a> {
-        Aside { instance, dir: beside(instance, "rejoin") }
-    }
-
-    fn is_there(&self) -> bool {
-        self.dir.join("complete").exists()
-    }
-
-    fn put(&self) -> Result<(), String> {
-        let io = |error: std::io::Error| format!("`{}`: {error}", self.dir.display());
-        std::fs::create_dir_all(&self.dir).map_err(io)?;
-        for name in OWN_FILES {
-            match std::fs::read(self.instance.data_dir.join(name)) {
-                Ok(bytes) => {
-                    self.instance.write(&self.dir.join(name), &bytes).map_err(chain)?;
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => (),
-                Err(error) => return Err(io(error)),
-            }
-        }
-        self.instance.write(&self.dir.join("complete"), b"").map_err(chain)
-    }
-
-    /// Into the data directory, which is whole by now.
-    fn put_back(&self) -> Result<(), String> {
-        for name in OWN_FILES {
-            if let Ok(bytes) = std::fs::read(self.dir.join(name)) {
-                self.instance.write(&self.instance.data_dir.join(name), &bytes).map_err(chain)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn forget(&self) -> Result<(), String> {
-        let io = |error: std::io::Error| format!("`{}`: {error}", self.dir.display());
-        std::fs::remove_file(self.dir.join("complete")).map_err(io)?;
-        std::fs::remove_dir_all(&self.dir).map_err(io)
-    }
-}
-
 /// A rejoin of the server was broken off: of what it had, nothing can be told any more.
-pub(super) fn has_begun(server: &CellServer) -> bool {
-    server.instance.as_ref().is_some_and(|instance| Aside::of(instance).is_there())
+pub(super) async fn has_begun(server: &CellServer) -> bool {
+    let Some(member) = &server.member else { return false };
+    member.look().await.is_ok_and(|condition| condition.is_rejoining)
 }
 
 /// It is a standby that streams: an earlier try has come to its end.
 pub(super) async fn is_done(server: &CellServer) -> bool {
-    if has_begun(server) {
+    if has_begun(server).await {
         return false;
     }
     let Ok(mut admin) = admin(server).await else { return false };
@@ -87,56 +27,26 @@ pub(super) async fn is_done(server: &CellServer) -> bool {
 
 /// Makes the old server a standby of the new one. What only it has may go if that `is_kept`.
 pub(super) async fn rejoin(from: &CellServer, to: &CellServer, is_kept: bool) -> Done {
-    let Some(instance) = &from.instance else {
+    let Some(member) = &from.member else {
         return Err(format!(
             "`{}` is not managed (no data_dir); stop it and make it a standby of `{}`",
             from.target.address, to.target.address
         ));
     };
     let began = Instant::now();
-    let aside = Aside::of(instance);
-    // Rewound in part, it would be taken for a server of the new history (`pg_rewind`, "Warnings").
-    let is_broken = aside.is_there();
-    if !is_broken {
-        // Before the rewind, which would remove the saved file. A stopped server cannot say where its file is.
-        let path = match admin(from).await {
-            Ok(mut old) => old.value("SHOW hba_file").await.map_err(chain)?.map(PathBuf::from),
-            Err(_) => None,
-        };
-        let path = path.unwrap_or_else(|| instance.data_dir.join("pg_hba.conf"));
-        open_hba(instance, &Hba { saved: path.with_extension("conf.holdfast"), path })?;
-    }
-    instance.stop("fast", STOP_MAX).await.map_err(chain)?;
-    if !is_broken {
-        aside.put()?;
-    }
+    // A stopped server cannot say where its file is.
+    let hba_file = match admin(from).await {
+        Ok(mut old) => Some(hba_file(&mut old).await?),
+        Err(_) => None,
+    };
     // Until its first checkpoint the new primary's control file names the old timeline, and pg_rewind would find
     // nothing to do.
     let mut new = admin(to).await?;
     new.rows("CHECKPOINT").await.map_err(chain)?;
     let timeline = new.value("SELECT timeline_id::text FROM pg_control_checkpoint()").await;
     let timeline = timeline.map_err(chain)?.and_then(|text| text.parse().ok());
-    // On the new history already, it has nothing to come back from, and would write to that what nobody else has.
-    let follows = instance.last_timeline().ok() == timeline;
-    let rewound = match is_broken || !is_kept || follows {
-        true => Err("it is not to be rewound".to_owned()),
-        false => {
-            // It has to end as a primary first, if it has not (`ensureCleanShutdown`).
-            instance.may_be_primary().map_err(chain)?;
-            instance.rewind(&to.conninfo).await.map_err(chain)
-        }
-    };
-    let how = match &rewound {
-        Ok(_) => "rewound".to_owned(),
-        Err(error) => {
-            tracing::warn!(error, "rewinding did not succeed, copying anew");
-            clone_anew(instance, &to.conninfo, is_kept).await?
-        }
-    };
-    aside.put_back()?;
-    instance.make_standby(&to.conninfo).map_err(chain)?;
-    aside.forget()?;
-    instance.start(START_MAX).await.map_err(chain)?;
+    let conninfo = to.conninfo.clone();
+    let how = member.rejoin(Work::Rejoin { conninfo, timeline, hba_file, is_kept }).await?;
     let mut old = admin(from).await?;
     let deadline = Instant::now() + STREAM_MAX;
     while !old.status().await.map_err(chain)?.streaming {
@@ -146,38 +56,4 @@ pub(super) async fn rejoin(from: &CellServer, to: &CellServer, is_kept: bool) ->
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(format!("{how}, streams as a standby after {:.1} s", began.elapsed().as_secs_f64()))
-}
-
-/// Copies the new primary in place of the old data, which is kept until the copy is whole, and after that if nobody knows
-/// what it alone has.
-async fn clone_anew(instance: &Instance, conninfo: &str, is_kept: bool) -> Result<String, String> {
-    if !instance.has("pg_basebackup") {
-        return Err(format!("`{}` has no pg_basebackup", instance.bin_dir.display()));
-    }
-    let old = beside(instance, "old");
-    let io = |error: std::io::Error| format!("`{}`: {error}", instance.data_dir.display());
-    if old.exists() {
-        // What stands in its place is a copy that was broken off.
-        match std::fs::remove_dir_all(&instance.data_dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
-            _ => (),
-        }
-    } else {
-        std::fs::rename(&instance.data_dir, &old).map_err(io)?;
-    }
-    std::fs::create_dir(&instance.data_dir).map_err(io)?;
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    std::fs::set_permissions(&instance.data_dir, mode).map_err(io)?;
-    if let Some(owner) = instance.run_as {
-        std::os::unix::fs::chown(&instance.data_dir, Some(owner.uid), Some(owner.gid))
-            .map_err(io)?;
-    }
-    instance.clone_from(conninfo).await.map_err(chain)?;
-    if is_kept {
-        std::fs::remove_dir_all(&old).map_err(io)?;
-        return Ok("copied anew".into());
-    }
-    let lost = beside(instance, &format!("lost-{}", crate::runner::now_ms()));
-    std::fs::rename(&old, &lost).map_err(io)?;
-    Ok(format!("copied anew, what it had is kept in `{}`", lost.display()))
 }

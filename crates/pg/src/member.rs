@@ -1,0 +1,120 @@
+//! Carries out what is asked of a server whose programs and files are on this machine.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use model::failover::Process;
+use model::member::{Condition, Done, Work};
+
+use crate::instance::{Instance, InstanceError};
+use crate::rejoin::{Aside, rejoin};
+
+const KILL_MAX: Duration = Duration::from_secs(10);
+pub const START_MAX: Duration = Duration::from_secs(120);
+
+/// The first line of a `pg_hba.conf` of ours.
+pub const HBA_MARK: &str =
+    "# holdfast: this server is fenced; the file before it is pg_hba.conf.holdfast";
+
+/// A server whose programs and files are here.
+#[derive(Debug, Clone)]
+pub struct Local {
+    pub instance: Instance,
+    /// Where what a lost server alone had is kept for people.
+    pub lost_dir: PathBuf,
+}
+
+pub(crate) fn chain(error: InstanceError) -> String {
+    model::chain(&error)
+}
+
+fn saved_beside(hba_file: &Path) -> PathBuf {
+    hba_file.with_extension("conf.holdfast")
+}
+
+impl Local {
+    /// # Errors
+    /// In words. It may have been done in part; asked again, the rest is done.
+    pub async fn carry_out(&self, work: &Work) -> Result<Done, String> {
+        let instance = &self.instance;
+        Ok(match work {
+            Work::Look => Done::Condition(self.condition().await),
+            Work::Isolate => {
+                // Whoever starts it again, such as the system, starts a standby.
+                instance.must_be_standby().map_err(chain)?;
+                Done::Ended(instance.kill(KILL_MAX).await.map_err(chain)?)
+            }
+            Work::StartAgain => {
+                if instance.is_running() && instance.is_standby() {
+                    // Somebody has started it while it was to be none but a standby.
+                    instance.kill(KILL_MAX).await.map_err(chain)?;
+                }
+                instance.may_be_primary().map_err(chain)?;
+                instance.start(START_MAX).await.map_err(chain)?;
+                Done::Nothing
+            }
+            Work::AreLoginsClosed { hba_file } => Done::Flag(is_closed(hba_file)),
+            Work::CloseLogins { hba_file, rules } => {
+                if !is_closed(hba_file) {
+                    let text = std::fs::read(hba_file)
+                        .map_err(|error| format!("`{}`: {error}", hba_file.display()))?;
+                    instance.write(&saved_beside(hba_file), &text).map_err(chain)?;
+                    instance.write(hba_file, rules.as_bytes()).map_err(chain)?;
+                }
+                Done::Nothing
+            }
+            Work::OpenLogins { hba_file } => {
+                self.open_logins(hba_file)?;
+                Done::Nothing
+            }
+            Work::Rejoin { conninfo, timeline, hba_file, is_kept } => {
+                // Rewound in part, it would be taken for a server of the new history (`pg_rewind`, "Warnings").
+                if !Aside::of(instance).is_there() {
+                    // Before the rewind, which would remove the saved file.
+                    let default = instance.data_dir.join("pg_hba.conf");
+                    self.open_logins(hba_file.as_deref().unwrap_or(&default))?;
+                }
+                Done::Text(rejoin(instance, conninfo, *timeline, *is_kept).await?)
+            }
+            Work::ReadTail { timeline, from } => {
+                Done::Tail(instance.wal_tail(*timeline, *from).await.map_err(chain)?.0)
+            }
+            Work::KeepTail { timeline, from, name } => {
+                let dir = self.lost_dir.join(name);
+                instance.keep_wal(*timeline, *from, &dir).await.map_err(chain)?;
+                Done::Text(dir.display().to_string())
+            }
+        })
+    }
+
+    async fn condition(&self) -> Condition {
+        let instance = &self.instance;
+        let control = instance.control_data().await.ok();
+        let process = match &control {
+            _ if instance.is_running() => Process::Lives,
+            Some(control) if control.is_shut_down => Process::ShutDown,
+            _ => Process::Crashed,
+        };
+        Condition {
+            process,
+            system_identifier: control.map(|control| control.system_identifier),
+            timeline: instance.last_timeline().ok(),
+            is_rejoining: Aside::of(instance).is_there(),
+            reads_wal: instance.has("pg_waldump"),
+        }
+    }
+
+    fn open_logins(&self, hba_file: &Path) -> Result<(), String> {
+        if !is_closed(hba_file) {
+            return Ok(());
+        }
+        let saved = saved_beside(hba_file);
+        let text =
+            std::fs::read(&saved).map_err(|error| format!("`{}`: {error}", saved.display()))?;
+        self.instance.write(hba_file, &text).map_err(chain)
+    }
+}
+
+fn is_closed(hba_file: &Path) -> bool {
+    std::fs::read(hba_file).is_ok_and(|text| text.starts_with(HBA_MARK.as_bytes()))
+}
