@@ -24,6 +24,8 @@ use wire::scram::Secret;
 /// How long one server may take to say where it stands.
 const STATUS_MAX: Duration = Duration::from_secs(2);
 
+pub(crate) mod agents;
+
 #[derive(Clone)]
 pub(crate) struct State {
     proxy: Arc<Proxy>,
@@ -72,6 +74,7 @@ impl From<ControlError> for ApiError {
         let status = match &error {
             ControlError::NoApp { .. }
             | ControlError::NoCell { .. }
+            | ControlError::NoAgent { .. }
             | ControlError::NoExecution(_) => StatusCode::NOT_FOUND,
             ControlError::AlreadyActive { .. }
             | ControlError::NotPassive { .. }

@@ -27,6 +27,8 @@ pub(crate) enum RunError {
     Control(#[from] ControlError),
     #[error(transparent)]
     Proxy(#[from] StartError),
+    #[error("cannot listen on `{address}` for agents")]
+    Agents { address: std::net::SocketAddr, source: std::io::Error },
     #[error("cannot listen on `{address}` for the API")]
     Api { address: std::net::SocketAddr, source: std::io::Error },
 }
@@ -52,6 +54,17 @@ impl Running {
         let nobody = control.config.apps.keys().map(|app| (app.clone(), String::new())).collect();
         let proxy = Arc::new(Proxy::start(config.proxy.clone(), &nobody).await?);
         let mut tasks = vec![tokio::spawn(carry_orders(proxy.clone(), incoming))];
+        if let Some(address) = config.agents {
+            // Before recovery, which may need them.
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.map_err(|source| RunError::Agents { address, source })?;
+            let routes = api::agents::routes(control.clone());
+            tasks.push(tokio::spawn(async move {
+                if let Err(error) = axum::serve(listener, routes).await {
+                    tracing::error!(%error, "agents are served no more");
+                }
+            }));
+        }
         control.recover().await?;
         for (app, served) in control.served_cells()? {
             let Some(control::Served { cell, state, epoch }) = served else {
@@ -71,11 +84,11 @@ impl Running {
         let address = config.api.listen;
         let listener =
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
-        let api = listener.local_addr().unwrap_or(address);
-        let state = api::State::new(proxy.clone(), control.clone(), config.api.token.clone());
         for app in control.config.apps.keys() {
             tasks.push(tokio::spawn(control::watch::run(control.clone(), app.clone())));
         }
+        let api = listener.local_addr().unwrap_or(address);
+        let state = api::State::new(proxy.clone(), control.clone(), config.api.token.clone());
         tasks.push(tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
                 tracing::error!(%error, "the API has ended");

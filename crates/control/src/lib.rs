@@ -3,6 +3,7 @@
 //! # Layout, in reading order
 //! - [`config`]: applications, their cells, and how each server is reached.
 //! - [`member`]: whoever has a server's files at hand.
+//! - [`agents`]: what control knows of those beside servers elsewhere.
 //! - [`records`]: the application and its executions in the store.
 //! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
@@ -16,6 +17,7 @@
 use model::barrier::{Order, Report};
 use tokio::sync::{mpsc, oneshot};
 
+pub mod agents;
 pub mod config;
 pub mod hba;
 pub mod member;

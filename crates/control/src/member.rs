@@ -1,16 +1,24 @@
 //! Whoever has a server's programs and files at hand, and may be asked to work on them.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use model::Lsn;
+use model::agent::Task;
+use model::cell::Epoch;
 use model::failover::Process;
 use model::member::{Condition, Done, WalTail, Work};
 use pg::member::Local;
+
+use crate::agents::Link;
 
 #[derive(Debug, Clone)]
 pub enum Member {
     /// This process.
     Here(Local),
+    /// An agent beside the server.
+    Agent(Arc<Link>),
 }
 
 fn unexpected<T>(done: Done) -> Result<T, String> {
@@ -21,6 +29,7 @@ impl Member {
     async fn ask(&self, work: Work) -> Result<Done, String> {
         match self {
             Member::Here(local) => local.carry_out(&work).await,
+            Member::Agent(link) => link.ask(Task::Work(work)).await,
         }
     }
 
@@ -47,25 +56,92 @@ impl Member {
 
     /// What became of the server's process; none if that cannot be seen.
     pub(crate) async fn process(&self) -> Option<Process> {
-        self.look().await.ok().map(|condition| condition.process)
-    }
-
-    /// Costs next to nothing.
-    pub(crate) fn is_running(&self) -> bool {
         match self {
-            Member::Here(local) => local.instance.is_running(),
+            // One that lives is not asked more.
+            Member::Agent(link) if link.process() != Some(Process::Crashed) => link.process(),
+            _ => self.look().await.ok().map(|condition| condition.process),
         }
     }
 
-    /// Ends every process of the server, and gives how many there were.
-    pub(crate) async fn isolate(&self) -> Result<usize, String> {
+    /// Resolves when the process that runs now is gone, as far as that can be seen.
+    pub(crate) async fn gone(&self) {
+        /// Between two looks at a process, which cost next to nothing.
+        const GLANCE: Duration = Duration::from_millis(20);
+        match self {
+            Member::Here(local) => {
+                let was_running = local.instance.is_running();
+                while !was_running || local.instance.is_running() {
+                    tokio::time::sleep(GLANCE).await;
+                }
+            }
+            Member::Agent(link) => link.changed().await,
+        }
+    }
+
+    /// Ends every process of the server, and has whoever starts it start a standby. Gives what was done.
+    pub(crate) async fn end(&self) -> Result<String, String> {
         match self.ask(Work::Isolate).await? {
-            Done::Ended(count) => Ok(count),
+            Done::Ended(0) => Ok("its processes are gone".to_owned()),
+            Done::Ended(count) => Ok(format!("{count} processes of it ended")),
             other => unexpected(other),
         }
     }
 
-    pub(crate) async fn start_again(&self) -> Result<(), String> {
+    /// From here on nobody's write is acknowledged by the server any more: its processes are ended, or its lease is over.
+    /// Gives how that is known.
+    pub(crate) async fn isolate(&self) -> Result<String, String> {
+        let Member::Agent(link) = self else { return self.end().await };
+        // It is not renewed from here on, whatever the agent answers.
+        let over = async {
+            tokio::time::sleep(link.revoke()).await;
+            // A timer may be early, the lease is not.
+            while !link.is_over() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::pin!(over);
+        let why = tokio::select! {
+            ended = self.end() => match ended {
+                Ok(ended) => return Ok(ended),
+                Err(why) => {
+                    over.await;
+                    why
+                }
+            },
+            () = &mut over => "its agent has not answered".to_owned(),
+        };
+        Ok(format!("{why}; its lease is over, so its guard has ended it"))
+    }
+
+    /// An agent is there.
+    pub(crate) fn is_attended(&self) -> bool {
+        matches!(self, Member::Agent(link) if link.process().is_some())
+    }
+
+    /// An agent is there, and the server is not.
+    pub(crate) async fn is_down(&self) -> bool {
+        matches!(self, Member::Agent(link) if link.process() == Some(Process::Crashed))
+    }
+
+    /// Its lease is over, so that it has ended, whatever is heard of it.
+    pub(crate) fn is_lease_over(&self) -> bool {
+        match self {
+            Member::Here(_) => false,
+            Member::Agent(link) => link.is_over(),
+        }
+    }
+
+    /// The server is about to be a primary in this epoch, for which it needs the lease.
+    pub(crate) async fn hold_lease(&self, epoch: Epoch) -> Result<(), String> {
+        let Member::Agent(link) = self else { return Ok(()) };
+        link.restore();
+        link.see(epoch);
+        link.ask(Task::HoldLease).await.map(drop)
+    }
+
+    /// Starts the server as the primary that it was, in the epoch that it has still.
+    pub(crate) async fn start_again(&self, epoch: Epoch) -> Result<(), String> {
+        self.hold_lease(epoch).await?;
         self.nothing(Work::StartAgain).await
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use model::Lsn;
+use model::agent::{Fetch, Fetched, Finished, Renew, Renewed, Sender};
 use model::barrier::{Blocker, Order, Report};
 use model::cell::{Application, CellState, Epoch};
 use model::failover::Analysis;
@@ -16,7 +17,9 @@ use store::Store;
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, oneshot};
 
+use crate::agents::Link;
 use crate::config::{AppServers, ControlConfig};
+use crate::member::Member;
 use crate::records::{self, RecordError};
 use crate::watch::Seen;
 use crate::{Proxies, stages};
@@ -140,6 +143,8 @@ pub enum ControlError {
         "execution {id} has ended: {ending:?}; only one that is stuck or lacks its rejoin can be retried"
     )]
     NotRetryable { id: u64, ending: Option<Ending> },
+    #[error("cell `{cell}` of application `{app}` has no agent by the configuration")]
+    NoAgent { app: String, cell: String },
     #[error(transparent)]
     Record(#[from] RecordError),
 }
@@ -466,6 +471,71 @@ impl Control {
             lsn: None,
             blocked: None,
         }));
+    }
+
+    fn link(&self, sender: &Sender) -> Result<&Link, ControlError> {
+        let Sender { app, cell, .. } = sender;
+        match &self.servers(app)?.cells.get(cell).and_then(|server| server.member.as_ref()) {
+            Some(Member::Agent(link)) => Ok(link),
+            _ => Err(ControlError::NoAgent { app: app.clone(), cell: cell.clone() }),
+        }
+    }
+
+    /// Answers an agent that asks for its lease.
+    ///
+    /// # Errors
+    /// There is to be no such agent, or the store cannot be read, which says nothing of the lease.
+    pub fn renew(&self, asked: &Renew) -> Result<Renewed, ControlError> {
+        let Sender { app, cell, .. } = &asked.sender;
+        self.link(&asked.sender)?.renew(asked, || {
+            let application = records::application(&*self.store, app)?.application;
+            let (epoch, seen) = (application.epoch, asked.seen);
+            if epoch < seen {
+                tracing::error!(app, cell, %epoch, %seen, "the store is older than what the agent has seen; `holdfast store restore` says what to do");
+            }
+            let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
+            Ok((epoch, has_it))
+        })
+    }
+
+    /// Orders for an agent, which waits for some a while.
+    ///
+    /// # Errors
+    /// There is to be no such agent.
+    pub async fn fetch(&self, asked: &Fetch) -> Result<Fetched, ControlError> {
+        Ok(self.link(&asked.sender)?.fetch(&asked.sender).await)
+    }
+
+    /// What an agent says of an order.
+    ///
+    /// # Errors
+    /// There is to be no such agent.
+    pub fn finished(&self, finished: Finished) -> Result<(), ControlError> {
+        self.link(&finished.sender)?.finished(finished);
+        Ok(())
+    }
+
+    /// The execution that lacks its rejoin, if the agent that could do it is there.
+    pub(crate) fn lacks_rejoin(&self, app: &str) -> Option<u64> {
+        let last = self.executions(app).ok()?.into_iter().next()?;
+        let member = self.servers(app).ok()?.cells.get(&last.from)?.member.as_ref()?;
+        let lacks = last.ending == Some(Ending::CompletedWithoutRejoin);
+        (lacks && member.is_attended()).then_some(last.id)
+    }
+
+    /// Has the agent of the active cell start its server again, if nothing is changing the application.
+    pub(crate) async fn start_again(
+        &self,
+        app: &str,
+        cell: &str,
+        member: &Member,
+    ) -> Result<(), String> {
+        let _taken = self.take(app).map_err(|error| model::chain(&error))?;
+        let application = self.application(app).map_err(|error| model::chain(&error))?;
+        if application.active() != Some(cell) || application.execution.is_some() {
+            return Err(format!("`{cell}` is not the active cell any more"));
+        }
+        member.start_again(application.epoch).await
     }
 
     /// Fences the active cell and runs that to its end. Clients stay, and read.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
-use model::failover::{Analysis, Answer, Detector, Sight};
+use model::failover::{Analysis, Answer, Detector, Process, Sight};
 use model::persisted::Execution;
 use model::switchover::{Ending, Kind};
 
@@ -14,10 +14,12 @@ use crate::member::Member;
 use crate::runner::{Control, FailoverRequest, now_ms};
 use crate::stages;
 
+use tokio::time::timeout;
+
 /// Between two questions to the server.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Between two looks at its process, which cost next to nothing.
-const GLANCE: Duration = Duration::from_millis(20);
+/// Between two tries to make a standby of a server whose agent is back.
+const REJOIN_PAUSE: Duration = Duration::from_secs(5);
 /// After a failover that did not come about, until the next is tried.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -37,9 +39,26 @@ pub async fn run(control: Arc<Control>, app: String) {
     let mut detector = Detector::default();
     let mut looked_at: Option<String> = None;
     let mut tried: Option<Instant> = None;
+    let mut rejoined: Option<Instant> = None;
     loop {
         wait(&control, &app, looked_at.as_deref()).await;
         let Ok(application) = control.application(&app) else { continue };
+        let is_short = application.cells.values().any(|state| !state.is_settled());
+        if is_short
+            && application.execution.is_none()
+            && rejoined.is_none_or(|at| at.elapsed() > REJOIN_PAUSE)
+            && let Some(id) = control.lacks_rejoin(&app)
+        {
+            rejoined = Some(Instant::now());
+            let (control, app) = (control.clone(), app.clone());
+            // It may have to copy a whole server.
+            tokio::spawn(async move {
+                if let Err(error) = control.retry(&app, id).await {
+                    tracing::warn!(app, execution = id, error = model::chain(&error), "no rejoin");
+                }
+            });
+            continue;
+        }
         let active = application.active().filter(|_| application.execution.is_none());
         let Some(cell) = active.map(str::to_owned) else {
             detector = Detector::default();
@@ -55,11 +74,15 @@ pub async fn run(control: Arc<Control>, app: String) {
             continue;
         }
         let is_early = tried.is_some_and(|at| at.elapsed() < RETRY_PAUSE);
-        if !servers.failover.automatic || is_early {
+        if is_early || !(servers.failover.automatic || is_supervised(servers, &cell)) {
             continue;
         }
         tried = Some(Instant::now());
         tracing::error!(app, cell, %analysis, "{}", analysis.says());
+        if !servers.failover.automatic {
+            start_again(&control, servers, &app, &cell).await;
+            continue;
+        }
         let blocked = match begin(&control, servers, &app, &cell).await {
             Ok(execution) if execution.ending == Some(Ending::Aborted) => execution.reason,
             Ok(_) => None,
@@ -67,6 +90,7 @@ pub async fn run(control: Arc<Control>, app: String) {
         };
         if let Some(why) = &blocked {
             tracing::error!(app, cell, reason = why, "no failover");
+            start_again(&control, servers, &app, &cell).await;
         }
         control.note_seen(&app, |seen| seen.blocked = blocked);
     }
@@ -77,13 +101,30 @@ async fn wait(control: &Control, app: &str, cell: Option<&str>) {
     let servers = control.servers(app).ok();
     let server = servers.zip(cell).and_then(|(servers, cell)| servers.cells.get(cell));
     let member = server.and_then(|server| server.member.as_ref());
-    let was_running = member.is_some_and(Member::is_running);
-    let until = Instant::now() + PAUSE;
-    while Instant::now() < until {
-        tokio::time::sleep(GLANCE).await;
-        if was_running && member.is_some_and(|member| !member.is_running()) {
-            return;
-        }
+    match member {
+        // It is over either way.
+        Some(member) => drop(timeout(PAUSE, member.gone()).await),
+        None => tokio::time::sleep(PAUSE).await,
+    }
+}
+
+/// An agent is there to keep the server running.
+fn is_supervised(servers: &AppServers, cell: &str) -> bool {
+    let server = servers.cells.get(cell);
+    matches!(server.and_then(|server| server.member.as_ref()), Some(Member::Agent(_)))
+}
+
+/// The server whose place nobody takes is started again by its agent, if it is one that has one.
+async fn start_again(control: &Control, servers: &AppServers, app: &str, cell: &str) {
+    let Some(member) = servers.cells.get(cell).and_then(|server| server.member.as_ref()) else {
+        return;
+    };
+    if !is_supervised(servers, cell) || member.process().await != Some(Process::Crashed) {
+        return;
+    }
+    match control.start_again(app, cell, member).await {
+        Ok(()) => tracing::warn!(app, cell, "the server was started again"),
+        Err(error) => tracing::error!(app, cell, error, "the server is not started again"),
     }
 }
 
@@ -100,14 +141,15 @@ async fn look(
     if let (Answer::Primary, Some(mut admin)) = (answer, admin) {
         lsn = admin.flush_lsn().await.ok();
     }
-    let (mut process, mut streams) = (None, None);
+    let (mut process, mut streams, mut is_lease_over) = (None, None, false);
     if answer == Answer::Nothing {
         process = stages::process_of(server).await;
+        is_lease_over = server.member.as_ref().is_some_and(Member::is_lease_over);
         if process.is_none() {
             streams = streams_from(servers, cell).await;
         }
     }
-    let analysis = detector.see(Instant::now(), Sight { process, answer, streams });
+    let analysis = detector.see(Instant::now(), Sight { process, answer, streams, is_lease_over });
     control.note_seen(app, |seen| {
         cell.clone_into(&mut seen.cell);
         seen.analysis = analysis;

@@ -68,6 +68,11 @@ impl CellState {
         matches!(self, CellState::Active | CellState::Draining)
     }
 
+    /// It stays so until somebody wants it otherwise.
+    pub fn is_settled(self) -> bool {
+        matches!(self, CellState::Active | CellState::Passive)
+    }
+
     /// The only way from one state to another.
     ///
     /// # Errors

@@ -43,6 +43,8 @@ pub struct Sight {
     pub answer: Answer,
     /// Whether a standby of another cell streams from it. None if none could be asked.
     pub streams: Option<bool>,
+    /// Its lease is over, so that it has been ended.
+    pub is_lease_over: bool,
 }
 
 /// What is the matter with the active cell.
@@ -143,6 +145,9 @@ impl Detector {
                 return Analysis::PrimaryShutDown;
             }
             Some(Process::Lives) | None => (),
+        }
+        if sight.is_lease_over {
+            return Analysis::DeadPrimary;
         }
         if now.duration_since(since) < SILENT_MAX {
             return Analysis::Unsure;
@@ -248,7 +253,8 @@ mod tests {
 
     use super::*;
 
-    const SILENT: Sight = Sight { process: None, answer: Answer::Nothing, streams: None };
+    const SILENT: Sight =
+        Sight { process: None, answer: Answer::Nothing, streams: None, is_lease_over: false };
 
     fn after(wait_ms: u64, sight: Sight) -> Analysis {
         let mut detector = Detector::default();
@@ -287,6 +293,13 @@ mod tests {
         }
         assert!(!Analysis::UnreachablePrimary.calls_for_failover());
         assert!(!Analysis::Unsure.calls_for_failover());
+    }
+
+    #[test]
+    fn a_server_whose_lease_is_over_is_dead_at_once() {
+        let over = Sight { is_lease_over: true, ..SILENT };
+        assert_eq!(after(0, over), Analysis::DeadPrimary);
+        assert_eq!(after(0, Sight { answer: Answer::Primary, ..over }), Analysis::NoProblem);
     }
 
     #[test]

@@ -11,16 +11,20 @@
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
 //! - [`failover`]: whether a server is lost, and whether another may take its place.
 //! - [`member`]: what control asks of whoever has a server's files at hand.
+//! - [`lease`]: the right to be the primary, for a time.
+//! - [`agent`]: what an agent and control say to each other.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod barrier;
 pub mod cell;
 pub mod error_chain;
 pub mod failover;
+pub mod lease;
 pub mod lsn;
 pub mod member;
 pub mod persisted;

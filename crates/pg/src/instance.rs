@@ -307,6 +307,32 @@ impl Instance {
         self.pid().is_some()
     }
 
+    /// Whether what runs here, if anything does, may take writes: only what is known to be a standby does not. As the control
+    /// file says, whose beginning is the same from 15 to 18 (`ControlFileData`, `DBState`).
+    pub fn may_take_writes(&self) -> bool {
+        /// A standby that was copied from a primary, or was one, says so for a moment after its start.
+        const STANDBY_START_MAX: Duration = Duration::from_secs(5);
+        const SHUT_DOWN_IN_RECOVERY: u32 = 2;
+        const IN_ARCHIVE_RECOVERY: u32 = 5;
+        let mut begin = [0; 20];
+        let control = File::open(self.data_dir.join("global/pg_control"));
+        if control.and_then(|mut file| file.read_exact(&mut begin)).is_ok()
+            && let [.., a, b, c, d] = begin
+            && matches!(
+                u32::from_ne_bytes([a, b, c, d]),
+                SHUT_DOWN_IN_RECOVERY | IN_ARCHIVE_RECOVERY
+            )
+        {
+            return false;
+        }
+        let started = std::fs::metadata(self.data_dir.join("postmaster.pid"))
+            .and_then(|file| file.modified())
+            .ok();
+        let age = started.and_then(|started| started.elapsed().ok());
+        let is_starting = age.is_some_and(|age| age < STANDBY_START_MAX);
+        !(self.is_standby() && is_starting)
+    }
+
     /// Makes a new data directory.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 //! - [`connect`]: TLS negotiation and login.
 //! - [`connection`]: messages and queries on a connection.
 //! - [`admin`]: Holdfast's own connection to a server: safe `search_path`, own timeouts.
+//! - [`clock`]: the host's time, sleep included.
 //! - [`instance`]: a server's programs and its data directory on this machine.
 //! - [`member`]: what is asked of whoever has those at hand.
 //! - [`wal`]: what a server that has ended has left in its log.
@@ -17,6 +18,7 @@
 
 pub mod address;
 pub mod admin;
+pub mod clock;
 pub mod connect;
 pub mod connection;
 pub mod instance;

@@ -19,9 +19,11 @@ macro_rules! say {
 mod client;
 pub(crate) mod show;
 
-use crate::config::{Config, chain, read_duration};
+use crate::config::{Roles, chain, read_duration};
 use crate::run::Running;
 use crate::{demo, run};
+use agent::{Agent, AgentConfig};
+use pg::instance::Instance;
 use store::embedded::EmbeddedStore;
 
 #[derive(Parser)]
@@ -155,6 +157,9 @@ enum Verb {
     /// Copies of the store, which holds the states of cells and what was done.
     #[command(subcommand)]
     Store(StoreVerb),
+    /// Ends a server when its lease is over; an agent starts this.
+    #[command(name = "__guard", hide = true)]
+    Guard { bin_dir: PathBuf, data_dir: PathBuf, state_dir: PathBuf },
     /// Take up an execution that stands still.
     #[command(after_help = "Example: holdfast retry 3")]
     Retry { id: u64 },
@@ -222,6 +227,7 @@ pub(crate) fn main() -> ExitCode {
         Verb::Executions { id } => show::executions(&cli.global, id),
         Verb::Retry { id } => show::retry(&cli.global, id),
         Verb::Store(verb) => store_verb(&verb),
+        Verb::Guard { bin_dir, data_dir, state_dir } => run_guard(&bin_dir, &data_dir, &state_dir),
     };
     match done {
         Ok(code) => code,
@@ -234,7 +240,8 @@ pub(crate) fn main() -> ExitCode {
 
 fn store_verb(verb: &StoreVerb) -> Result<ExitCode, String> {
     let dir = |config: &std::path::Path| {
-        Config::load(config).map(|config| config.control.state_dir).map_err(|error| chain(&error))
+        let roles = Roles::load(config).map_err(|error| chain(&error))?;
+        roles.into_config().map(|config| config.control.state_dir)
     };
     match verb {
         StoreVerb::Backup { config, to } => {
@@ -257,7 +264,13 @@ fn store_verb(verb: &StoreVerb) -> Result<ExitCode, String> {
 }
 
 fn check(path: &std::path::Path) -> Result<ExitCode, String> {
-    let config = Config::load(path).map_err(|error| chain(&error))?;
+    let config = match Roles::load(path).map_err(|error| chain(&error))? {
+        Roles::Here(config) => config,
+        Roles::Agent(agent) => {
+            say!("{}: the agent of cell `{}` of `{}`", path.display(), agent.cell, agent.app);
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     let cells: usize = config.control.apps.values().map(|app| app.cells.len()).sum();
     say!("{}: {} applications, {cells} cells", path.display(), config.control.apps.len());
     Ok(ExitCode::SUCCESS)
@@ -288,7 +301,10 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, String> {
 
 fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
     log_to_stderr("info");
-    let config = Config::load(path).map_err(|error| chain(&error))?;
+    let config = match Roles::load(path).map_err(|error| chain(&error))? {
+        Roles::Here(config) => *config,
+        Roles::Agent(agent) => return run_agent(*agent),
+    };
     runtime()?.block_on(async {
         let running = Running::start(config).await.map_err(|error: run::RunError| chain(&error))?;
         for address in running.proxy.addresses() {
@@ -300,6 +316,42 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
         running.stop().await;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+fn run_agent(config: AgentConfig) -> Result<ExitCode, String> {
+    let own = std::env::current_exe().map_err(|error| format!("our own program: {error}"))?;
+    let text = |path: &std::path::Path| path.display().to_string();
+    let guard = vec![
+        text(&own),
+        "__guard".into(),
+        text(&config.instance.bin_dir),
+        text(&config.instance.data_dir),
+        text(&config.state_dir),
+    ];
+    runtime()?.block_on(async {
+        let (app, cell) = (config.app.clone(), config.cell.clone());
+        let agent = Agent::start(AgentConfig { guard, ..config }).await;
+        let agent = agent.map_err(|error| chain(&error))?;
+        tracing::info!(app, cell, "the agent runs");
+        shutdown_signal().await?;
+        tracing::info!("shutting down, the server as well");
+        agent.stop().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Ends a server when its lease is over; an agent starts this.
+fn run_guard(
+    bin_dir: &std::path::Path,
+    data_dir: &std::path::Path,
+    state_dir: &std::path::Path,
+) -> Result<ExitCode, String> {
+    log_to_stderr("info");
+    let instance = Instance::of(bin_dir, data_dir).map_err(|error| chain(&error))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("no runtime: {error}"))?;
+    let done = runtime.block_on(agent::guard::run(&instance, state_dir));
+    done.map(|()| ExitCode::SUCCESS).map_err(|error| format!("the guard's socket: {error}"))
 }
 
 /// Waits for SIGINT or SIGTERM.

@@ -4,11 +4,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use agent::config::AgentConfig;
+use control::agents::Link;
 use control::config::{AppServers, CellServer, FailoverConfig};
 use control::{ControlConfig, Member};
 pub(crate) use model::chain;
+use model::lease::Terms;
 use pg::admin::AdminLogin;
 use pg::instance::{self, Instance};
 use pg::member::Local;
@@ -22,6 +26,7 @@ use tls::{ClientTls, ServerTls, SslMode, SslNegotiation};
 use toml::de::DeTable;
 use wire::scram::{Credential, Secret};
 
+mod agents;
 mod policy;
 mod reader;
 
@@ -37,6 +42,16 @@ pub(crate) struct Config {
     pub(crate) proxy: ProxyConfig,
     pub(crate) control: ControlConfig,
     pub(crate) api: ApiConfig,
+    /// Where agents find control, if there are to be any.
+    pub(crate) agents: Option<SocketAddr>,
+}
+
+/// What a process is.
+#[derive(Debug, Clone)]
+pub(crate) enum Roles {
+    /// Proxy and control.
+    Here(Box<Config>),
+    Agent(Box<AgentConfig>),
 }
 
 #[derive(Debug, Clone)]
@@ -64,19 +79,33 @@ fn shown(path: &Path, mistakes: &[Mistake]) -> String {
     )
 }
 
-impl Config {
+impl Roles {
+    /// Of proxy and control, which this is to be about.
+    ///
+    /// # Errors
+    /// It is an agent's.
+    pub(crate) fn into_config(self) -> Result<Config, String> {
+        match self {
+            Roles::Here(config) => Ok(*config),
+            Roles::Agent(agent) => Err(format!(
+                "the file configures the agent of cell `{}`, that of proxy and control is needed",
+                agent.cell
+            )),
+        }
+    }
+
     /// Reads and checks a file.
     ///
     /// # Errors
     /// It cannot be read, or has mistakes; all of them are named.
-    pub(crate) fn load(path: &Path) -> Result<Config, ConfigError> {
+    pub(crate) fn load(path: &Path) -> Result<Roles, ConfigError> {
         let file = |source| ConfigError::File { path: path.to_owned(), source };
         let len = std::fs::metadata(path).map_err(file)?.len();
         if len > FILE_LEN_MAX {
             return Err(file(std::io::ErrorKind::FileTooLarge.into()));
         }
         let text = std::fs::read_to_string(path).map_err(file)?;
-        Config::read(&text)
+        Roles::read(&text)
             .map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })
     }
 
@@ -84,14 +113,22 @@ impl Config {
     ///
     /// # Errors
     /// Every mistake.
-    pub(crate) fn read(text: &str) -> Result<Config, Vec<Mistake>> {
+    pub(crate) fn read(text: &str) -> Result<Roles, Vec<Mistake>> {
         let mut mistakes = Mistakes::new(text);
         let (document, errors) = DeTable::parse_recoverable(text);
         for error in errors {
             mistakes.add(error.span().unwrap_or(0..0), error.message().to_owned());
         }
         let mut root = Table::new("", document.get_ref(), 0..0);
-        let config = read_root(&mut root, &mut mistakes);
+        let config = match root.table(&mut mistakes, "agent") {
+            Some(mut table) => {
+                let read =
+                    agents::read(&mut table, &mut mistakes).map(|agent| Roles::Agent(agent.into()));
+                table.end(&mut mistakes);
+                read
+            }
+            None => read_root(&mut root, &mut mistakes).map(|config| Roles::Here(config.into())),
+        };
         root.end(&mut mistakes);
         let found = mistakes.into_found();
         match config {
@@ -123,9 +160,15 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
     let api = read_api(&mut control, mistakes);
     let state_dir =
         control.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast".into());
+    let agents = agents::read_control(&mut control, mistakes);
     control.end(mistakes);
 
-    let common = Common { keepalive, timeout: connect_timeout, state_dir: state_dir.clone() };
+    let common = Common {
+        keepalive,
+        timeout: connect_timeout,
+        state_dir: state_dir.clone(),
+        lease: agents.map(|agents| agents.terms),
+    };
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
     let tables = root.tables(mistakes, "app");
     if tables.is_empty() {
@@ -154,6 +197,7 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         },
         control: ControlConfig { apps: servers, state_dir },
         api: api?,
+        agents: agents.map(|agents| agents.listen),
     })
 }
 
@@ -325,6 +369,8 @@ struct Common {
     keepalive: Keepalive,
     timeout: Duration,
     state_dir: PathBuf,
+    /// None: agents find nobody.
+    lease: Option<Terms>,
 }
 
 fn read_app(
@@ -369,7 +415,7 @@ fn read_app(
     for mut cell in table.tables(mistakes, "cell") {
         let span = cell.span();
         let (cell_name, server, first) =
-            read_cell(&mut cell, mistakes, &admin, tls.clone(), common);
+            read_cell(&mut cell, mistakes, &name, &admin, tls.clone(), common);
         cell.end(mistakes);
         if first {
             active.push(cell_name.clone());
@@ -398,7 +444,7 @@ fn read_app(
         databases.into_iter().map(|(name, _)| name).filter(|name| name != "*").collect();
     let app = AppConfig { name, databases, moves, pool, policy, cells: targets, auth, admin };
     if failover.automatic && cells.values().any(|server| server.member.is_none()) {
-        let text = "`app.failover.automatic` needs a `data_dir` for each cell: without one nobody can say that a server is dead";
+        let text = "`app.failover.automatic` needs a `data_dir` or an agent for each cell: without one nobody can say that a server is dead";
         mistakes.add(table.span_of("failover"), text);
     }
     Some((app, AppServers { first_active, cells, failover }))
@@ -442,6 +488,7 @@ fn read_admin(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AdminLogin 
 fn read_cell(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
+    app: &str,
     admin: &AdminLogin,
     tls: Option<ClientTls>,
     common: &Common,
@@ -454,28 +501,17 @@ fn read_cell(
     if address.is_none() && !server.is_empty() {
         mistakes.add(span, format!("`app.cell.server` must be `host:port` or `/socket/directory:port`, it is `{server}`"));
     }
-    let data_dir = table.path(mistakes, "data_dir");
-    let bin_dir = table.path(mistakes, "bin_dir");
-    let options = table.texts(mistakes, "server_options").unwrap_or_default();
-    let instance = data_dir.and_then(|data_dir| {
-        let Some(bin_dir) = bin_dir.or_else(instance::find_bin_dir) else {
-            mistakes.add(
-                table.span(),
-                "PostgreSQL's programs are not on this machine; `bin_dir` says where they are",
-            );
-            return None;
-        };
-        match Instance::of(&bin_dir, &data_dir) {
-            Ok(instance) => {
-                let options = options.into_iter().map(|(option, _)| option).collect();
-                Some(Instance { options, ..instance })
-            }
-            Err(error) => {
-                mistakes.add(table.span_of("data_dir"), chain(&error));
-                None
-            }
-        }
-    });
+    let instance = read_instance(table, mistakes);
+    let has_agent = table.flag(mistakes, "agent").unwrap_or(false);
+    if has_agent && instance.is_some() {
+        let text = "`app.cell.agent` and `data_dir` exclude each other: where there is an agent, its configuration has the directory";
+        mistakes.add(table.span_of("agent"), text);
+    }
+    if has_agent && common.lease.is_none() {
+        let text =
+            "`app.cell.agent` needs `[control.agents]`, which says where agents find control";
+        mistakes.add(table.span_of("agent"), text);
+    }
     let conninfo = table.text(mistakes, "conninfo");
     let (Some(address), Some(tls)) = (address, tls) else { return (name, None, active) };
     let conninfo = conninfo.unwrap_or_else(|| {
@@ -484,11 +520,41 @@ fn read_cell(
             address.host, address.port, admin.user, admin.database
         )
     });
-    let Common { keepalive, timeout, ref state_dir } = *common;
+    let Common { keepalive, timeout, ref state_dir, lease } = *common;
     let target = Target { address, tls, keepalive, timeout };
-    let member =
-        instance.map(|instance| Member::Here(Local { instance, lost_dir: state_dir.join("lost") }));
+    let member = match (instance, lease.filter(|_| has_agent)) {
+        (Some(instance), _) => {
+            Some(Member::Here(Local { instance, lost_dir: state_dir.join("lost") }))
+        }
+        (None, Some(terms)) => Some(Member::Agent(Arc::new(Link::new(app, &name, terms)))),
+        (None, None) => None,
+    };
     (name, Some(CellServer { target, admin: admin.clone(), member, conninfo }), active)
+}
+
+/// A server whose programs and files are on this machine.
+fn read_instance(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Instance> {
+    let data_dir = table.path(mistakes, "data_dir");
+    let bin_dir = table.path(mistakes, "bin_dir");
+    let options = table.texts(mistakes, "server_options").unwrap_or_default();
+    let data_dir = data_dir?;
+    let Some(bin_dir) = bin_dir.or_else(instance::find_bin_dir) else {
+        mistakes.add(
+            table.span(),
+            "PostgreSQL's programs are not on this machine; `bin_dir` says where they are",
+        );
+        return None;
+    };
+    match Instance::of(&bin_dir, &data_dir) {
+        Ok(instance) => {
+            let options = options.into_iter().map(|(option, _)| option).collect();
+            Some(Instance { options, ..instance })
+        }
+        Err(error) => {
+            mistakes.add(table.span_of("data_dir"), chain(&error));
+            None
+        }
+    }
 }
 
 /// A database must lead to one application.

@@ -22,7 +22,7 @@ server = "127.0.0.1:5433"
 
 #[test]
 fn a_good_file_is_read() {
-    let config = Config::read(GOOD).unwrap();
+    let config = Roles::read(GOOD).unwrap().into_config().unwrap();
     assert_eq!(config.proxy.limits.idle_timeout, Duration::from_secs(300));
     assert_eq!(config.control.apps["shop"].first_active, "a");
     assert_eq!(config.api.listen.to_string(), "127.0.0.1:7432");
@@ -54,7 +54,7 @@ active = "yes"
 
 [extra]
 "#;
-    let mistakes = Config::read(text).unwrap_err();
+    let mistakes = Roles::read(text).unwrap_err();
     let shown: Vec<String> = mistakes.iter().map(|m| format!("{}: {}", m.line, m.text)).collect();
     assert_eq!(
         shown,
@@ -79,7 +79,7 @@ active = "yes"
 
 #[test]
 fn a_file_that_is_not_toml_names_its_line() {
-    let mistakes = Config::read("[proxy]\nlisten = [\n").unwrap_err();
+    let mistakes = Roles::read("[proxy]\nlisten = [\n").unwrap_err();
     assert!(!mistakes.is_empty());
 }
 

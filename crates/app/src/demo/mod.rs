@@ -2,8 +2,9 @@
 
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ mod tour;
 mod workload;
 
 use crate::cli::{log_to_stderr, runtime, shutdown_signal};
-use crate::config::{Config, chain};
+use crate::config::{Roles, chain};
 use crate::run::Running;
 
 #[derive(Args)]
@@ -34,6 +35,9 @@ pub(crate) struct DemoArgs {
     /// Leave it to you to fail over when a server is lost.
     #[arg(long)]
     no_failover: bool,
+    /// Put an agent beside each server, as where servers are on other machines.
+    #[arg(long)]
+    agents: bool,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     bindir: Option<PathBuf>,
@@ -92,6 +96,8 @@ pub(crate) struct Demo {
     ports: Vec<u16>,
     pool: Option<u16>,
     fails_over: bool,
+    has_agents: bool,
+    agents: Vec<Child>,
     running: Option<Running>,
 }
 
@@ -105,7 +111,18 @@ impl Demo {
         let run_as = unprivileged(&dir)?;
         let (instances, ports) = (Vec::new(), Vec::new());
         let (pool, fails_over) = (args.pool, !args.no_failover);
-        let mut demo = Demo { dir, remove, instances, ports, pool, fails_over, running: None };
+        let (has_agents, agents) = (args.agents, Vec::new());
+        let mut demo = Demo {
+            dir,
+            remove,
+            instances,
+            ports,
+            pool,
+            fails_over,
+            has_agents,
+            agents,
+            running: None,
+        };
         // From here on whatever was started is stopped, also if something fails.
         match Box::pin(demo.start_all(&bin_dir, run_as, args.sessions)).await {
             Ok(()) => Ok(demo),
@@ -172,9 +189,13 @@ impl Demo {
         step.end();
         let step = Progress::begin("starting proxy and control");
         let path = self.dir.join("holdfast.toml");
-        std::fs::write(&path, self.config_text(free_port()?, free_port()?, bin_dir))
-            .map_err(|e| e.to_string())?;
-        let config = Config::load(&path).map_err(|e| chain(&e))?;
+        let agents = free_port()?;
+        let text = self.config_text(free_port()?, free_port()?, agents, bin_dir);
+        std::fs::write(&path, text).map_err(|e| e.to_string())?;
+        if self.has_agents {
+            self.start_agents(agents, bin_dir)?;
+        }
+        let config = Roles::load(&path).map_err(|e| chain(&e))?.into_config()?;
         self.running = Some(Running::start(config).await.map_err(|e| chain(&e))?);
         workload::create_tables(&self.dsn()).await?;
         self.write_facts()?;
@@ -182,29 +203,70 @@ impl Demo {
         Ok(())
     }
 
-    fn config_text(&self, port: u16, api: u16, bin_dir: &Path) -> String {
+    /// Each in a process of its own, as on a machine of its own.
+    fn start_agents(&mut self, control: u16, bin_dir: &Path) -> Result<(), String> {
+        let own = std::env::current_exe().map_err(|e| e.to_string())?;
+        for (at, cell) in CELLS.iter().enumerate() {
+            let path = self.dir.join(format!("agent-{cell}.toml"));
+            let text = format!(
+                "# Written by `holdfast demo`.\n[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\n\
+                 state_dir = \"{}\"\n{}",
+                self.dir.join(format!("agent-{cell}")).display(),
+                self.instance_text(at, bin_dir),
+            );
+            std::fs::write(&path, text).map_err(|e| e.to_string())?;
+            let log = std::fs::File::create(self.dir.join(format!("agent-{cell}.log")))
+                .map_err(|e| e.to_string())?;
+            let agent = Command::new(&own)
+                .args(["run", "-c"])
+                .arg(&path)
+                .stdin(Stdio::null())
+                .stderr(log)
+                .process_group(0)
+                .spawn()
+                .map_err(|e| format!("`{}`: {e}", own.display()))?;
+            self.agents.push(agent);
+        }
+        Ok(())
+    }
+
+    fn instance_text(&self, at: usize, bin_dir: &Path) -> String {
+        let options: Vec<String> =
+            self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();
+        format!(
+            "data_dir = \"{}\"\nbin_dir = \"{}\"\nserver_options = [{}]\n",
+            self.instances[at].data_dir.display(),
+            bin_dir.display(),
+            options.join(", ")
+        )
+    }
+
+    fn config_text(&self, port: u16, api: u16, agents: u16, bin_dir: &Path) -> String {
         let mut text = format!(
             "# Written by `holdfast demo`.\n[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nadmin_users = [\"{SUPERUSER}\"]\n\n\
              [control]\nlisten = \"127.0.0.1:{api}\"\nstate_dir = \"{}\"\n\n\
-             [[app]]\nname = \"{APP}\"\nauth = \"trust\"\nsslmode = \"disable\"\n",
-            self.dir.join("state").display()
+             {}[[app]]\nname = \"{APP}\"\nauth = \"trust\"\nsslmode = \"disable\"\n",
+            self.dir.join("state").display(),
+            if self.has_agents {
+                format!("[control.agents]\nlisten = \"127.0.0.1:{agents}\"\n\n")
+            } else {
+                String::new()
+            }
         );
         if let Some(size) = self.pool {
             text.push_str(&format!("pool = \"transaction\"\npool_size = {size}\n"));
         }
         text.push_str(&format!("\n[app.failover]\nautomatic = {}\n", self.fails_over));
         for (at, cell) in CELLS.iter().enumerate() {
-            let options: Vec<String> =
-                self.instances[at].options.iter().map(|o| format!("\"{o}\"")).collect();
             text.push_str(&format!(
-                "\n[[app.cell]]\nname = \"{cell}\"\nserver = \"127.0.0.1:{}\"\nactive = {}\ndata_dir = \"{}\"\n\
-                 bin_dir = \"{}\"\nserver_options = [{}]\n",
+                "\n[[app.cell]]\nname = \"{cell}\"\nserver = \"127.0.0.1:{}\"\nactive = {}\n",
                 self.ports[at],
                 at == 0,
-                self.instances[at].data_dir.display(),
-                bin_dir.display(),
-                options.join(", ")
             ));
+            match self.has_agents {
+                true => text.push_str("agent = true\n"),
+                false => text.push_str(&self.instance_text(at, bin_dir)),
+            }
         }
         text
     }
@@ -228,6 +290,7 @@ impl Demo {
     fn write_facts(&self) -> Result<(), String> {
         let Some(running) = &self.running else { return Ok(()) };
         let pids: Vec<u32> = self.instances.iter().filter_map(Instance::pid).collect();
+        let agents: Vec<u32> = self.agents.iter().map(Child::id).collect();
         let servers: std::collections::BTreeMap<&str, String> = CELLS
             .iter()
             .copied()
@@ -240,7 +303,7 @@ impl Demo {
             "active": CELLS[0],
             "passive": CELLS[1],
             "servers": servers,
-            "pids": { "holdfast": std::process::id(), "servers": pids },
+            "pids": { "holdfast": std::process::id(), "servers": pids, "agents": agents },
         });
         let text = serde_json::to_string_pretty(&facts).map_err(|e| e.to_string())?;
         std::fs::write(self.dir.join("demo.json"), text).map_err(|e| e.to_string())
@@ -259,6 +322,9 @@ impl Demo {
         if let Some(running) = self.running.take() {
             running.stop().await;
         }
+        for agent in &mut self.agents {
+            stop_agent(agent).await;
+        }
         for instance in self.instances.iter().rev() {
             if let Err(error) = instance.stop("fast", Duration::from_secs(30)).await {
                 eprintln!("holdfast: {}", chain(&error));
@@ -276,6 +342,19 @@ const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 5
 
 fn conninfo(port: u16) -> String {
     format!("host=127.0.0.1 port={port} user={SUPERUSER} dbname=postgres")
+}
+
+/// An agent stops its server first.
+async fn stop_agent(agent: &mut Child) {
+    const STOP_MAX: Duration = Duration::from_secs(30);
+    let Ok(pid) = i32::try_from(agent.id()) else { return };
+    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+    let deadline = Instant::now() + STOP_MAX;
+    while matches!(agent.try_wait(), Ok(None)) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// A connection string on this machine.

@@ -11,7 +11,7 @@ use crate::support::{Installation, named, run, shown, signal, value};
 const POLL: Duration = Duration::from_millis(20);
 
 /// A client that writes all the time: numbers that were acknowledged, and how often it was told to try again.
-struct Writer {
+pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
     task: tokio::task::JoinHandle<(Vec<u64>, Vec<String>)>,
 }
@@ -60,7 +60,7 @@ impl Writer {
     }
 }
 
-async fn wait_active(installation: &Installation, cell: &str) {
+pub(crate) async fn wait_active(installation: &Installation, cell: &str) {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let status = shown(&installation.holdfast(&["status", "shop"]));
@@ -72,7 +72,7 @@ async fn wait_active(installation: &Installation, cell: &str) {
     }
 }
 
-async fn begin(installation: &Installation) -> Vec<Writer> {
+pub(crate) async fn begin(installation: &Installation) -> Vec<Writer> {
     run(&mut installation.connect().await, "CREATE TABLE written (n bigint PRIMARY KEY)").await;
     let mut writers = Vec::new();
     for number in 0..4 {
@@ -82,7 +82,7 @@ async fn begin(installation: &Installation) -> Vec<Writer> {
     writers
 }
 
-async fn end(installation: &Installation, writers: Vec<Writer>) {
+pub(crate) async fn end(installation: &Installation, writers: Vec<Writer>) {
     tokio::time::sleep(Duration::from_millis(500)).await;
     let mut client = installation.connect().await;
     for writer in writers {

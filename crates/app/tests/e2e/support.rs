@@ -19,6 +19,8 @@ pub(crate) struct Facts {
     pub(crate) port: u16,
     pub(crate) api: String,
     pub(crate) servers: BTreeMap<String, u16>,
+    /// Pids, if there are agents.
+    agents: BTreeMap<String, u32>,
 }
 
 /// An installation: servers `a` and `b`, proxy and control in one process.
@@ -26,6 +28,8 @@ pub(crate) struct Installation {
     pub(crate) dir: PathBuf,
     pub(crate) facts: Facts,
     child: Child,
+    /// Agents that were started here, in place of those of the demo.
+    agents: BTreeMap<String, Child>,
 }
 
 /// Another PostgreSQL than the system's, as `cargo xtask majors` gives it.
@@ -66,6 +70,11 @@ impl Installation {
         Installation::start_on(name, &["--pool", "8"], other_bin_dir())
     }
 
+    /// Its sessions share servers, beside each of which is an agent, and it fails over by itself.
+    pub(crate) fn start_with_agents(name: &str) -> Installation {
+        Installation::start_on(name, &["--pool", "8", "--agents"], other_bin_dir())
+    }
+
     /// On the system's PostgreSQL, whichever the tests are for.
     pub(crate) fn start_on_system(name: &str) -> Installation {
         Installation::start_on(name, &["--no-failover"], None)
@@ -92,8 +101,9 @@ impl Installation {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let facts = Facts { port: 0, api: String::new(), servers: BTreeMap::new() };
-        let mut installation = Installation { dir, facts, child };
+        let (servers, agents) = (BTreeMap::new(), BTreeMap::new());
+        let facts = Facts { port: 0, api: String::new(), servers, agents };
+        let mut installation = Installation { dir, facts, child, agents: BTreeMap::new() };
         let path = installation.dir.join("demo.json");
         wait_until("demo.json", || {
             assert!(installation.child.try_wait().unwrap().is_none(), "the demo has ended");
@@ -111,6 +121,11 @@ impl Installation {
                 .unwrap()
                 .iter()
                 .map(|(name, dsn)| (name.clone(), port_of(&text(dsn))))
+                .collect(),
+            agents: ["a", "b"]
+                .into_iter()
+                .zip(json["pids"]["agents"].as_array().unwrap())
+                .map(|(name, pid)| (name.to_owned(), u32::try_from(pid.as_u64().unwrap()).unwrap()))
                 .collect(),
         };
         installation
@@ -191,6 +206,35 @@ impl Installation {
         signal(pid.lines().next().unwrap().parse().unwrap(), name);
     }
 
+    pub(crate) fn agent(&self, cell: &str) -> u32 {
+        self.agents.get(cell).map_or_else(|| self.facts.agents[cell], Child::id)
+    }
+
+    /// The process that ends the server when its lease is over.
+    pub(crate) fn guard(&self, cell: &str) -> Option<u32> {
+        let dir = self.dir.join(cell);
+        processes()
+            .into_iter()
+            .find(|(_, command)| {
+                command.contains("__guard") && command.contains(&format!("{}\0", dir.display()))
+            })
+            .map(|(pid, _)| pid)
+    }
+
+    /// Starts the agent of a cell, whose last one has ended.
+    pub(crate) fn start_agent(&mut self, cell: &str) {
+        let child = Command::new(HOLDFAST)
+            .args(["run", "-c"])
+            .arg(self.dir.join(format!("agent-{cell}.toml")))
+            .env("HOLDFAST_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        if let Some(mut before) = self.agents.insert(cell.into(), child) {
+            let _ = before.wait();
+        }
+    }
+
     /// Waits until the process of proxy and control has ended by itself.
     pub(crate) fn wait_crashed(&mut self) {
         let child = &mut self.child;
@@ -241,10 +285,31 @@ pub(crate) fn signal(pid: u32, name: &str) {
     let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
 }
 
+/// Processes of this machine, and their command lines.
+fn processes() -> Vec<(u32, String)> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        Some((pid, String::from_utf8_lossy(&command).into_owned()))
+    })
+    .collect()
+}
+
 impl Drop for Installation {
     fn drop(&mut self) {
         signal(self.child.id(), "INT");
         let _ = self.child.wait();
+        // After a crash agents are still there, each in a process that works for this directory.
+        let dir = format!("{}/agent-", self.dir.display());
+        for (pid, command) in processes() {
+            if command.contains(&dir) {
+                signal(pid, "KILL");
+            }
+        }
+        for child in self.agents.values_mut() {
+            let _ = child.wait();
+        }
         // After a crash the servers are still there: they are ended by their own pid files.
         for cell in ["a", "b"] {
             let pid = std::fs::read_to_string(self.dir.join(cell).join("postmaster.pid"))

@@ -207,10 +207,7 @@ pub(super) async fn isolate(execution: &Execution, from: &CellServer) -> Done {
     let Some(member) = &from.member else {
         return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
     };
-    match member.isolate().await? {
-        0 => Ok("its processes are gone".into()),
-        ended => Ok(format!("{ended} processes of it ended")),
-    }
+    member.isolate().await
 }
 
 pub(super) async fn recruit(
@@ -340,7 +337,7 @@ pub(super) async fn revert(
     (from, to): (&CellServer, &CellServer),
 ) -> Done {
     let started = match &from.member {
-        Some(member) => member.start_again().await,
+        Some(member) => member.start_again(execution.epoch).await,
         None => Ok(()),
     };
     if let Ok(mut new) = admin_at_once(to).await
@@ -366,7 +363,7 @@ pub(super) async fn keep_tail(
     let unknown = || "what the lost server alone had is not known".to_owned();
     let lost = from.member.as_ref().ok_or_else(unknown)?;
     // Whatever somebody has started writes to it no more.
-    lost.isolate().await?;
+    lost.end().await?;
     if !lost.look().await?.reads_wal {
         return Err(unknown());
     }

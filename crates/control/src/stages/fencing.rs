@@ -174,6 +174,8 @@ pub(crate) async fn check_alone(servers: &AppServers, cell: &str) -> Result<(), 
                 return Err(format!("the server of `{name}` is a primary, too: stop one of them"));
             }
             Ok(_) => (),
+            // Its agent starts it.
+            Err(_) if name == cell && is_down(server).await => (),
             Err(error) if name == cell => return Err(error),
             Err(error) => {
                 tracing::warn!(cell = name, error, "it cannot be asked whether it is a primary");
@@ -183,11 +185,24 @@ pub(crate) async fn check_alone(servers: &AppServers, cell: &str) -> Result<(), 
     Ok(())
 }
 
+async fn is_down(server: &CellServer) -> bool {
+    match &server.member {
+        Some(member) => member.is_down().await,
+        None => false,
+    }
+}
+
 /// The cell has the grant; its server is to take writes again.
 pub(super) async fn regrant(control: &Control, execution: &Execution, to: &CellServer) -> Done {
+    let epoch = control.application(&execution.app).map_err(chain)?.epoch;
+    if let Some(member) = &to.member {
+        member.hold_lease(epoch).await?;
+        if member.is_down().await {
+            member.start_again(epoch).await?;
+        }
+    }
     check_alone(control.servers(&execution.app).map_err(chain)?, &execution.to).await?;
     unfence_in_time(to).await?;
-    let epoch = control.application(&execution.app).map_err(chain)?.epoch;
     Ok(format!("epoch {epoch} is `{}`'s, its server takes writes", execution.to))
 }
 

@@ -325,7 +325,15 @@ async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> D
     // While the target is promoted, which is mostly waiting. Who loses its server by it is told, before the grant
     // or after.
     reported(control.order(Order::HearOut { app: execution.app.clone() }).await)?;
+    let epoch = control.application(&execution.app).map_err(chain)?.epoch;
     let deadline = Instant::now() + PROMOTE_MAX;
+    if let Some(member) = &to.member {
+        while let Err(failure) = member.hold_lease(epoch).await {
+            if !again(deadline, &failure).await {
+                return Err(failure);
+            }
+        }
+    }
     loop {
         match promote_server(to, deadline).await {
             Err(failure) if again(deadline, &failure).await => (),

@@ -1,0 +1,366 @@
+//! The agent: renews its lease, watches its server, obeys control.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use model::agent::{Fetch, Fetched, Finished, Order, Renew, Renewed, Sender, Task};
+use model::cell::Epoch;
+use model::failover::Process;
+use model::lease::{Holder, Moment, Terms};
+use model::member::{Done, Work};
+use pg::clock;
+use pg::instance::Instance;
+use pg::member::Local;
+use serde::Deserialize;
+use thiserror::Error;
+use tokio::sync::{Mutex, Notify, mpsc, watch};
+use tokio::time::{sleep, timeout};
+
+use crate::client::Client;
+use crate::config::AgentConfig;
+use crate::guard::Guard;
+
+/// Between two looks at the server's process and at the lease.
+const TICK: Duration = Duration::from_millis(20);
+/// Of a lease whose length control has not said yet.
+const FIRST_TERMS: Terms = Terms { length: Duration::from_secs(2) };
+/// A server that was found takes so long until it has its first lease, at most.
+const FIRST_MAX: Duration = Duration::from_secs(3);
+/// Longer than control has a fetch wait.
+const FETCH_MAX: Duration = Duration::from_secs(15);
+const REPORT_MAX: Duration = Duration::from_secs(5);
+/// How long what became of an order is offered.
+const REPORT_TRIES: u32 = 20;
+/// After something that did not succeed.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long a lease of a new epoch may take to arrive.
+const LEASE_WAIT_MAX: Duration = Duration::from_secs(5);
+const STOP_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Error)]
+pub enum AgentError {
+    #[error("`{path}` cannot be {what}")]
+    File { path: PathBuf, what: &'static str, source: std::io::Error },
+    #[error(
+        "`{path}` holds `{found}`, an epoch is needed; it is written by an agent and by nobody else"
+    )]
+    Epoch { path: PathBuf, found: String },
+    #[error("`{0}` is in use by another agent")]
+    InUse(PathBuf),
+}
+
+/// A running agent.
+pub struct Agent {
+    beside: Arc<Beside>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    /// Held while the agent runs.
+    _lock: std::fs::File,
+}
+
+struct Beside {
+    config: AgentConfig,
+    sender: Sender,
+    local: Local,
+    holder: std::sync::Mutex<Holder>,
+    guard: Mutex<Guard>,
+    /// The lease is to be asked for at once.
+    hurry: Notify,
+    /// The epoch of the lease, each time there is an answer.
+    answered: watch::Sender<Option<Epoch>>,
+    /// Until then the server that was found may run without a lease.
+    patience: Moment,
+}
+
+impl Agent {
+    /// Takes charge of the server, as it is found.
+    ///
+    /// # Errors
+    /// The state directory cannot be used.
+    pub async fn start(config: AgentConfig) -> Result<Agent, AgentError> {
+        let dir = config.state_dir.clone();
+        let file = |what| {
+            let path = dir.clone();
+            move |source| AgentError::File { path, what, source }
+        };
+        std::fs::create_dir_all(&dir).map_err(file("made"))?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(&dir, mode).map_err(file("protected"))?;
+        let lock = std::fs::File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(dir.join("agent.lock"))
+            .map_err(file("locked"))?;
+        lock.try_lock().map_err(|_| AgentError::InUse(dir.clone()))?;
+        let seen = read_epoch(&dir.join("epoch"))?;
+        let guard = Guard::new(&dir, &config.guard).map_err(file("used"))?;
+        let run =
+            u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
+        let sender = Sender { app: config.app.clone(), cell: config.cell.clone(), run };
+        let local = Local { instance: config.instance.clone(), lost_dir: dir.join("lost") };
+        let beside = Arc::new(Beside {
+            sender,
+            local,
+            holder: std::sync::Mutex::new(Holder::new(seen)),
+            guard: Mutex::new(guard),
+            hurry: Notify::new(),
+            answered: watch::Sender::new(None),
+            patience: Moment(clock::now().0 + FIRST_MAX),
+            config,
+        });
+        beside.begin().await;
+        let (orders, work) = mpsc::channel(model::agent::ORDERS_MAX);
+        let tasks = vec![
+            tokio::spawn(beside.clone().renew()),
+            tokio::spawn(beside.clone().watch()),
+            tokio::spawn(beside.clone().fetch(orders)),
+            tokio::spawn(beside.clone().obey(work)),
+        ];
+        Ok(Agent { beside, tasks, _lock: lock })
+    }
+
+    /// Stops the server, as there is nobody any more who would, and ends.
+    pub async fn stop(self) {
+        if let Err(error) = self.beside.local.instance.stop("fast", STOP_MAX).await {
+            tracing::error!(error = model::chain(&error), "the server does not stop");
+        } else {
+            self.beside.guard.lock().await.dismiss();
+        }
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+fn read_epoch(path: &std::path::Path) -> Result<Epoch, AgentError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => text.trim().parse().map(Epoch).map_err(|_| AgentError::Epoch {
+            path: path.to_owned(),
+            found: text.chars().take(40).collect(),
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Epoch(0)),
+        Err(source) => Err(AgentError::File { path: path.to_owned(), what: "read", source }),
+    }
+}
+
+impl Beside {
+    fn instance(&self) -> &Instance {
+        &self.local.instance
+    }
+
+    fn with_holder<T>(&self, act: impl FnOnce(&mut Holder) -> T) -> T {
+        act(&mut self.holder.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn lease(&self) -> Option<Epoch> {
+        self.with_holder(|holder| holder.epoch(clock::now()))
+    }
+
+    /// A server that does not run is started if it is a standby. Any other waits for control, and is a standby for whoever
+    /// starts it.
+    async fn begin(&self) {
+        let instance = self.instance();
+        if instance.is_running() {
+            return;
+        }
+        let condition = self.local.carry_out(&Work::Look).await;
+        let is_rejoining = match condition {
+            Ok(Done::Condition(condition)) => condition.is_rejoining,
+            _ => false,
+        };
+        if is_rejoining {
+            return;
+        }
+        if !instance.is_standby() || instance.may_take_writes() {
+            if let Err(error) = instance.must_be_standby() {
+                tracing::error!(error = model::chain(&error), "`standby.signal` cannot be written");
+            }
+            return;
+        }
+        let beside = self.local.clone();
+        tokio::spawn(async move {
+            if let Err(error) = beside.instance.start(pg::member::START_MAX).await {
+                tracing::error!(error = model::chain(&error), "the standby does not start");
+            }
+        });
+    }
+
+    /// Remembers an epoch for ever, before anything is done by it.
+    fn see(&self, epoch: Epoch) -> Result<(), String> {
+        let seen = self.with_holder(|holder| holder.seen());
+        if epoch < seen {
+            return Err(format!("epoch {epoch} is over, this host has seen {seen}"));
+        }
+        if epoch > seen {
+            let path = self.config.state_dir.join("epoch");
+            write_durably(&path, format!("{epoch}\n").as_bytes())
+                .map_err(|error| format!("`{}`: {error}", path.display()))?;
+        }
+        self.with_holder(|holder| holder.see(epoch))
+            .map_err(|seen| format!("epoch {epoch} is over, this host has seen {seen}"))
+    }
+
+    async fn renew(self: Arc<Self>) {
+        let mut client = Client::new(self.config.control);
+        let mut terms = FIRST_TERMS;
+        let mut is_heard = true;
+        loop {
+            let sent = clock::now();
+            let question = Renew {
+                sender: self.sender.clone(),
+                seen: self.with_holder(|holder| holder.seen()),
+                process: self.process(),
+                takes_writes: self.instance().is_running() && self.instance().may_take_writes(),
+            };
+            let limit = terms.renew_every();
+            match client.post::<_, Renewed>("/v1/agents/renew", &question, limit).await {
+                Ok(renewed) => {
+                    if !is_heard {
+                        tracing::info!("control answers again");
+                    }
+                    is_heard = true;
+                    terms = renewed.terms;
+                    self.answered(sent, &renewed).await;
+                }
+                Err(error) => {
+                    if is_heard {
+                        tracing::warn!(error = model::chain(&error), "no lease was renewed");
+                    }
+                    is_heard = false;
+                    // Sooner than usual, but not at once.
+                    let _ = timeout(RETRY_PAUSE, self.hurry.notified()).await;
+                    continue;
+                }
+            }
+            let _ = timeout(terms.renew_every(), self.hurry.notified()).await;
+        }
+    }
+
+    async fn answered(&self, sent: Moment, renewed: &Renewed) {
+        if let Some(epoch) = renewed.granted {
+            let kill_at = renewed.terms.kill_at(sent);
+            let guarded = self.guard.lock().await.extend(kill_at).await;
+            match guarded.and_then(|()| self.see(epoch)) {
+                Ok(()) => self.with_holder(|holder| holder.granted(sent, renewed.terms, epoch)),
+                Err(error) => tracing::error!(error, "the lease cannot be held"),
+            }
+        }
+        self.answered.send_replace(self.lease());
+    }
+
+    fn process(&self) -> Process {
+        match self.instance().is_running() {
+            true => Process::Lives,
+            // Whether it was shut down is asked for by an order, as it takes a program.
+            false => Process::Crashed,
+        }
+    }
+
+    /// Ends the server when there is no lease, and tells control at once what has changed.
+    async fn watch(self: Arc<Self>) {
+        let mut before = self.process();
+        loop {
+            sleep(TICK).await;
+            let process = self.process();
+            if process != before {
+                before = process;
+                self.hurry.notify_one();
+            }
+            let is_patient = !self.patience.from(clock::now()).is_zero();
+            if process != Process::Lives
+                || is_patient
+                || self.lease().is_some()
+                || !self.instance().may_take_writes()
+            {
+                continue;
+            }
+            tracing::error!("there is no lease: the server is ended");
+            if let Err(error) = self.local.carry_out(&Work::Isolate).await {
+                tracing::error!(error, "the server does not end");
+            }
+        }
+    }
+
+    async fn fetch(self: Arc<Self>, orders: mpsc::Sender<Order>) {
+        let mut client = Client::new(self.config.control);
+        loop {
+            let question = Fetch { sender: self.sender.clone() };
+            match client.post::<_, Fetched>("/v1/agents/orders", &question, FETCH_MAX).await {
+                Ok(fetched) => {
+                    for order in fetched.orders {
+                        if orders.send(order).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                // It is said where the lease is renewed.
+                Err(_) => sleep(RETRY_PAUSE).await,
+            }
+        }
+    }
+
+    async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<Order>) {
+        let mut client = Client::new(self.config.control);
+        while let Some(order) = orders.recv().await {
+            let result = self.carry_out(&order).await;
+            if let Err(error) = &result {
+                tracing::warn!(order = order.id, error, "an order was not carried out");
+            }
+            self.hurry.notify_one();
+            let finished = Finished { sender: self.sender.clone(), id: order.id, result };
+            for _ in 0..REPORT_TRIES {
+                let path = "/v1/agents/finished";
+                match client.post::<_, Heard>(path, &finished, REPORT_MAX).await {
+                    Ok(Heard {}) => break,
+                    Err(error) => {
+                        tracing::warn!(error = model::chain(&error), "control has not heard");
+                        sleep(RETRY_PAUSE).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn carry_out(&self, order: &Order) -> Result<Done, String> {
+        self.see(order.epoch)?;
+        match &order.what {
+            Task::HoldLease => {
+                let mut answers = self.answered.subscribe();
+                self.hurry.notify_one();
+                let held = answers.wait_for(|held| *held == Some(order.epoch));
+                match timeout(LEASE_WAIT_MAX, held).await {
+                    Ok(Ok(_)) => Ok(Done::Nothing),
+                    _ => Err(format!("no lease of epoch {} in {LEASE_WAIT_MAX:?}", order.epoch)),
+                }
+            }
+            Task::Work(Work::StartAgain) if self.lease().is_none() => {
+                Err("there is no lease, without which it cannot be a primary".into())
+            }
+            Task::Work(work) => {
+                if *work == Work::Isolate {
+                    // Nobody can start it as a primary any more.
+                    self.with_holder(Holder::give_up);
+                }
+                self.local.carry_out(work).await
+            }
+        }
+    }
+}
+
+/// Control has taken note.
+#[derive(Deserialize)]
+struct Heard {}
+
+fn write_durably(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let temporary = path.with_extension("new");
+    let mut file = std::fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    match path.parent() {
+        Some(dir) => std::fs::File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
+}

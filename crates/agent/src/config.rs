@@ -1,0 +1,19 @@
+//! Which server, and where control is.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use pg::instance::Instance;
+
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    pub app: String,
+    pub cell: String,
+    pub instance: Instance,
+    /// Where control listens for agents.
+    pub control: SocketAddr,
+    /// Keeps the highest epoch that was seen, the guard's socket, and what a lost server alone had.
+    pub state_dir: PathBuf,
+    /// Ends the server when the lease is over, as `guard` does: a program and its arguments.
+    pub guard: Vec<String>,
+}

@@ -1,0 +1,153 @@
+//! Servers with an agent beside each: the lease says who may be the primary, and ends whoever lost it.
+
+use std::time::{Duration, Instant};
+
+use crate::failover::{begin, end, wait_active};
+use crate::support::{Installation, run, shown, signal, value};
+
+const POLL: Duration = Duration::from_millis(20);
+
+/// Long enough for a lease to end, and for what follows.
+const LONG: Duration = Duration::from_secs(30);
+
+async fn wait_until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !is_so().await {
+        assert!(Instant::now() < deadline, "waited {LONG:?} for {what}");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Writes to a server past the proxy, as long as it takes writes, and gives the number of the last.
+async fn intrude(installation: &Installation, cell: &str) -> u64 {
+    let mut client = installation.direct(cell).await;
+    for number in 1.. {
+        if client.query(&format!("INSERT INTO intruded VALUES ({number})")).await.is_err() {
+            return number;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    0
+}
+
+fn may_lose(text: String) -> String {
+    text.replace("automatic = true", "automatic = true\nloss_max = \"1MB\"")
+}
+
+#[tokio::test]
+async fn a_switchover_goes_by_way_of_agents() {
+    let installation = Installation::start_with_agents("agents-switchover");
+    let mut idle = installation.connect().await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    let writers = begin(&installation).await;
+    for cell in ["b", "a"] {
+        let text = installation.switch_to(cell);
+        assert!(text.contains("completed") && text.contains("rewound"), "{text}");
+    }
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    let (mut direct, mut standby) =
+        (installation.direct("a").await, installation.direct("b").await);
+    assert_eq!(value(&mut direct, "SELECT pg_is_in_recovery()").await, "f");
+    assert_eq!(value(&mut standby, "SELECT pg_is_in_recovery()").await, "t");
+    end(&installation, writers).await;
+}
+
+#[tokio::test]
+async fn a_server_that_crashes_is_started_again_by_its_agent() {
+    let installation = Installation::start_with_agents("agents-crash");
+    let writers = begin(&installation).await;
+    installation.signal_server("a", "KILL");
+    wait_until("the primary", async || {
+        let Ok(mut client) =
+            crate::support::connect(installation.facts.servers["a"], "postgres", None).await
+        else {
+            return false;
+        };
+        client.value("SELECT pg_is_in_recovery()").await.is_ok_and(|v| v.as_deref() == Some("f"))
+    })
+    .await;
+    wait_active(&installation, "a").await;
+    // A failover was thought of, and would have lost what nobody had allowed to lose.
+    let executions = shown(&installation.holdfast(&["executions"]));
+    assert!(executions.contains("nothing may be lost"), "{executions}");
+    end(&installation, writers).await;
+}
+
+#[tokio::test]
+async fn a_server_without_its_agent_is_ended_before_another_is_active() {
+    for (name, stop) in [("killed", "KILL"), ("stopped", "STOP")] {
+        let mut installation = Installation::start_with_agents(&format!("agents-{name}"));
+        installation.reconfigure(may_lose);
+        let writers = begin(&installation).await;
+        run(&mut installation.connect().await, "CREATE TABLE intruded (n bigint)").await;
+        let agent = installation.agent("a");
+        signal(agent, stop);
+        let intruded = intrude(&installation, "a").await;
+        assert!(intruded > 1);
+        wait_active_on(&installation, "b").await;
+        // What it took at the end had been the lost server's alone, or was replicated: there is nothing after it.
+        let mut active = installation.direct("b").await;
+        let there = value(&mut active, "SELECT coalesce(max(n), 0) FROM intruded").await;
+        assert!(there.parse::<u64>().unwrap() <= intruded);
+        assert!(installation.guard("a").is_some());
+        // It wakes up, or is started: its server is a standby from now on.
+        if stop == "STOP" {
+            signal(agent, "CONT");
+        } else {
+            installation.start_agent("a");
+        }
+        wait_active(&installation, "b").await;
+        let mut standby = installation.direct("a").await;
+        assert_eq!(value(&mut standby, "SELECT pg_is_in_recovery()").await, "t");
+        end(&installation, writers).await;
+    }
+}
+
+async fn wait_active_on(installation: &Installation, cell: &str) {
+    wait_until("the failover", async || {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        status.contains(&format!("active cell {cell},"))
+    })
+    .await;
+    let port = installation.facts.servers[cell];
+    wait_until("the promotion", async || {
+        let Ok(mut client) = crate::support::connect(port, "postgres", None).await else {
+            return false;
+        };
+        client.value("SELECT pg_is_in_recovery()").await.is_ok_and(|v| v.as_deref() == Some("f"))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lost_host_is_replaced_once_its_lease_is_over() {
+    let mut installation = Installation::start_with_agents("agents-host");
+    installation.reconfigure(may_lose);
+    let writers = begin(&installation).await;
+    signal(installation.agent("a"), "KILL");
+    signal(installation.guard("a").unwrap(), "KILL");
+    installation.signal_server("a", "KILL");
+    wait_active_on(&installation, "b").await;
+    let execution = shown(&installation.holdfast(&["executions", "1"]));
+    assert!(execution.contains("its lease is over"), "{execution}");
+    // The host is back.
+    installation.start_agent("a");
+    wait_active(&installation, "b").await;
+    end(&installation, writers).await;
+}
+
+#[tokio::test]
+async fn whoever_starts_a_server_without_a_lease_starts_none_that_takes_writes() {
+    let mut installation = Installation::start_with_agents("agents-none");
+    installation.reconfigure(|text| text.replace("automatic = true", "automatic = false"));
+    run(&mut installation.connect().await, "CREATE TABLE intruded (n bigint)").await;
+    // Control is gone for longer than the lease.
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    assert!(intrude(&installation, "a").await > 1);
+    assert!(installation.dir.join("a/standby.signal").exists());
+    // It is back, and the cell is the active one as before.
+    installation.restart(&[]);
+    wait_active(&installation, "a").await;
+    run(&mut installation.connect().await, "INSERT INTO intruded VALUES (0)").await;
+}

@@ -1,0 +1,231 @@
+//! What control knows of agents: what each has said last, the lease that it was answered, and the orders that it has not
+//! brought back yet.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use model::agent::{Fetched, Finished, ORDERS_MAX, Order, Renew, Renewed, Sender, Task};
+use model::cell::Epoch;
+use model::failover::Process;
+use model::lease::{Granter, Moment, Terms};
+use model::member::{Done, Work};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout;
+
+/// How long an agent's question for orders waits for one.
+const FETCH_MAX: Duration = Duration::from_secs(10);
+/// How long control waits for what is done at once.
+const SHORT_MAX: Duration = Duration::from_secs(15);
+/// How long a server may take to be started, or to stop.
+const START_MAX: Duration = Duration::from_secs(150);
+/// How long a copy of a server may take.
+const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
+
+/// The agent of one cell.
+#[derive(Debug)]
+pub struct Link {
+    app: String,
+    cell: String,
+    state: Mutex<State>,
+    /// An order waits.
+    ordered: Notify,
+    /// The agent has said something that was not so before.
+    changed: Notify,
+    /// No two orders are given at once.
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    granter: Granter,
+    /// That of the store, as it was seen last.
+    epoch: Epoch,
+    heard: Option<Heard>,
+    next_id: u64,
+    waiting: VecDeque<Order>,
+    under_way: BTreeMap<u64, oneshot::Sender<Result<Done, String>>>,
+}
+
+/// What an agent has said last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Heard {
+    at: Instant,
+    run: u64,
+    process: Process,
+    takes_writes: bool,
+}
+
+/// The host's time, sleep included.
+fn now() -> Moment {
+    pg::clock::now()
+}
+
+impl Link {
+    pub fn new(app: &str, cell: &str, terms: Terms) -> Link {
+        let state = State {
+            granter: Granter::new(now(), terms),
+            epoch: Epoch(0),
+            heard: None,
+            next_id: 1,
+            waiting: VecDeque::new(),
+            under_way: BTreeMap::new(),
+        };
+        Link {
+            app: app.into(),
+            cell: cell.into(),
+            state: Mutex::new(state),
+            ordered: Notify::new(),
+            changed: Notify::new(),
+            turn: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers an agent that asks for the lease. `read` gives the epoch by the store, and whether this cell has it; it is read
+    /// while nobody can revoke the lease.
+    pub(crate) fn renew<E>(
+        &self,
+        asked: &Renew,
+        read: impl FnOnce() -> Result<(Epoch, bool), E>,
+    ) -> Result<Renewed, E> {
+        let mut state = self.state();
+        let (epoch, has_it) = read()?;
+        let granted = state.granter.answer(now(), has_it.then_some(epoch));
+        state.epoch = epoch;
+        let heard = Heard {
+            at: Instant::now(),
+            run: asked.sender.run,
+            process: asked.process,
+            takes_writes: asked.takes_writes,
+        };
+        let before = state.heard.replace(heard);
+        if before.is_some_and(|before| before.run != heard.run) {
+            tracing::warn!(app = self.app, cell = self.cell, "the agent was started again");
+            // What it was doing, nobody knows; it may be asked again.
+            state.waiting.clear();
+            for (_, asked) in std::mem::take(&mut state.under_way) {
+                let _ = asked.send(Err("the agent was started again".into()));
+            }
+        }
+        if before.is_none_or(|before| before.process != heard.process) {
+            self.changed.notify_waiters();
+        }
+        let terms = state.granter.terms();
+        Ok(Renewed { granted, terms })
+    }
+
+    /// Orders for an agent that asks for them.
+    pub(crate) async fn fetch(&self, sender: &Sender) -> Fetched {
+        let take = || {
+            let mut state = self.state();
+            // Of one that was started again meanwhile: the question is from before.
+            let is_current = state.heard.is_none_or(|heard| heard.run == sender.run);
+            if is_current { state.waiting.drain(..).collect() } else { Vec::new() }
+        };
+        let ordered = self.ordered.notified();
+        let mut orders: Vec<Order> = take();
+        if orders.is_empty() && timeout(FETCH_MAX, ordered).await.is_ok() {
+            orders = take();
+        }
+        Fetched { orders }
+    }
+
+    pub(crate) fn finished(&self, finished: Finished) {
+        let asked = self.state().under_way.remove(&finished.id);
+        if let Some(asked) = asked {
+            // Whoever has asked may wait no longer.
+            let _ = asked.send(finished.result);
+        }
+    }
+
+    /// How long an agent may be silent until it is taken for gone.
+    fn silence_max(&self) -> Duration {
+        self.state().granter.terms().length
+    }
+
+    /// What the agent has said last, if that is not long ago.
+    fn heard(&self) -> Option<Heard> {
+        let silence_max = self.silence_max();
+        self.state().heard.filter(|heard| heard.at.elapsed() < silence_max)
+    }
+
+    /// What the agent says of the server's process, if it is heard.
+    pub(crate) fn process(&self) -> Option<Process> {
+        // Two renewals may be lost.
+        let recent = self.silence_max() * 3 / 4;
+        self.state().heard.filter(|heard| heard.at.elapsed() < recent).map(|heard| heard.process)
+    }
+
+    /// Resolves when the agent says something else of the process.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Nobody is given the lease again until [`Link::restore`]. Gives how long it may still be held.
+    pub(crate) fn revoke(&self) -> Duration {
+        self.state().granter.revoke().from(now())
+    }
+
+    pub(crate) fn restore(&self) {
+        self.state().granter.restore();
+    }
+
+    /// The lease is over, as nobody has asked for it for so long.
+    pub(crate) fn is_over(&self) -> bool {
+        self.state().granter.free_at().from(now()).is_zero()
+    }
+
+    /// Orders are of this epoch from now on.
+    pub(crate) fn see(&self, epoch: Epoch) {
+        let mut state = self.state();
+        state.epoch = state.epoch.max(epoch);
+    }
+
+    pub(crate) async fn ask(&self, what: Task) -> Result<Done, String> {
+        let limit = match &what {
+            Task::Work(Work::Rejoin { .. }) => COPY_MAX,
+            Task::Work(Work::StartAgain) => START_MAX,
+            _ => SHORT_MAX,
+        };
+        let _turn = self.turn.lock().await;
+        if self.heard().is_none() {
+            return Err(format!("the agent of `{}` is not heard", self.cell));
+        }
+        let (tx, rx) = oneshot::channel();
+        let id = {
+            let mut state = self.state();
+            if state.waiting.len() >= ORDERS_MAX {
+                return Err(format!("the agent of `{}` fetches no orders", self.cell));
+            }
+            let id = state.next_id;
+            state.next_id += 1;
+            let epoch = state.epoch;
+            state.waiting.push_back(Order { id, epoch, what });
+            state.under_way.insert(id, tx);
+            id
+        };
+        self.ordered.notify_one();
+        let silent = async {
+            // A long order is waited for only while the agent is there.
+            while self.heard().is_some() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let answer = tokio::select! {
+            answer = timeout(limit, rx) => match answer {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err(format!("the agent of `{}` was lost", self.cell)),
+                Err(_) => Err(format!("the agent of `{}` is not done within {limit:?}", self.cell)),
+            },
+            () = silent => Err(format!("the agent of `{}` is not heard any more", self.cell)),
+        };
+        let mut state = self.state();
+        state.under_way.remove(&id);
+        state.waiting.retain(|order| order.id != id);
+        answer
+    }
+}

@@ -1,0 +1,74 @@
+//! What an agent, which is beside a server, and control say to each other. The agent asks, control answers: an agent renews
+//! its lease, fetches orders and brings what became of them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cell::Epoch;
+use crate::failover::Process;
+use crate::lease::Terms;
+use crate::member::{Done, Work};
+
+/// Orders that an agent may be given at once.
+pub const ORDERS_MAX: usize = 16;
+
+/// Whom a message is from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sender {
+    pub app: String,
+    pub cell: String,
+    /// Another number each time the agent is started.
+    pub run: u64,
+}
+
+/// Asks for the lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    pub sender: Sender,
+    /// The highest epoch that this host has seen.
+    pub seen: Epoch,
+    pub process: Process,
+    /// Its server takes writes, or is about to.
+    pub takes_writes: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewed {
+    /// None: another may have it.
+    pub granted: Option<Epoch>,
+    pub terms: Terms,
+}
+
+/// Asks for orders, and waits a while for one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetch {
+    pub sender: Sender,
+}
+
+/// What an agent is to do, and in which epoch: one that has seen a higher one refuses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    pub id: u64,
+    pub epoch: Epoch,
+    pub what: Task,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    Work(Work),
+    /// Renews the lease until it is of the order's epoch, so that the server may become a primary.
+    HoldLease,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetched {
+    pub orders: Vec<Order>,
+}
+
+/// What became of an order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finished {
+    pub sender: Sender,
+    pub id: u64,
+    pub result: Result<Done, String>,
+}

@@ -1,0 +1,255 @@
+//! The right to be the primary, for a time that ends by itself.
+//!
+//! Who holds it counts from the moment in which it asked; who gives it counts from the moment in which it answered, which is
+//! later. So the holder has stopped before anybody else is given it, whatever became of the answer, as long as the clocks of
+//! the two run equally fast within a twentieth. Times are of one host's clock that goes on while the host sleeps
+//! (`CLOCK_BOOTTIME`), and are never compared with another host's.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cell::Epoch;
+
+/// Time since a host was booted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Moment(pub Duration);
+
+impl Moment {
+    fn plus(self, time: Duration) -> Moment {
+        Moment(self.0.saturating_add(time))
+    }
+
+    /// How long until then; nothing if it is over.
+    pub fn from(self, now: Moment) -> Duration {
+        self.0.saturating_sub(now.0)
+    }
+}
+
+/// How long a lease is, and what follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    pub length: Duration,
+}
+
+impl Terms {
+    /// Shorter ones end by a busy moment, longer ones keep everybody waiting.
+    pub const LENGTHS: std::ops::RangeInclusive<Duration> =
+        Duration::from_secs(1)..=Duration::from_secs(60);
+    /// Beyond the holder's time, for what is on its way.
+    const GRACE: Duration = Duration::from_millis(100);
+    const MARGIN_MIN: Duration = Duration::from_millis(250);
+
+    /// By so much the holder stops before its time is over.
+    fn margin(self) -> Duration {
+        (self.length / 10).max(Terms::MARGIN_MIN)
+    }
+
+    /// Between two renewals.
+    pub fn renew_every(self) -> Duration {
+        self.length / 4
+    }
+
+    /// When the holder, which asked at `sent`, ends its server.
+    pub fn stop_at(self, sent: Moment) -> Moment {
+        sent.plus(self.length.saturating_sub(self.margin()))
+    }
+
+    /// When the guard ends it, if the holder has not.
+    pub fn kill_at(self, sent: Moment) -> Moment {
+        sent.plus(self.length.saturating_sub(self.margin() / 2))
+    }
+
+    /// When another may have it, after an answer at `answered`.
+    pub fn free_at(self, answered: Moment) -> Moment {
+        answered.plus(self.length).plus(Terms::GRACE)
+    }
+}
+
+/// What a host knows of its lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holder {
+    held: Option<Held>,
+    /// The highest epoch that was ever seen. It outlives the process.
+    seen: Epoch,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Held {
+    epoch: Epoch,
+    sent: Moment,
+    terms: Terms,
+}
+
+impl Holder {
+    pub fn new(seen: Epoch) -> Holder {
+        Holder { held: None, seen }
+    }
+
+    pub fn seen(&self) -> Epoch {
+        self.seen
+    }
+
+    /// Takes note of an epoch; one that is lower than what was seen is refused.
+    ///
+    /// # Errors
+    /// The highest that was seen.
+    pub fn see(&mut self, epoch: Epoch) -> Result<(), Epoch> {
+        if epoch < self.seen {
+            return Err(self.seen);
+        }
+        self.seen = epoch;
+        Ok(())
+    }
+
+    /// The lease that was asked for at `sent`. Answers that come out of their order, or are of an epoch that is over, change
+    /// nothing. One that is not renewed lasts to its end: nobody is given it before that without a proof that it is not needed.
+    pub fn granted(&mut self, sent: Moment, terms: Terms, epoch: Epoch) {
+        let is_old = self.held.is_some_and(|held| sent < held.sent);
+        if !is_old && self.see(epoch).is_ok() {
+            self.held = Some(Held { epoch, sent, terms });
+        }
+    }
+
+    /// Nothing of it is left.
+    pub fn give_up(&mut self) {
+        self.held = None;
+    }
+
+    /// The epoch of the lease, while it lasts.
+    pub fn epoch(&self, now: Moment) -> Option<Epoch> {
+        let is_valid = |held: &&Held| now < held.terms.stop_at(held.sent);
+        self.held.as_ref().filter(is_valid).map(|held| held.epoch)
+    }
+
+    /// When the guard is to end the server, if there is a lease.
+    pub fn kill_at(&self) -> Option<Moment> {
+        self.held.map(|held| held.terms.kill_at(held.sent))
+    }
+}
+
+/// What a granter knows of the lease of one cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Granter {
+    terms: Terms,
+    answered: Moment,
+    is_revoked: bool,
+}
+
+impl Granter {
+    /// What was answered before a restart is not known: so it was a moment ago.
+    pub fn new(now: Moment, terms: Terms) -> Granter {
+        Granter { terms, answered: now, is_revoked: false }
+    }
+
+    pub fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    /// Answers a holder; `granted` is what the store says.
+    pub fn answer(&mut self, now: Moment, granted: Option<Epoch>) -> Option<Epoch> {
+        let granted = granted.filter(|_| !self.is_revoked)?;
+        self.answered = now;
+        Some(granted)
+    }
+
+    /// From now on it is not renewed. Gives when it is over.
+    pub fn revoke(&mut self) -> Moment {
+        self.is_revoked = true;
+        self.free_at()
+    }
+
+    /// Takes [`Granter::revoke`] back.
+    pub fn restore(&mut self) {
+        self.is_revoked = false;
+    }
+
+    /// When it is over, unless it is renewed.
+    pub fn free_at(&self) -> Moment {
+        self.terms.free_at(self.answered)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ms(ms: u64) -> Moment {
+        Moment(Duration::from_millis(ms))
+    }
+
+    const TERMS: Terms = Terms { length: Duration::from_millis(2_500) };
+
+    #[test]
+    fn the_holder_stops_before_another_may_have_it() {
+        assert_eq!(TERMS.stop_at(ms(0)), ms(2_250));
+        assert_eq!(TERMS.kill_at(ms(0)), ms(2_375));
+        assert_eq!(TERMS.free_at(ms(0)), ms(2_600));
+        let mut holder = Holder::new(Epoch(0));
+        assert_eq!(holder.epoch(ms(0)), None);
+        holder.granted(ms(0), TERMS, Epoch(3));
+        assert_eq!(holder.epoch(ms(2_249)), Some(Epoch(3)));
+        assert_eq!(holder.epoch(ms(2_250)), None);
+    }
+
+    #[test]
+    fn an_epoch_that_is_over_is_refused() {
+        let mut holder = Holder::new(Epoch(5));
+        holder.granted(ms(0), TERMS, Epoch(4));
+        assert_eq!((holder.epoch(ms(1)), holder.see(Epoch(4))), (None, Err(Epoch(5))));
+        holder.granted(ms(1), TERMS, Epoch(6));
+        // An answer that was overtaken.
+        holder.granted(ms(0), TERMS, Epoch(6));
+        assert_eq!(holder.epoch(ms(2_250)), Some(Epoch(6)));
+        holder.give_up();
+        assert_eq!(holder.epoch(ms(3)), None);
+    }
+
+    #[test]
+    fn what_was_answered_before_a_restart_is_waited_for() {
+        let mut granter = Granter::new(ms(1_000), TERMS);
+        assert_eq!(granter.revoke(), ms(3_600));
+        assert_eq!(granter.answer(ms(2_000), Some(Epoch(1))), None);
+        assert_eq!(granter.free_at(), ms(3_600));
+        granter.restore();
+        assert_eq!(granter.answer(ms(2_000), Some(Epoch(1))), Some(Epoch(1)));
+    }
+
+    proptest! {
+        /// Two hosts whose clocks began at different times and drift, messages that take long or are lost: after the granter
+        /// has said that the lease is over, neither the holder nor its guard lets the server run.
+        #[test]
+        fn never_two(
+            length_ms in 1_000u64..60_000,
+            offset_ms in 0u64..1_000_000,
+            drift in 950u64..1_050,
+            asks in proptest::collection::vec((0u64..3_000, 0u64..5_000, 0u64..5_000, any::<bool>()), 1..50),
+        ) {
+            let terms = Terms { length: Duration::from_millis(length_ms) };
+            // True time in; what the holder's clock shows out. It is up to a twentieth slower or faster.
+            let theirs = |at: u64| ms(offset_ms + at * drift / 1_000);
+            let mut granter = Granter::new(ms(0), terms);
+            let mut holder = Holder::new(Epoch(0));
+            let mut at = 0;
+            let mut last_stop = 0;
+            for (wait, there, back, is_lost) in asks {
+                at += wait;
+                let sent = theirs(at);
+                let answer = granter.answer(ms(at + there), Some(Epoch(1)));
+                at += there + back;
+                if let Some(epoch) = answer.filter(|_| !is_lost) {
+                    holder.granted(sent, terms, epoch);
+                }
+                if let Some(kill_at) = holder.kill_at() {
+                    // In true time, rounded up.
+                    let kill_at = u64::try_from(kill_at.0.as_millis()).unwrap();
+                    last_stop = last_stop.max((kill_at.saturating_sub(offset_ms) * 1_000).div_ceil(drift));
+                }
+            }
+            let free_at = u64::try_from(granter.revoke().0.as_millis()).unwrap();
+            prop_assert!(last_stop <= free_at, "{last_stop} {free_at}");
+        }
+    }
+}
