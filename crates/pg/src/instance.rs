@@ -94,13 +94,15 @@ impl Instance {
     /// A server by its directories. As root its programs run as the owner of the data directory.
     ///
     /// # Errors
-    /// The data directory does not exist.
+    /// The data directory does not exist, and no rejoin has moved it away.
     pub fn of(bin_dir: &Path, data_dir: &Path) -> Result<Instance, InstanceError> {
-        let owner = std::fs::metadata(data_dir).map_err(|source| InstanceError::File {
-            path: data_dir.to_owned(),
-            what: "read",
-            source,
-        })?;
+        let owner = std::fs::metadata(data_dir)
+            .or_else(|error| crate::rejoin::what_is_left(data_dir).ok_or(error))
+            .map_err(|source| InstanceError::File {
+                path: data_dir.to_owned(),
+                what: "read",
+                source,
+            })?;
         let run_as = is_root().then(|| RunAs { uid: owner.uid(), gid: owner.gid() });
         Ok(Instance {
             bin_dir: bin_dir.to_owned(),
@@ -313,6 +315,9 @@ impl Instance {
         /// A standby that was copied from a primary, or was one, says so for a moment after its start.
         const STANDBY_START_MAX: Duration = Duration::from_secs(5);
         const SHUT_DOWN_IN_RECOVERY: u32 = 2;
+        if !self.data_dir.exists() {
+            return false;
+        }
         const IN_ARCHIVE_RECOVERY: u32 = 5;
         let mut begin = [0; 20];
         let control = File::open(self.data_dir.join("global/pg_control"));

@@ -9,7 +9,7 @@ use model::member::{Condition, Done, Work};
 use crate::instance::{Instance, InstanceError};
 use crate::rejoin::{Aside, rejoin};
 
-const KILL_MAX: Duration = Duration::from_secs(10);
+pub(crate) const KILL_MAX: Duration = Duration::from_secs(10);
 pub const START_MAX: Duration = Duration::from_secs(120);
 
 /// The first line of a `pg_hba.conf` of ours.
@@ -70,6 +70,8 @@ impl Local {
             Work::Rejoin { conninfo, timeline, hba_file, is_kept } => {
                 // Rewound in part, it would be taken for a server of the new history (`pg_rewind`, "Warnings").
                 if !Aside::of(instance).is_there() {
+                    // It is no fence any more: whoever starts the server starts a standby.
+                    instance.must_be_standby().map_err(chain)?;
                     // Before the rewind, which would remove the saved file.
                     let default = instance.data_dir.join("pg_hba.conf");
                     self.open_logins(hba_file.as_deref().unwrap_or(&default))?;

@@ -1,10 +1,13 @@
 //! A server becomes a standby of another, so that a crash in between is found and nothing is lost by it.
+//!
+//! **Invariant:** under the name of its data directory there is at any moment nothing, or a server that whoever starts it
+//! starts as a standby. What is rewound or copied is made ready under another name.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::instance::Instance;
-use crate::member::{START_MAX, chain};
+use crate::member::{KILL_MAX, START_MAX, chain};
 
 const STOP_MAX: Duration = Duration::from_secs(60);
 
@@ -12,9 +15,14 @@ const STOP_MAX: Duration = Duration::from_secs(60);
 const OWN_FILES: [&str; 4] =
     ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
 
+/// Of a data directory that a rejoin has moved away, and a crash has kept from putting back.
+pub(crate) fn what_is_left(data_dir: &Path) -> Option<std::fs::Metadata> {
+    ["old", "rewinding"].iter().find_map(|what| std::fs::metadata(beside(data_dir, what)).ok())
+}
+
 /// A place beside the data directory.
-fn beside(instance: &Instance, what: &str) -> PathBuf {
-    let mut name = instance.data_dir.as_os_str().to_owned();
+fn beside(data_dir: &Path, what: &str) -> PathBuf {
+    let mut name = data_dir.as_os_str().to_owned();
     name.push(format!(".holdfast-{what}"));
     name.into()
 }
@@ -28,7 +36,7 @@ pub(crate) struct Aside<'a> {
 
 impl<'a> Aside<'a> {
     pub(crate) fn of(instance: &'a Instance) -> Aside<'a> {
-        Aside { instance, dir: beside(instance, "rejoin") }
+        Aside { instance, dir: beside(&instance.data_dir, "rejoin") }
     }
 
     pub(crate) fn is_there(&self) -> bool {
@@ -50,11 +58,11 @@ impl<'a> Aside<'a> {
         self.instance.write(&self.dir.join("complete"), b"").map_err(chain)
     }
 
-    /// Into the data directory, which is whole by now.
-    fn put_back(&self) -> Result<(), String> {
+    /// Into what is to become the data directory, and is whole by now.
+    fn put_back(&self, made: &Instance) -> Result<(), String> {
         for name in OWN_FILES {
             if let Ok(bytes) = std::fs::read(self.dir.join(name)) {
-                self.instance.write(&self.instance.data_dir.join(name), &bytes).map_err(chain)?;
+                made.write(&made.data_dir.join(name), &bytes).map_err(chain)?;
             }
         }
         Ok(())
@@ -79,69 +87,164 @@ pub(crate) async fn rejoin(
     is_kept: bool,
 ) -> Result<String, String> {
     let aside = Aside::of(instance);
+    let names = Names::of(instance);
+    if instance.data_dir.exists() {
+        instance.must_be_standby().map_err(chain)?;
+        instance.stop("fast", STOP_MAX).await.map_err(chain)?;
+        // None of its processes writes to what is moved away now.
+        instance.kill(KILL_MAX).await.map_err(chain)?;
+    }
     let is_broken = aside.is_there();
-    instance.stop("fast", STOP_MAX).await.map_err(chain)?;
     if !is_broken {
         aside.put()?;
     }
-    // On the new history already, it has nothing to come back from, and would write to that what nobody else has.
-    let follows = instance.last_timeline().ok() == timeline;
-    let rewound = match is_broken || !is_kept || follows {
-        true => Err("it is not to be rewound".to_owned()),
-        false => {
-            // It has to end as a primary first, if it has not (`ensureCleanShutdown`).
-            instance.may_be_primary().map_err(chain)?;
-            instance.rewind(conninfo).await.map_err(chain)
-        }
+    let how = match names.old.exists() && instance.data_dir.exists() {
+        // The copy had taken its place already.
+        true => names.end(is_kept && !is_broken)?,
+        false => make(instance, &aside, &names, conninfo, timeline, is_kept && !is_broken).await?,
     };
-    let how = match &rewound {
-        Ok(_) => "rewound".to_owned(),
-        Err(error) => {
-            tracing::warn!(error, "rewinding did not succeed, copying anew");
-            clone_anew(instance, conninfo, is_kept).await?
-        }
-    };
-    aside.put_back()?;
-    instance.make_standby(conninfo).map_err(chain)?;
     aside.forget()?;
     instance.start(START_MAX).await.map_err(chain)?;
     Ok(how)
 }
 
-fn unix_ms() -> u128 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
-}
-
-/// Copies the new primary in place of the old data, which is kept until the copy is whole, and after that if nobody knows
-/// what it alone has.
-async fn clone_anew(instance: &Instance, conninfo: &str, is_kept: bool) -> Result<String, String> {
+/// Rewinds the server, or copies the other in its place.
+async fn make(
+    instance: &Instance,
+    aside: &Aside<'_>,
+    names: &Names,
+    conninfo: &str,
+    timeline: Option<u64>,
+    is_kept: bool,
+) -> Result<String, String> {
+    let ready = |made: &Instance| -> Result<(), String> {
+        aside.put_back(made)?;
+        made.make_standby(conninfo).map_err(chain)
+    };
+    // On the new history already, it has nothing to come back from, and would write to that what nobody else has.
+    let follows = instance.last_timeline().ok() == timeline;
+    if is_kept && !follows && instance.data_dir.exists() {
+        let rewound = names.rewound(instance);
+        rename(&instance.data_dir, &rewound.data_dir)?;
+        // It has to end as a primary first, if it has not (`ensureCleanShutdown`).
+        rewound.may_be_primary().map_err(chain)?;
+        match rewound.rewind(conninfo).await {
+            Ok(_) => {
+                ready(&rewound)?;
+                rename(&rewound.data_dir, &instance.data_dir)?;
+                return Ok("rewound".into());
+            }
+            Err(error) => {
+                tracing::warn!(error = chain(error), "rewinding did not succeed, copying anew");
+            }
+        }
+    }
     if !instance.has("pg_basebackup") {
+        // What was rewound in part is put back, so that whoever looks finds it. It is a standby of nobody.
+        if names.rewinding.exists() && !instance.data_dir.exists() {
+            names.rewound(instance).must_be_standby().map_err(chain)?;
+            rename(&names.rewinding, &instance.data_dir)?;
+        }
         return Err(format!("`{}` has no pg_basebackup", instance.bin_dir.display()));
     }
-    let old = beside(instance, "old");
-    let io = |error: std::io::Error| format!("`{}`: {error}", instance.data_dir.display());
-    if old.exists() {
-        // What stands in its place is a copy that was broken off.
-        match std::fs::remove_dir_all(&instance.data_dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
-            _ => (),
+    let copied = names.copied(instance)?;
+    copied.clone_from(conninfo).await.map_err(chain)?;
+    ready(&copied)?;
+    let old = if instance.data_dir.exists() { &instance.data_dir } else { &names.rewinding };
+    if old.exists() && !names.old.exists() {
+        rename(old, &names.old)?;
+    }
+    rename(&copied.data_dir, &instance.data_dir)?;
+    names.end(is_kept)
+}
+
+/// Places beside the data directory.
+struct Names {
+    /// A server that is rewound.
+    rewinding: PathBuf,
+    /// What was there before the copy.
+    old: PathBuf,
+    /// Where it is kept if nobody knows what it alone has.
+    lost: PathBuf,
+    /// Copies; a name of its own for each, as a program that a crash has left behind may still work on the last one.
+    copies: PathBuf,
+}
+
+impl Names {
+    fn of(instance: &Instance) -> Names {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        Names {
+            rewinding: beside(&instance.data_dir, "rewinding"),
+            old: beside(&instance.data_dir, "old"),
+            lost: beside(&instance.data_dir, &format!("lost-{now}")),
+            copies: beside(&instance.data_dir, "new-"),
         }
-    } else {
-        std::fs::rename(&instance.data_dir, &old).map_err(io)?;
     }
-    std::fs::create_dir(&instance.data_dir).map_err(io)?;
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    std::fs::set_permissions(&instance.data_dir, mode).map_err(io)?;
-    if let Some(owner) = instance.run_as {
-        std::os::unix::fs::chown(&instance.data_dir, Some(owner.uid), Some(owner.gid))
-            .map_err(io)?;
+
+    fn rewound(&self, instance: &Instance) -> Instance {
+        Instance { data_dir: self.rewinding.clone(), ..instance.clone() }
     }
-    instance.clone_from(conninfo).await.map_err(chain)?;
-    if is_kept {
-        std::fs::remove_dir_all(&old).map_err(io)?;
-        return Ok("copied anew".into());
+
+    /// An empty directory for a copy; those of earlier tries go.
+    fn copied(&self, instance: &Instance) -> Result<Instance, String> {
+        let mut data_dir = self.copies.clone();
+        let parent = data_dir.parent().map(PathBuf::from).unwrap_or_default();
+        let begin = data_dir.file_name().unwrap_or_default().to_owned();
+        let io = |path: &Path| {
+            let path = path.display().to_string();
+            move |error: std::io::Error| format!("`{path}`: {error}")
+        };
+        for entry in std::fs::read_dir(&parent).map_err(io(&parent))?.flatten() {
+            let is_copy =
+                entry.file_name().as_encoded_bytes().starts_with(begin.as_encoded_bytes());
+            if is_copy {
+                std::fs::remove_dir_all(entry.path()).map_err(io(&entry.path()))?;
+            }
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        data_dir.as_mut_os_string().push(now.to_string());
+        std::fs::create_dir(&data_dir).map_err(io(&data_dir))?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(&data_dir, mode).map_err(io(&data_dir))?;
+        if let Some(owner) = instance.run_as {
+            std::os::unix::fs::chown(&data_dir, Some(owner.uid), Some(owner.gid))
+                .map_err(io(&data_dir))?;
+        }
+        Ok(Instance { data_dir, ..instance.clone() })
     }
-    let lost = beside(instance, &format!("lost-{}", unix_ms()));
-    std::fs::rename(&old, &lost).map_err(io)?;
-    Ok(format!("copied anew, what it had is kept in `{}`", lost.display()))
+
+    /// The copy is in its place: what was there before goes, or is kept if nobody knows what it alone has.
+    fn end(&self, is_kept: bool) -> Result<String, String> {
+        let mut kept = Vec::new();
+        for (number, old) in [&self.old, &self.rewinding].into_iter().enumerate() {
+            if !old.exists() {
+                continue;
+            }
+            if is_kept {
+                std::fs::remove_dir_all(old)
+                    .map_err(|error| format!("`{}`: {error}", old.display()))?;
+                continue;
+            }
+            let mut lost = self.lost.clone();
+            if number > 0 {
+                lost.as_mut_os_string().push("-rewound");
+            }
+            rename(old, &lost)?;
+            kept.push(format!("`{}`", lost.display()));
+        }
+        Ok(match kept.is_empty() {
+            true => "copied anew".into(),
+            false => format!("copied anew, what it had is kept in {}", kept.join(" and ")),
+        })
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), String> {
+    let failed = |error| format!("`{}` cannot become `{}`: {error}", from.display(), to.display());
+    std::fs::rename(from, to).map_err(failed)?;
+    // So that it is so after a crash of the machine as well.
+    match to.parent() {
+        Some(dir) => std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed),
+        None => Ok(()),
+    }
 }

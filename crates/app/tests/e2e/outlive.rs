@@ -261,6 +261,8 @@ async fn what_is_sent_while_there_is_no_server_waits_for_one() {
 async fn what_may_be_committed_is_not_taken_for_nothing() {
     let installation = Installation::start_pooled("outlive-doubt", 8);
     run(&mut installation.connect().await, "CREATE TABLE kept (n int)").await;
+    let procedure = "CREATE PROCEDURE commits() LANGUAGE plpgsql AS 'BEGIN COMMIT; END'";
+    run(&mut installation.connect().await, procedure).await;
     tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
     let mut chained = installation.connect().await;
     for sql in ["BEGIN", "SET work_mem = '9MB'", "COMMIT AND CHAIN"] {
@@ -296,9 +298,21 @@ async fn what_may_be_committed_is_not_taken_for_nothing() {
     })
     .await;
     assert_eq!(half.receive().await.unwrap().tag, b'1');
+    // All of it is answered, and committed by the procedure; its batch has not ended.
+    let mut answered = installation.connect().await;
+    send(&mut answered, |out| {
+        add_run(out, "SET work_mem = '9MB'");
+        add_run(out, "CALL commits()");
+        frontend::flush(out);
+    })
+    .await;
+    while answered.receive().await.unwrap().view().unwrap()
+        != (Backend::CommandComplete { tag: b"CALL" })
+    {}
     wait_asleep(&installation, 3).await;
     lose_server(&installation, "QUIT").await;
-    for session in [&mut chained, &mut queued] {
+    send(&mut answered, frontend::sync).await;
+    for session in [&mut chained, &mut queued, &mut answered] {
         let heard = hears(session, 2).await;
         assert!(heard.ends_with("the connection ended") && heard.contains("08006"), "{heard}");
     }

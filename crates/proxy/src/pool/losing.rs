@@ -70,7 +70,9 @@ impl Session {
             return Some(keeps.why.clone());
         }
         let asks = |asked: &Asked| matches!(asked, Asked::Setting { .. });
-        let is_in_doubt = self.protocol.is_running() && sharing.flight.lost().0 == Lost::InDoubt;
+        // Also where all is answered and its batch has not come to an end.
+        let is_open = self.protocol.is_running() || self.protocol.has_open_batch();
+        let is_in_doubt = is_open && sharing.flight.lost().0 == Lost::InDoubt;
         let may_have_set = is_in_doubt && !sharing.assigned.is_empty();
         let is_told = !sharing.told.is_empty() || sharing.asked.iter().any(asks);
         if sharing.has_set || may_have_set || is_told {
