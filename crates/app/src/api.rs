@@ -214,7 +214,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         cells.push(shown);
     }
     if let (Some(cell), Some(seen)) = (&active, state.control.seen(name))
-        && application.execution.is_none()
+        && state.control.watched(name)?.execution.is_none()
         && seen.cell == *cell
         && seen.analysis != Analysis::NoProblem
     {
@@ -226,6 +226,12 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         };
         let (analysis, says) = (seen.analysis, seen.analysis.says());
         problems.push(format!("cell `{cell}`: {says} ({analysis}): {next}"));
+    }
+    let acks = state.control.config.apps[name].durability.acks;
+    if acks > 0 && application.protected.is_none() && active.is_some() {
+        problems.push(format!(
+            "commits are acknowledged by one server alone, {acks} others are asked for: look whether the standbys stream"
+        ));
     }
     if let Some(id) = application.execution {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::member::Member;
+use model::durability::Durability;
 use pg::Target;
 use pg::admin::AdminLogin;
+
+use crate::member::Member;
 
 #[derive(Debug, Clone)]
 pub struct ControlConfig {
@@ -21,6 +23,7 @@ pub struct AppServers {
     pub first_active: String,
     pub cells: BTreeMap<String, CellServer>,
     pub failover: FailoverConfig,
+    pub durability: Durability,
 }
 
 /// When another cell takes the place of one whose server is lost.

@@ -8,6 +8,7 @@
 //! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
 //! - [`watch`]: looks at the active cells, and fails over.
+//! - `durability`: has commits wait for standbys.
 //! - [`hba`]: who may still log in to a fenced server.
 //!
 //! **Architecture Invariant:** control never sees a proxy. It sends orders and reads reports.
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub mod agents;
 pub mod config;
+mod durability;
 pub mod hba;
 pub mod member;
 pub mod records;

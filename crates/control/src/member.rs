@@ -113,9 +113,12 @@ impl Member {
         Ok(format!("{why}; its lease is over, so its guard has ended it"))
     }
 
-    /// An agent is there.
+    /// Somebody is there who could work on it.
     pub(crate) fn is_attended(&self) -> bool {
-        matches!(self, Member::Agent(link) if link.process().is_some())
+        match self {
+            Member::Here(_) => true,
+            Member::Agent(link) => link.process().is_some(),
+        }
     }
 
     /// An agent is there, and the server is not.

@@ -76,6 +76,21 @@ pub fn write(
     Ok(store.commit(&txn)?)
 }
 
+/// Writes an application that no execution is changing, if it is as it was seen.
+///
+/// # Errors
+/// Somebody else has changed it, or the store cannot be written.
+pub fn update(
+    store: &dyn Store,
+    app: &str,
+    seen: Revision,
+    application: &Application,
+) -> Result<Revision, RecordError> {
+    let key = application_key(app);
+    let txn = Txn::default().expect(&key, Some(seen)).put(&key, encode(&key, application)?);
+    Ok(store.commit(&txn)?)
+}
+
 /// Executions of an application, oldest first.
 ///
 /// # Errors

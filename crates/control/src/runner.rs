@@ -9,6 +9,7 @@ use model::Lsn;
 use model::agent::{Fetch, Fetched, Finished, Renew, Renewed, Sender};
 use model::barrier::{Blocker, Order, Report};
 use model::cell::{Application, CellState, Epoch};
+use model::durability::Protection;
 use model::failover::Analysis;
 use model::persisted::{Execution, LogEntry, LogEvent};
 use model::switchover::{Ending, Kind, Next, OnTimeout, Outcome, Stage, next, resume};
@@ -413,12 +414,49 @@ impl Control {
         is_automatic: bool,
     ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
-        self.supersede(app)?;
-        let seen = records::application(&*self.store, app)?;
-        let from = self.check(app, &seen.application, &request.to)?;
         let FailoverRequest { to, allow_data_loss, .. } = request;
+        if let Some((stuck, application)) = self.stands_in_the_way(app)? {
+            // It may have left its server fenced, so it goes only if this one comes about.
+            let from = self.check(app, &application, &to)?;
+            let asked = Asked::new(Kind::Failover, from, to.clone());
+            let asked = Asked { allow_data_loss, ..asked };
+            let mut provisional = asked.execution(app, 0, &application);
+            stages::run(self, &mut provisional, Stage::Assess)
+                .await
+                .map_err(ControlError::Refused)?;
+            self.supersede(app, stuck)?;
+        }
+        let seen = records::application(&*self.store, app)?;
+        let from = self.check(app, &seen.application, &to)?;
         let asked = Asked::new(Kind::Failover, from, to);
         self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
+    }
+
+    /// The application as it is watched over: an execution that stands still before its point of no return is in the way of
+    /// nobody who fails over.
+    ///
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn watched(&self, app: &str) -> Result<Application, ControlError> {
+        match self.stands_in_the_way(app)? {
+            Some((_, application)) => Ok(application),
+            None => self.application(app),
+        }
+    }
+
+    /// An execution that stands still before its point of no return, and the application without it.
+    fn stands_in_the_way(
+        &self,
+        app: &str,
+    ) -> Result<Option<(Execution, Application)>, ControlError> {
+        let mut application = self.application(app)?;
+        let Some(id) = application.execution else { return Ok(None) };
+        let execution = self.execution(app, id)?;
+        if !execution.is_stuck_before(&application) {
+            return Ok(None);
+        }
+        application.execution = None;
+        Ok(Some((execution, application)))
     }
 
     /// Writes an execution as it is, between the begin and the end of a stage.
@@ -428,15 +466,9 @@ impl Control {
         Ok(())
     }
 
-    /// An execution that stands still before its point of no return is in the way of nobody who fails over.
-    fn supersede(&self, app: &str) -> Result<(), ControlError> {
+    /// A failover takes the place of an execution that stands still.
+    fn supersede(&self, app: &str, mut execution: Execution) -> Result<(), ControlError> {
         let mut seen = records::application(&*self.store, app)?;
-        let Some(id) = seen.application.execution else { return Ok(()) };
-        let mut execution = self.execution(app, id)?;
-        let is_before = !seen.application.is_past(&execution) && execution.kind != Kind::Unfence;
-        if execution.ending != Some(Ending::Stuck) || !is_before {
-            return Ok(());
-        }
         execution.ending = Some(Ending::Aborted);
         if seen.application.state(&execution.from).map_err(RecordError::Cell)?
             == CellState::Draining
@@ -515,12 +547,43 @@ impl Control {
         Ok(())
     }
 
+    /// Records what is proven of the commits of the active cell, in `epoch` if one is given; gives the epoch. Where nothing is
+    /// proven, also while an execution runs.
+    pub(crate) fn record_protection(
+        &self,
+        app: &str,
+        cell: &str,
+        epoch: Option<Epoch>,
+        protected: Option<Protection>,
+    ) -> Result<Epoch, String> {
+        let seen = records::application(&*self.store, app).map_err(|error| model::chain(&error))?;
+        let mut application = seen.application;
+        let is_other = application.active() != Some(cell)
+            || application.execution.is_some()
+            || epoch.is_some_and(|epoch| epoch != application.epoch);
+        if is_other {
+            return Err("the application is being changed".into());
+        }
+        let epoch = application.epoch;
+        if application.protected != protected {
+            application.protected = protected;
+            records::update(&*self.store, app, seen.revision, &application)
+                .map_err(|error| model::chain(&error))?;
+        }
+        Ok(epoch)
+    }
+
     /// The execution that lacks its rejoin, if the agent that could do it is there.
     pub(crate) fn lacks_rejoin(&self, app: &str) -> Option<u64> {
         let last = self.executions(app).ok()?.into_iter().next()?;
         let member = self.servers(app).ok()?.cells.get(&last.from)?.member.as_ref()?;
         let lacks = last.ending == Some(Ending::CompletedWithoutRejoin);
         (lacks && member.is_attended()).then_some(last.id)
+    }
+
+    /// The execution that stands still before its point of no return: its way back is tried again once the server answers.
+    pub(crate) fn stuck_before(&self, app: &str) -> Option<u64> {
+        self.stands_in_the_way(app).ok().flatten().map(|(execution, _)| execution.id)
     }
 
     /// Has the agent of the active cell start its server again, if nothing is changing the application.

@@ -5,21 +5,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
+use model::durability::{Keeper, Step};
 use model::failover::{Analysis, Answer, Detector, Process, Sight};
 use model::persisted::Execution;
 use model::switchover::{Ending, Kind};
+use pg::admin::Admin;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::config::AppServers;
+use crate::durability;
 use crate::member::Member;
 use crate::runner::{Control, FailoverRequest, now_ms};
 use crate::stages;
 
-use tokio::time::timeout;
-
 /// Between two questions to the server.
 const PAUSE: Duration = Duration::from_millis(250);
-/// Between two tries to make a standby of a server whose agent is back.
-const REJOIN_PAUSE: Duration = Duration::from_secs(5);
+/// Between two tries of what did not succeed, which double each time, and the longest. After that it is new.
+const TRY_PAUSE: Duration = Duration::from_secs(5);
+const TRY_PAUSE_MAX: Duration = Duration::from_secs(300);
 /// After a failover that did not come about, until the next is tried.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -39,17 +43,20 @@ pub async fn run(control: Arc<Control>, app: String) {
     let mut detector = Detector::default();
     let mut looked_at: Option<String> = None;
     let mut tried: Option<Instant> = None;
-    let mut rejoined: Option<Instant> = None;
+    let mut rejoins = Patience::default();
+    let mut reverts = Patience::default();
+    let mut keeping: Option<JoinHandle<()>> = None;
+    let mut keeper = Keeper::default();
     loop {
         wait(&control, &app, looked_at.as_deref()).await;
-        let Ok(application) = control.application(&app) else { continue };
+        let Ok(application) = control.watched(&app) else { continue };
         let is_short = application.cells.values().any(|state| !state.is_settled());
         if is_short
             && application.execution.is_none()
-            && rejoined.is_none_or(|at| at.elapsed() > REJOIN_PAUSE)
+            && rejoins.may_try(Instant::now())
             && let Some(id) = control.lacks_rejoin(&app)
         {
-            rejoined = Some(Instant::now());
+            rejoins.tries(Instant::now());
             let (control, app) = (control.clone(), app.clone());
             // It may have to copy a whole server.
             tokio::spawn(async move {
@@ -69,8 +76,25 @@ pub async fn run(control: Arc<Control>, app: String) {
             control.forget_seen(&app);
         }
         let Ok(servers) = control.servers(&app) else { continue };
-        let analysis = look(&control, servers, &app, &cell, &mut detector).await;
+        let (analysis, admin) = look(&control, servers, &app, &cell, &mut detector).await;
+        if let Some(mut admin) = admin
+            && keeping.as_ref().is_none_or(JoinHandle::is_finished)
+        {
+            let at = (&*app, &*cell);
+            match durability::look(&control, servers, at, &mut admin, &mut keeper).await {
+                Ok(step) => keeping = keep(&control, &app, &cell, step),
+                Err(error) => tracing::warn!(app, cell, error, "standbys cannot be asked for"),
+            }
+        }
         if !analysis.calls_for_failover() {
+            if analysis == Analysis::NoProblem
+                && reverts.may_try(Instant::now())
+                && let Some(id) = control.stuck_before(&app)
+            {
+                reverts.tries(Instant::now());
+                // What it says is in its log.
+                let _ = control.retry(&app, id).await;
+            }
             continue;
         }
         let is_early = tried.is_some_and(|at| at.elapsed() < RETRY_PAUSE);
@@ -96,6 +120,26 @@ pub async fn run(control: Arc<Control>, app: String) {
     }
 }
 
+/// When to try again.
+#[derive(Debug, Clone, Copy, Default)]
+struct Patience {
+    tried: Option<(Instant, Duration)>,
+}
+
+impl Patience {
+    fn may_try(&self, now: Instant) -> bool {
+        self.tried.is_none_or(|(at, pause)| now.duration_since(at) > pause)
+    }
+
+    fn tries(&mut self, now: Instant) {
+        let pause = match self.tried {
+            Some((at, pause)) if now.duration_since(at) < pause * 2 + TRY_PAUSE => pause * 2,
+            _ => TRY_PAUSE,
+        };
+        self.tried = Some((now, pause.min(TRY_PAUSE_MAX)));
+    }
+}
+
 /// Until the next question; not so long if the server's process is gone.
 async fn wait(control: &Control, app: &str, cell: Option<&str>) {
     let servers = control.servers(app).ok();
@@ -106,6 +150,36 @@ async fn wait(control: &Control, app: &str, cell: Option<&str>) {
         Some(member) => drop(timeout(PAUSE, member.gone()).await),
         None => tokio::time::sleep(PAUSE).await,
     }
+}
+
+/// Carries out what is to be done for commits. That takes its time, in which the server is watched all the same.
+fn keep(control: &Arc<Control>, app: &str, cell: &str, step: Step) -> Option<JoinHandle<()>> {
+    /// After something that did not succeed.
+    const PAUSE: Duration = Duration::from_secs(2);
+    if step == Step::Nothing {
+        return None;
+    }
+    let (control, app, cell) = (control.clone(), app.to_owned(), cell.to_owned());
+    Some(tokio::spawn(async move {
+        let Ok(servers) = control.servers(&app) else { return };
+        let at = (&*app, &*cell);
+        let done = match step {
+            Step::Nothing => Ok(()),
+            Step::Protect(protection) => {
+                durability::protect(&control, servers, at, protection).await
+            }
+            Step::Unprotect(why) => durability::unprotect(&control, servers, at, &why).await,
+            Step::Name => {
+                durability::name_standbys(servers, &cell).await;
+                tokio::time::sleep(PAUSE).await;
+                Ok(())
+            }
+        };
+        if let Err(error) = done {
+            tracing::warn!(app, cell, error, "commits do not wait for standbys as they should");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }))
 }
 
 /// An agent is there to keep the server running.
@@ -134,11 +208,11 @@ async fn look(
     app: &str,
     cell: &str,
     detector: &mut Detector,
-) -> Analysis {
-    let Some(server) = servers.cells.get(cell) else { return Analysis::NoProblem };
-    let (answer, admin) = stages::probe(server).await;
+) -> (Analysis, Option<Admin>) {
+    let Some(server) = servers.cells.get(cell) else { return (Analysis::NoProblem, None) };
+    let (answer, mut admin) = stages::probe(server).await;
     let mut lsn = None;
-    if let (Answer::Primary, Some(mut admin)) = (answer, admin) {
+    if let (Answer::Primary, Some(admin)) = (answer, &mut admin) {
         lsn = admin.flush_lsn().await.ok();
     }
     let (mut process, mut streams, mut is_lease_over) = (None, None, false);
@@ -158,7 +232,7 @@ async fn look(
             seen.blocked = None;
         }
     });
-    analysis
+    (analysis, admin.filter(|_| answer == Answer::Primary))
 }
 
 /// Whether a standby hears of the active cell's server.

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::durability::Protection;
+
 /// The number of a grant to take writes. It only grows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Epoch(pub u64);
@@ -115,6 +117,9 @@ pub struct Application {
     pub granted_to: Option<String>,
     /// The execution that is changing it; at most one at a time.
     pub execution: Option<u64>,
+    /// What is proven of commits in this epoch. None: they may be acknowledged by one server alone.
+    #[serde(default)]
+    pub protected: Option<Protection>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -133,7 +138,8 @@ impl Application {
         let state =
             |name: &str| if name == active { CellState::Active } else { CellState::Passive };
         let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
-        Application { epoch: Epoch(1), cells, granted_to: Some(active.to_owned()), execution: None }
+        let granted_to = Some(active.to_owned());
+        Application { epoch: Epoch(1), cells, granted_to, execution: None, protected: None }
     }
 
     /// An application whose record is old: what has happened since is not known, so nobody holds the grant, and the next
@@ -141,7 +147,7 @@ impl Application {
     pub fn restored(mut self) -> Application {
         self.epoch = Epoch(self.epoch.0.saturating_add(RESTORE_JUMP));
         self.cells.values_mut().for_each(|state| *state = CellState::Passive);
-        (self.granted_to, self.execution) = (None, None);
+        (self.granted_to, self.execution, self.protected) = (None, None, None);
         self
     }
 
@@ -182,6 +188,7 @@ impl Application {
         if grants(next) && !grants(from) {
             self.epoch = self.epoch.next();
             self.granted_to = Some(cell.into());
+            self.protected = None;
         }
         self.cells.insert(cell.into(), next);
         Ok(())

@@ -13,6 +13,7 @@
 //! - [`member`]: what control asks of whoever has a server's files at hand.
 //! - [`lease`]: the right to be the primary, for a time.
 //! - [`agent`]: what an agent and control say to each other.
+//! - [`durability`]: on how many servers a commit is before it is acknowledged.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
@@ -22,6 +23,7 @@
 pub mod agent;
 pub mod barrier;
 pub mod cell;
+pub mod durability;
 pub mod error_chain;
 pub mod failover;
 pub mod lease;

@@ -57,6 +57,14 @@ pub struct Execution {
     pub log: Vec<LogEntry>,
 }
 
+impl Execution {
+    /// It stands still, and nothing that it has done is beyond going back.
+    pub fn is_stuck_before(&self, application: &Application) -> bool {
+        let goes_back = self.kind != Kind::Unfence;
+        self.ending == Some(Ending::Stuck) && goes_back && !application.is_past(self)
+    }
+}
+
 /// What a server had written that no other has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LostTail {

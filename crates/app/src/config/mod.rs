@@ -12,6 +12,7 @@ use control::agents::Link;
 use control::config::{AppServers, CellServer, FailoverConfig};
 use control::{ControlConfig, Member};
 pub(crate) use model::chain;
+use model::durability::Durability;
 use model::lease::Terms;
 use pg::admin::AdminLogin;
 use pg::instance::{self, Instance};
@@ -351,6 +352,15 @@ fn read_pool(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<PoolL
     (shares == Some(true)).then_some(PoolLimits { size, kept_max, wait_max, currval })
 }
 
+/// `[app.durability]`
+fn read_durability(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Durability {
+    let Some(mut table) = table.table(mistakes, "durability") else { return Durability::default() };
+    let acks = table.number(mistakes, "acks", 0..100).unwrap_or(0);
+    let is_strict = table.flag(mistakes, "strict").unwrap_or(false);
+    table.end(mistakes);
+    Durability { acks: usize::try_from(acks).unwrap_or(0), is_strict }
+}
+
 /// `[app.failover]`
 fn read_failover(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> FailoverConfig {
     let default = FailoverConfig::default();
@@ -384,6 +394,7 @@ fn read_app(
     let pool = read_pool(table, mistakes);
     let policy = policy::read(table, mistakes);
     let failover = read_failover(table, mistakes);
+    let durability = read_durability(table, mistakes);
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -447,7 +458,13 @@ fn read_app(
         let text = "`app.failover.automatic` needs a `data_dir` or an agent for each cell: without one nobody can say that a server is dead";
         mistakes.add(table.span_of("failover"), text);
     }
-    Some((app, AppServers { first_active, cells, failover }))
+    let others = cells.len().saturating_sub(1);
+    if durability.acks > others {
+        let acks = durability.acks;
+        let text = format!("`app.durability.acks` is {acks}, and there are {others} other cells");
+        mistakes.add(table.span_of("durability"), text);
+    }
+    Some((app, AppServers { first_active, cells, failover, durability }))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {

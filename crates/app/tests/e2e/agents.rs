@@ -18,6 +18,14 @@ async fn wait_until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// A switchover that must complete, while writers write.
+async fn switch_to(installation: &Installation, cell: &str) -> String {
+    let output = installation.holdfast_in_background(&["switchover", "shop", "--to", cell]);
+    let output = output.await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    shown(&output)
+}
+
 /// Writes to a server past the proxy, as long as it takes writes, and gives the number of the last.
 async fn intrude(installation: &Installation, cell: &str) -> u64 {
     let mut client = installation.direct(cell).await;
@@ -30,8 +38,17 @@ async fn intrude(installation: &Installation, cell: &str) -> u64 {
     0
 }
 
-fn may_lose(text: String) -> String {
-    text.replace("automatic = true", "automatic = true\nloss_max = \"1MB\"")
+/// A commit is on both servers before it is acknowledged.
+fn synchronous(text: String) -> String {
+    text.replace("[app.failover]", "[app.durability]\nacks = 1\n\n[app.failover]")
+}
+
+/// Until that is proven: without, nobody fails over by himself.
+async fn wait_protected(installation: &Installation) {
+    wait_until("commits that wait", async || {
+        !shown(&installation.holdfast(&["status", "shop"])).contains('!')
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -41,7 +58,7 @@ async fn a_switchover_goes_by_way_of_agents() {
     run(&mut idle, "SET work_mem = '7MB'").await;
     let writers = begin(&installation).await;
     for cell in ["b", "a"] {
-        let text = installation.switch_to(cell);
+        let text = switch_to(&installation, cell).await;
         assert!(text.contains("completed") && text.contains("rewound"), "{text}");
     }
     assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
@@ -77,8 +94,9 @@ async fn a_server_that_crashes_is_started_again_by_its_agent() {
 async fn a_server_without_its_agent_is_ended_before_another_is_active() {
     for (name, stop) in [("killed", "KILL"), ("stopped", "STOP")] {
         let mut installation = Installation::start_with_agents(&format!("agents-{name}"));
-        installation.reconfigure(may_lose);
+        installation.reconfigure(synchronous);
         let writers = begin(&installation).await;
+        wait_protected(&installation).await;
         run(&mut installation.connect().await, "CREATE TABLE intruded (n bigint)").await;
         let agent = installation.agent("a");
         signal(agent, stop);
@@ -122,14 +140,16 @@ async fn wait_active_on(installation: &Installation, cell: &str) {
 #[tokio::test]
 async fn a_lost_host_is_replaced_once_its_lease_is_over() {
     let mut installation = Installation::start_with_agents("agents-host");
-    installation.reconfigure(may_lose);
+    installation.reconfigure(synchronous);
     let writers = begin(&installation).await;
+    wait_protected(&installation).await;
     signal(installation.agent("a"), "KILL");
     signal(installation.guard("a").unwrap(), "KILL");
     installation.signal_server("a", "KILL");
     wait_active_on(&installation, "b").await;
     let execution = shown(&installation.holdfast(&["executions", "1"]));
     assert!(execution.contains("its lease is over"), "{execution}");
+    assert!(execution.contains("1 of 1 standbys"), "{execution}");
     // The host is back.
     installation.start_agent("a");
     wait_active(&installation, "b").await;
@@ -150,4 +170,35 @@ async fn whoever_starts_a_server_without_a_lease_starts_none_that_takes_writes()
     installation.restart(&[]);
     wait_active(&installation, "a").await;
     run(&mut installation.connect().await, "INSERT INTO intruded VALUES (0)").await;
+}
+
+async fn names(installation: &Installation) -> String {
+    let mut active = installation.direct("a").await;
+    value(&mut active, "SHOW synchronous_standby_names").await
+}
+
+#[tokio::test]
+async fn commits_wait_for_the_standby_and_not_for_ever() {
+    let mut installation = Installation::start_with_agents("agents-sync");
+    installation.reconfigure(synchronous);
+    let writers = begin(&installation).await;
+    for cell in ["b", "a"] {
+        wait_protected(&installation).await;
+        switch_to(&installation, cell).await;
+    }
+    wait_protected(&installation).await;
+    assert_eq!(names(&installation).await, "ANY 1 (\"holdfast_b\")");
+    // The standby is gone: commits wait for a second, and go on without it. That is said, and nobody fails over then.
+    signal(installation.agent("b"), "KILL");
+    installation.signal_server("b", "KILL");
+    let alone = "acknowledged by one server alone";
+    wait_until("the end of waiting", async || {
+        shown(&installation.holdfast(&["status", "shop"])).contains(alone)
+    })
+    .await;
+    wait_until("the setting", async || names(&installation).await.is_empty()).await;
+    installation.start_agent("b");
+    wait_protected(&installation).await;
+    assert_eq!(names(&installation).await, "ANY 1 (\"holdfast_b\")");
+    end(&installation, writers).await;
 }

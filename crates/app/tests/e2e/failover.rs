@@ -345,3 +345,77 @@ async fn a_server_that_was_shut_down_is_not_failed_over() {
     installation.start_server("a").await;
     run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
 }
+
+/// A switchover that waits, or is asked for, while the primary dies is in the way of nobody.
+#[tokio::test]
+async fn a_primary_that_dies_in_a_switchover_is_failed_over() {
+    let installation = Installation::start_failing_over("failover-switching");
+    let writers = begin(&installation).await;
+    let mut busy = installation.connect().await;
+    run(&mut busy, "BEGIN; INSERT INTO written VALUES (-1)").await;
+    let switch = installation.switch_until_it_holds().await;
+    installation.signal_server("a", "KILL");
+    wait_active(&installation, "b").await;
+    let output = switch.await.unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
+    end(&installation, writers).await;
+}
+
+/// One that stands still goes back by itself once its server answers again.
+#[tokio::test]
+async fn a_switchover_that_could_not_go_back_does_so_later() {
+    let installation = Installation::start("failover-back");
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    installation.signal_server("a", "INT");
+    let a = installation.dir.join("a/postmaster.pid");
+    while a.exists() {
+        tokio::time::sleep(POLL).await;
+    }
+    let output = installation.holdfast_in_background(&["switchover", "shop", "--to", "b"]);
+    let output = output.await.unwrap();
+    assert!(shown(&output).contains("stuck"), "{}", shown(&output));
+    installation.start_server("a").await;
+    wait_active(&installation, "a").await;
+    let executions = shown(&installation.holdfast(&["executions"]));
+    assert!(executions.contains("aborted, nothing changed"), "{executions}");
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
+}
+
+/// Whenever Holdfast is killed while a server is rejoined, whoever starts that server starts a standby, or none.
+#[tokio::test]
+async fn a_server_that_is_being_rejoined_starts_as_no_primary() {
+    let mut installation = Installation::start("failover-rejoining");
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    let mut active = "a";
+    for wait_ms in [0, 20, 100, 300] {
+        let to = if active == "a" { "b" } else { "a" };
+        run(
+            &mut installation.connect().await,
+            "INSERT INTO written SELECT g FROM generate_series(1, 300000) g",
+        )
+        .await;
+        let switch = installation.holdfast_in_background(&["switchover", "shop", "--to", to]);
+        let marker = installation.dir.join(format!("{active}.holdfast-rejoin/complete"));
+        while !marker.exists() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        signal(installation.pid(), "KILL");
+        installation.wait_crashed();
+        switch.await.unwrap();
+        // What it had started may go on for a moment.
+        tokio::time::sleep(Duration::from_millis(1_000)).await;
+        let dir = installation.dir.join(active);
+        if dir.exists() {
+            assert!(dir.join("standby.signal").exists(), "{active} after {wait_ms} ms");
+            installation.start_server(active).await;
+            let mut old = installation.direct(active).await;
+            assert_eq!(value(&mut old, "SELECT pg_is_in_recovery()").await, "t");
+        }
+        installation.restart(&[]);
+        wait_active(&installation, to).await;
+        active = to;
+    }
+    let mut client = installation.connect().await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "1200000");
+}

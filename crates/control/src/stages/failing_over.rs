@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::Order;
+use model::durability::Protection;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
 use model::member::WalTail;
 use model::persisted::{Execution, LostTail};
@@ -157,7 +158,10 @@ pub(super) async fn assess(
     check_history(execution, from, &chosen).await?;
     let last_seen = control.last_seen(app);
     if can_salvage(from, to).is_none() {
-        let known = Known::of(last_seen, chosen.received);
+        let known = match covers(control, app, &all)? {
+            Some(_) => Known::All,
+            None => Known::of(last_seen, chosen.received),
+        };
         loss_policy(execution, servers)
             .permits(known)
             .map_err(|why| or_allow(execution, &format!("`{to_name}`: {why}")))?;
@@ -173,6 +177,17 @@ pub(super) async fn assess(
     Ok(format!(
         "`{from_name}` does not answer, {process}; seen last at {seen}; `{to_name}` has {received} of timeline {timeline}"
     ))
+}
+
+/// Whether the furthest of these has every commit that was acknowledged, in words.
+fn covers(control: &Control, app: &str, all: &[Candidate]) -> Result<Option<String>, String> {
+    let application = control.application(app).map_err(chain)?;
+    let Some(protection) = application.protected else { return Ok(None) };
+    let is_covered = protection.is_covered_by(all.iter().map(|one| one.cell.as_str()));
+    let Protection { acks, standbys } = &protection;
+    let (known, of) = (all.len(), standbys.len());
+    Ok(is_covered
+        .then(|| format!("a commit had to be on {acks} of {of} standbys, and {known} are known")))
 }
 
 /// A standby that was a primary meanwhile, or has not followed, has another history.
@@ -228,12 +243,12 @@ pub(super) async fn recruit(
         }
         None => Err("its disk cannot be read from here".into()),
     };
-    let (known, how) = match salvaged {
-        Ok(how) => (Known::All, how),
-        Err(why) => (Known::of(control.last_seen(&execution.app), received), why),
-    };
     // Another may have received more since it was assessed.
     let all = candidates(servers, &execution.from).await;
+    let (known, how) = match (salvaged, covers(control, &execution.app, &all)?) {
+        (Ok(how), _) | (Err(_), Some(how)) => (Known::All, how),
+        (Err(why), None) => (Known::of(control.last_seen(&execution.app), received), why),
+    };
     let chosen = check_chosen(&all, &execution.to)?;
     check_history(execution, from, &chosen).await?;
     loss_policy(execution, servers)

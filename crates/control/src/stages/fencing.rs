@@ -26,7 +26,7 @@ pub(super) async fn hba_file(admin: &mut Admin) -> Result<PathBuf, String> {
 }
 
 /// Reloads the configuration and waits until this connection, and so every other, has been told.
-pub(super) async fn reload(admin: &mut Admin) -> Result<(), String> {
+pub(crate) async fn reload(admin: &mut Admin) -> Result<(), String> {
     let loaded = "SELECT pg_conf_load_time()::text";
     let before = admin.value(loaded).await.map_err(chain)?;
     admin.value("SELECT pg_reload_conf()").await.map_err(chain)?;

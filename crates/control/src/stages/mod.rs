@@ -11,6 +11,7 @@ use pg::admin::Admin;
 use tokio::time::timeout;
 
 use crate::config::{AppServers, CellServer};
+use crate::durability::before_promotion;
 use crate::runner::{Control, SwitchoverRequest};
 
 /// A standby further behind is refused before anybody is held.
@@ -33,7 +34,7 @@ use fencing::{Logins, fence, hba_rules, regrant, unfence_in_time};
 use rejoining::rejoin;
 
 pub(crate) use failing_over::{choose, describe as describe_failover, probe, process_of};
-pub(crate) use fencing::check_alone;
+pub(crate) use fencing::{check_alone, reload};
 
 /// Done with a line for the log, or failed with a reason.
 type Done = Result<String, String>;
@@ -71,17 +72,18 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             if rejoining::is_done(from).await {
                 return Ok("streams as a standby already".into());
             }
-            if execution.kind != Kind::Failover {
-                return rejoin(from, to, true).await;
-            }
-            let kept = match (execution.lost.is_some(), rejoining::has_begun(from).await) {
-                (true, _) => Ok("what was lost was looked at before".to_owned()),
-                // It may have been looked at in vain, so what is left of the directory is kept.
-                (false, true) => Err("an earlier try was broken off".to_owned()),
-                (false, false) => failing_over::keep_tail(control, execution, (from, to)).await,
+            let kept = match rejoining::has_begun(from).await {
+                // What became of it since, nobody knows, so what is left of the directory is kept.
+                true => Err("an earlier try was broken off".to_owned()),
+                false if execution.kind != Kind::Failover => Ok("nothing was lost".to_owned()),
+                false if execution.lost.is_some() => {
+                    Ok("what was lost was looked at before".to_owned())
+                }
+                false => failing_over::keep_tail(control, execution, (from, to)).await,
             };
-            let rejoined = rejoin(from, to, kept.is_ok()).await?;
+            let rejoined = rejoin((&execution.from, from), to, kept.is_ok()).await?;
             Ok(match kept {
+                Ok(_) if execution.kind != Kind::Failover => rejoined,
                 Ok(kept) => format!("{rejoined}; {kept}"),
                 Err(why) => format!("{rejoined}; what was lost is not known: {why}"),
             })
@@ -106,7 +108,7 @@ fn chain(error: impl std::error::Error) -> String {
     model::chain(&error)
 }
 
-async fn admin(server: &CellServer) -> Result<Admin, String> {
+pub(crate) async fn admin(server: &CellServer) -> Result<Admin, String> {
     Admin::connect(&server.target, &server.admin).await.map_err(chain)
 }
 
@@ -335,15 +337,22 @@ async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> D
         }
     }
     loop {
-        match promote_server(to, deadline).await {
+        match promote_server(control, execution, to, deadline).await {
             Err(failure) if again(deadline, &failure).await => (),
             done => return done,
         }
     }
 }
 
-async fn promote_server(to: &CellServer, deadline: Instant) -> Done {
+async fn promote_server(
+    control: &Control,
+    execution: &Execution,
+    to: &CellServer,
+    deadline: Instant,
+) -> Done {
     let mut new = admin_at_once(to).await?;
+    let servers = control.servers(&execution.app).map_err(chain)?;
+    before_promotion(servers.durability, servers, &execution.to, &mut new).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
         while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f")

@@ -7,6 +7,7 @@ use model::member::Work;
 use super::fencing::hba_file;
 use super::{Done, admin, chain};
 use crate::config::CellServer;
+use crate::durability::named;
 
 const STREAM_MAX: Duration = Duration::from_secs(60);
 
@@ -26,7 +27,11 @@ pub(super) async fn is_done(server: &CellServer) -> bool {
 }
 
 /// Makes the old server a standby of the new one. What only it has may go if that `is_kept`.
-pub(super) async fn rejoin(from: &CellServer, to: &CellServer, is_kept: bool) -> Done {
+pub(super) async fn rejoin(
+    (cell, from): (&str, &CellServer),
+    to: &CellServer,
+    is_kept: bool,
+) -> Done {
     let Some(member) = &from.member else {
         return Err(format!(
             "`{}` is not managed (no data_dir); stop it and make it a standby of `{}`",
@@ -45,7 +50,7 @@ pub(super) async fn rejoin(from: &CellServer, to: &CellServer, is_kept: bool) ->
     new.rows("CHECKPOINT").await.map_err(chain)?;
     let timeline = new.value("SELECT timeline_id::text FROM pg_control_checkpoint()").await;
     let timeline = timeline.map_err(chain)?.and_then(|text| text.parse().ok());
-    let conninfo = to.conninfo.clone();
+    let conninfo = named(&to.conninfo, cell);
     let how = member.rejoin(Work::Rejoin { conninfo, timeline, hba_file, is_kept }).await?;
     let mut old = admin(from).await?;
     let deadline = Instant::now() + STREAM_MAX;
