@@ -201,8 +201,12 @@ impl Beside {
             .map_err(|seen| format!("epoch {epoch} is over, this host has seen {seen}"))
     }
 
+    fn client(&self) -> Client {
+        Client::new(self.config.control.clone(), self.config.tls.clone())
+    }
+
     async fn renew(self: Arc<Self>) {
-        let mut client = Client::new(self.config.control);
+        let mut client = self.client();
         let mut terms = FIRST_TERMS;
         let mut is_heard = true;
         loop {
@@ -283,7 +287,7 @@ impl Beside {
     }
 
     async fn fetch(self: Arc<Self>, orders: mpsc::Sender<Order>) {
-        let mut client = Client::new(self.config.control);
+        let mut client = self.client();
         loop {
             let question = Fetch { sender: self.sender.clone() };
             match client.post::<_, Fetched>("/v1/agents/orders", &question, FETCH_MAX).await {
@@ -301,7 +305,7 @@ impl Beside {
     }
 
     async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<Order>) {
-        let mut client = Client::new(self.config.control);
+        let mut client = self.client();
         while let Some(order) = orders.recv().await {
             let result = self.carry_out(&order).await;
             if let Err(error) = &result {

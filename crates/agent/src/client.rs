@@ -1,17 +1,19 @@
 //! The way to control: one connection, one request at a time, each with its deadline.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
+use pg::Address;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tokio::net::TcpStream;
+use tls::mutual::Mutual;
 use tokio::time::timeout;
+
+use crate::transport::connect;
 
 /// Longest answer.
 const ANSWER_LEN_MAX: usize = 4 * 1024 * 1024;
@@ -19,9 +21,9 @@ const ANSWER_LEN_MAX: usize = 4 * 1024 * 1024;
 #[derive(Debug, Error)]
 pub(crate) enum ClientError {
     #[error("control at `{address}` cannot be reached")]
-    Connect { address: SocketAddr, source: std::io::Error },
+    Connect { address: Address, source: std::io::Error },
     #[error("control at `{address}` does not answer within {limit:?}")]
-    Late { address: SocketAddr, limit: Duration },
+    Late { address: Address, limit: Duration },
     #[error("the connection to control is broken")]
     Http(#[from] hyper::Error),
     #[error("control's answer cannot be read: {0}")]
@@ -31,21 +33,21 @@ pub(crate) enum ClientError {
 }
 
 pub(crate) struct Client {
-    address: SocketAddr,
+    address: Address,
+    tls: Option<Mutual>,
     sender: Option<SendRequest<Full<Bytes>>>,
 }
 
 impl Client {
-    pub(crate) fn new(address: SocketAddr) -> Client {
-        Client { address, sender: None }
+    pub(crate) fn new(address: Address, tls: Option<Mutual>) -> Client {
+        Client { address, tls, sender: None }
     }
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, ClientError> {
-        let address = self.address;
-        let failed = |source| ClientError::Connect { address, source };
-        let socket = TcpStream::connect(address).await.map_err(failed)?;
-        socket.set_nodelay(true).map_err(failed)?;
-        let (sender, connection) = handshake(TokioIo::new(socket)).await?;
+        let stream = connect(&self.address, self.tls.as_ref()).await;
+        let stream = stream
+            .map_err(|source| ClientError::Connect { address: self.address.clone(), source })?;
+        let (sender, connection) = handshake(TokioIo::new(stream)).await?;
         // It ends when the sender is dropped.
         tokio::spawn(connection);
         Ok(sender)
@@ -85,10 +87,9 @@ impl Client {
         question: &Q,
         limit: Duration,
     ) -> Result<A, ClientError> {
-        let address = self.address;
         match timeout(limit, self.post_at_leisure(path, question)).await {
             Ok(answer) => answer,
-            Err(_) => Err(ClientError::Late { address, limit }),
+            Err(_) => Err(ClientError::Late { address: self.address.clone(), limit }),
         }
     }
 }

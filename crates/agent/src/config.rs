@@ -1,9 +1,10 @@
 //! Which server, and where control is.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use pg::Address;
 use pg::instance::Instance;
+use tls::mutual::Mutual;
 
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
@@ -11,7 +12,9 @@ pub struct AgentConfig {
     pub cell: String,
     pub instance: Instance,
     /// Where control listens for agents.
-    pub control: SocketAddr,
+    pub control: Address,
+    /// None: it is on this machine.
+    pub tls: Option<Mutual>,
     /// Keeps the highest epoch that was seen, the guard's socket, and what a lost server alone had.
     pub state_dir: PathBuf,
     /// Ends the server when the lease is over, as `guard` does: a program and its arguments.

@@ -54,13 +54,14 @@ impl Running {
         let nobody = control.config.apps.keys().map(|app| (app.clone(), String::new())).collect();
         let proxy = Arc::new(Proxy::start(config.proxy.clone(), &nobody).await?);
         let mut tasks = vec![tokio::spawn(carry_orders(proxy.clone(), incoming))];
-        if let Some(address) = config.agents {
+        if let Some(agents) = config.agents {
+            let address = agents.listen;
             // Before recovery, which may need them.
             let listener = TcpListener::bind(address).await;
             let listener = listener.map_err(|source| RunError::Agents { address, source })?;
-            let routes = api::agents::routes(control.clone());
+            let control = control.clone();
             tasks.push(tokio::spawn(async move {
-                if let Err(error) = axum::serve(listener, routes).await {
+                if let Err(error) = api::agents::serve(listener, agents.tls, control).await {
                     tracing::error!(%error, "agents are served no more");
                 }
             }));

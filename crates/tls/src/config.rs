@@ -190,11 +190,11 @@ impl ClientTls {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsConfigError> {
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsConfigError> {
     let file =
         |source| TlsConfigError::File { path: path.to_owned(), what: "certificates", source };
     let chain: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(file)?.collect();
@@ -205,7 +205,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsConfigEr
     Ok(chain)
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsConfigError> {
+pub(crate) fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsConfigError> {
     PrivateKeyDer::from_pem_file(path).map_err(|source| TlsConfigError::File {
         path: path.to_owned(),
         what: "a private key",
@@ -213,7 +213,7 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsConfigError> {
     })
 }
 
-fn roots(path: &Path) -> Result<RootCertStore, TlsConfigError> {
+pub(crate) fn roots(path: &Path) -> Result<RootCertStore, TlsConfigError> {
     let mut store = RootCertStore::empty();
     for cert in certificates(path)? {
         store.add(cert).map_err(|source| TlsConfigError::Authority {

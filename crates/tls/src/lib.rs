@@ -8,10 +8,11 @@
 //! # Layout, in reading order
 //! - [`config`]: certificates, keys and modes, as libpq names them.
 //! - [`handshake`]: drives rustls until the secrets are out.
+//! - [`mutual`]: TLS between the parts of Holdfast, which is never handed over: rustls as it is.
 //! - [`record`]: sealing and opening records, key updates, alerts.
 //! - [`certificate`]: the two facts that PostgreSQL takes out of a certificate.
 //!
-//! **Architecture Invariant:** no socket and no clock here; no other crate names rustls.
+//! **Architecture Invariant:** no socket and no clock here; no other crate sets rustls up.
 
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
@@ -19,6 +20,7 @@
 pub mod certificate;
 pub mod config;
 pub mod handshake;
+pub mod mutual;
 pub mod record;
 
 pub use config::{ClientTls, ServerTls, SslMode, SslNegotiation, TlsConfigError};

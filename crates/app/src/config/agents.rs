@@ -1,53 +1,65 @@
 //! `[control.agents]`, and the configuration of an agent.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use agent::config::AgentConfig;
 use model::lease::Terms;
+use pg::Address;
+use tls::mutual::Mutual;
 
-use super::read_instance;
 use super::reader::{Mistakes, Table};
+use super::{chain, read_instance};
 
 /// Where agents find control, and how long a lease is.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Agents {
-    pub(super) listen: SocketAddr,
+#[derive(Debug, Clone)]
+pub(crate) struct Agents {
+    pub(crate) listen: SocketAddr,
+    pub(crate) tls: Option<Mutual>,
     pub(super) terms: Terms,
 }
 
 const LEASE: Duration = Duration::from_millis(2_500);
+const PORT: u16 = 7433;
 
-/// An address on this machine: agents elsewhere need TLS.
-fn read_address(
+/// The certificate that we show, its key, and the authority of all others.
+fn read_tls(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
-    key: &'static str,
-) -> Option<SocketAddr> {
-    let span = table.span_of(key);
-    let text = table.text(mistakes, key).unwrap_or_else(|| "127.0.0.1:7433".into());
-    match text.parse::<SocketAddr>() {
-        Ok(address) if address.ip().is_loopback() => Some(address),
-        Ok(address) => {
-            let text = format!(
-                "`{key}` is `{address}`; as agents do not speak TLS yet, it has to be a loopback address"
-            );
-            mistakes.add(span, text);
-            None
-        }
-        Err(_) => {
+    is_elsewhere: bool,
+) -> Option<Mutual> {
+    let files = ["cert", "key", "ca"].map(|key| table.path(mistakes, key));
+    let [Some(cert), Some(key), Some(ca)] = &files else {
+        if files.iter().any(Option::is_some) {
+            mistakes.add(table.span(), "`cert`, `key` and `ca` go together");
+        } else if is_elsewhere {
             let text =
-                format!("`{key}` must be an address such as \"127.0.0.1:7433\", it is `{text}`");
-            mistakes.add(span, text);
-            None
+                "between machines agents and control speak TLS, which needs `cert`, `key` and `ca`";
+            mistakes.add(table.span(), text);
         }
-    }
+        return None;
+    };
+    let load = |path: &Path| path.to_owned();
+    Mutual::load(&load(cert), &load(key), &load(ca))
+        .map_err(|error| mistakes.add(table.span(), chain(&error)))
+        .ok()
 }
 
 /// `[control.agents]`
 pub(super) fn read_control(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Agents> {
     let mut table = control.table(mistakes, "agents")?;
-    let listen = read_address(&mut table, mistakes, "listen");
+    let span = table.span_of("listen");
+    let text = table.text(mistakes, "listen").unwrap_or_else(|| format!("127.0.0.1:{PORT}"));
+    let listen = text.parse::<SocketAddr>();
+    if listen.is_err() {
+        let text = format!(
+            "`control.agents.listen` must be an address such as \"127.0.0.1:{PORT}\", it is `{text}`"
+        );
+        mistakes.add(span, text);
+    }
+    let is_elsewhere = listen.as_ref().is_ok_and(|address| !address.ip().is_loopback());
+    let tls = read_tls(&mut table, mistakes, is_elsewhere);
     let length = table.duration(mistakes, "lease").unwrap_or(LEASE);
     if !Terms::LENGTHS.contains(&length) {
         let (min, max) = (Terms::LENGTHS.start(), Terms::LENGTHS.end());
@@ -57,14 +69,25 @@ pub(super) fn read_control(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>)
         mistakes.add(table.span_of("lease"), text);
     }
     table.end(mistakes);
-    Some(Agents { listen: listen?, terms: Terms { length } })
+    Some(Agents { listen: listen.ok()?, tls, terms: Terms { length } })
 }
 
 /// `[agent]`, which is a file of its own.
 pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<AgentConfig> {
     let app = table.required_text(mistakes, "app");
     let cell = table.required_text(mistakes, "cell");
-    let control = read_address(table, mistakes, "control");
+    let span = table.span_of("control");
+    let text = table.text(mistakes, "control").unwrap_or_else(|| format!("127.0.0.1:{PORT}"));
+    let control = Address::read(&text).filter(|address| address.socket_path().is_none());
+    if control.is_none() {
+        mistakes.add(span, format!("`agent.control` must be `host:port`, it is `{text}`"));
+    }
+    let is_here = |address: &Address| {
+        let ip = address.host.parse::<std::net::IpAddr>();
+        address.host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
+    };
+    let is_elsewhere = control.as_ref().is_some_and(|address| !is_here(address));
+    let tls = read_tls(table, mistakes, is_elsewhere);
     let state_dir =
         table.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast-agent".into());
     if !table.has("data_dir") {
@@ -72,5 +95,5 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option
     }
     let instance = read_instance(table, mistakes);
     let (instance, control) = (instance?, control?);
-    Some(AgentConfig { app, cell, instance, control, state_dir, guard: Vec::new() })
+    Some(AgentConfig { app, cell, instance, control, tls, state_dir, guard: Vec::new() })
 }

@@ -31,6 +31,7 @@ mod agents;
 mod policy;
 mod reader;
 
+use agents::Agents;
 pub(crate) use reader::{Mistake, read_duration};
 use reader::{Mistakes, Table};
 
@@ -44,7 +45,7 @@ pub(crate) struct Config {
     pub(crate) control: ControlConfig,
     pub(crate) api: ApiConfig,
     /// Where agents find control, if there are to be any.
-    pub(crate) agents: Option<SocketAddr>,
+    pub(crate) agents: Option<Agents>,
 }
 
 /// What a process is.
@@ -168,7 +169,7 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         keepalive,
         timeout: connect_timeout,
         state_dir: state_dir.clone(),
-        lease: agents.map(|agents| agents.terms),
+        lease: agents.as_ref().map(|agents| agents.terms),
     };
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
     let tables = root.tables(mistakes, "app");
@@ -198,7 +199,7 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         },
         control: ControlConfig { apps: servers, state_dir },
         api: api?,
-        agents: agents.map(|agents| agents.listen),
+        agents,
     })
 }
 

@@ -72,7 +72,7 @@ active = "yes"
             "14: `app.sslmode` must be one of disable, prefer, require, verify-ca, verify-full, it is `allow`",
             "18: `app.cell.server` must be `host:port` or `/socket/directory:port`, it is `:5432`",
             "19: `app.cell.active` must be true or false, it is a string",
-            "21: `extra` is unknown; known are app, control, proxy",
+            "21: `extra` is unknown; known are agent, app, control, proxy",
         ]
     );
 }

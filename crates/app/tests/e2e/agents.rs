@@ -202,3 +202,74 @@ async fn commits_wait_for_the_standby_and_not_for_ever() {
     assert_eq!(names(&installation).await, "ANY 1 (\"holdfast_b\")");
     end(&installation, writers).await;
 }
+
+/// A certificate for a name, signed by an authority, in files `NAME.crt` and `NAME.key`.
+fn certify(
+    dir: &std::path::Path,
+    name: &str,
+    common_name: &str,
+    authority: &rcgen::Issuer<'_, rcgen::KeyPair>,
+) {
+    let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, common_name);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let cert = params.signed_by(&key, authority).unwrap();
+    std::fs::write(dir.join(format!("{name}.crt")), cert.pem()).unwrap();
+    std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+}
+
+#[tokio::test]
+async fn agents_and_control_know_each_other_by_their_certificates() {
+    let mut installation = Installation::start_with_agents("agents-tls");
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    let dir = installation.dir.clone();
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let authority = params.self_signed(&key).unwrap();
+    std::fs::write(dir.join("ca.crt"), authority.pem()).unwrap();
+    let authority = rcgen::Issuer::new(params, key);
+    certify(&dir, "control", "control", &authority);
+    certify(&dir, "a", "shop/a", &authority);
+    certify(&dir, "b", "shop/b", &authority);
+    let files = |name: &str| {
+        let file = |end: &str| dir.join(format!("{name}.{end}")).display().to_string();
+        let ca = dir.join("ca.crt").display().to_string();
+        format!("cert = \"{}\"\nkey = \"{}\"\nca = \"{ca}\"\n", file("crt"), file("key"))
+    };
+    let show = |cell: &str, name: &str| {
+        let path = dir.join(format!("agent-{cell}.toml"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let text: Vec<&str> = text
+            .lines()
+            .filter(|line| !["cert", "key", "ca "].iter().any(|key| line.starts_with(key)))
+            .collect();
+        std::fs::write(&path, format!("{}\n{}", text.join("\n"), files(name))).unwrap();
+    };
+    for cell in ["a", "b"] {
+        signal(installation.agent(cell), "KILL");
+        show(cell, cell);
+    }
+    installation.reconfigure(|text| {
+        text.replace("[control.agents]\n", &format!("[control.agents]\n{}", files("control")))
+    });
+    for cell in ["a", "b"] {
+        installation.start_agent(cell);
+    }
+    wait_active(&installation, "a").await;
+    switch_to(&installation, "b").await;
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
+    // With the other's certificate it is not believed, and gets no lease.
+    signal(installation.agent("b"), "KILL");
+    show("b", "a");
+    installation.start_agent("b");
+    wait_until("the end of the server", async || {
+        crate::support::connect(installation.facts.servers["b"], "postgres", None).await.is_err()
+    })
+    .await;
+    signal(installation.agent("b"), "KILL");
+    show("b", "b");
+    installation.start_agent("b");
+    wait_active(&installation, "b").await;
+    assert_eq!(value(&mut installation.connect().await, "SELECT n FROM written").await, "1");
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use wire::frontend::{self, Target};
 
 use crate::kinds::{KINDS, ROLES};
-use crate::support::{Installation, console, extended, named, run, shown, value};
+use crate::support::{Installation, console, extended, named, run, shown, there_and_back, value};
 
 const PID: &str = "SELECT pg_backend_pid()";
 
@@ -582,8 +582,11 @@ async fn what_a_login_gave_stays_on_another_server() {
     let mut set = installation.connect().await;
     run(&mut set, "SET lock_timeout = '7s'").await;
     let seen = |work_mem: &str, lock_timeout: &str| [work_mem.to_owned(), lock_timeout.to_owned()];
-    for (cell, fresh) in [("b", "9MB"), ("a", "4MB"), ("b", "9MB")] {
-        installation.switch_to(cell);
+    for cell in there_and_back().iter().chain(&["b"]) {
+        if installation.active() != *cell {
+            installation.switch_to(cell);
+        }
+        let fresh = if *cell == "b" { "9MB" } else { "4MB" };
         let mut new = installation.connect().await;
         let (old, fresh) = (seen("4MB", "0"), seen(fresh, "0"));
         for _ in 0..3 {
