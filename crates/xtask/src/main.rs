@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
 mod bench;
+mod failover;
 mod majors;
 mod regress;
 mod setup;
@@ -13,7 +14,8 @@ const HELP: &str = "\
 cargo xtask demo [ARGS]    install what is missing, build, and run `holdfast demo ARGS`
 cargo xtask test [FILTER]  install what is missing, check format and lints, and pass every test
 cargo xtask check          format, lints and documentation only
-cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause
+cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause,
+                           pool, policy; failover [ROUNDS] [SCENARIO...] beside Patroni, HAProxy and etcd
 cargo xtask regress        PostgreSQL's own regression suite, direct and through the proxy
 cargo xtask majors [MAJOR] the tests of moves and pins on PostgreSQL 16, 17 and 18, which it fetches
 cargo xtask battery        each kind of session state by each way to move on 15 to 18, into docs/battery.md
@@ -28,6 +30,9 @@ fn main() -> ExitCode {
         Some("demo") => demo(rest),
         Some("test") => test(rest),
         Some("check") => check(),
+        Some("bench") if rest.first().is_some_and(|kind| kind == "failover") => {
+            failover::run(rest.get(1..).unwrap_or_default())
+        }
         Some("bench") => bench::run(rest),
         Some("majors") => majors::run(rest),
         Some("battery") => majors::battery(),

@@ -35,6 +35,9 @@ pub(crate) struct DemoArgs {
     /// Leave it to you to fail over when a server is lost.
     #[arg(long)]
     no_failover: bool,
+    /// Have commits wait for so many standbys.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
+    acks: u8,
     /// Put an agent beside each server, as where servers are on other machines.
     #[arg(long)]
     agents: bool,
@@ -97,6 +100,7 @@ pub(crate) struct Demo {
     pool: Option<u16>,
     fails_over: bool,
     has_agents: bool,
+    acks: u8,
     agents: Vec<Child>,
     running: Option<Running>,
 }
@@ -111,7 +115,7 @@ impl Demo {
         let run_as = unprivileged(&dir)?;
         let (instances, ports) = (Vec::new(), Vec::new());
         let (pool, fails_over) = (args.pool, !args.no_failover);
-        let (has_agents, agents) = (args.agents, Vec::new());
+        let (has_agents, acks, agents) = (args.agents, args.acks, Vec::new());
         let mut demo = Demo {
             dir,
             remove,
@@ -120,6 +124,7 @@ impl Demo {
             pool,
             fails_over,
             has_agents,
+            acks,
             agents,
             running: None,
         };
@@ -256,6 +261,7 @@ impl Demo {
         if let Some(size) = self.pool {
             text.push_str(&format!("pool = \"transaction\"\npool_size = {size}\n"));
         }
+        text.push_str(&format!("\n[app.durability]\nacks = {}\n", self.acks));
         text.push_str(&format!("\n[app.failover]\nautomatic = {}\n", self.fails_over));
         for (at, cell) in CELLS.iter().enumerate() {
             text.push_str(&format!(

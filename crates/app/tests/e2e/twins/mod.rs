@@ -192,14 +192,15 @@ impl Difference {
 
 const TOLD: &str = "connect again; prepare it after the settings, or give it parameters";
 
-/// What docs/known-gaps.md says of a library's placeholder, of the schema of temporary objects, and of a Describe in a failed
-/// transaction.
+/// What docs/known-gaps.md says of a library's placeholder, of the schema of temporary objects, and of a Bind or
+/// Describe in a failed transaction.
 fn is_known_gap(here: &[String], there: &[String]) -> bool {
     let placeholder = |line: &String| line.contains("invalid value for parameter \"auto_explain.");
     let has = |lines: &[String], code: &str| lines.iter().any(|line| line.ends_with(code));
     here.iter().any(placeholder)
         || (has(here, " 3F000") && has(there, " 42883"))
-        || (has(here, "exec_parse_message") && has(there, "exec_describe_statement_message"))
+        || (has(here, "exec_parse_message")
+            && (has(there, "exec_describe_statement_message") || has(there, "exec_bind_message")))
 }
 
 /// Shared statements have names of their own on the server, which only this shows.
