@@ -66,8 +66,8 @@ struct Beside {
     guard: Mutex<Guard>,
     /// The lease is to be asked for at once.
     hurry: Notify,
-    /// The epoch of the lease, each time there is an answer.
-    answered: watch::Sender<Option<Epoch>>,
+    /// There is another answer.
+    answered: watch::Sender<()>,
     /// Until then the server that was found may run without a lease.
     patience: Moment,
 }
@@ -105,7 +105,7 @@ impl Agent {
             holder: std::sync::Mutex::new(Holder::new(seen)),
             guard: Mutex::new(guard),
             hurry: Notify::new(),
-            answered: watch::Sender::new(None),
+            answered: watch::Sender::new(()),
             patience: Moment(clock::now().0 + FIRST_MAX),
             config,
         });
@@ -122,10 +122,14 @@ impl Agent {
 
     /// Stops the server, as there is nobody any more who would, and ends.
     pub async fn stop(self) {
-        if let Err(error) = self.beside.local.instance.stop("fast", STOP_MAX).await {
-            tracing::error!(error = model::chain(&error), "the server does not stop");
-        } else {
-            self.beside.guard.lock().await.dismiss();
+        let instance = self.beside.instance();
+        let stopped = instance.stop("fast", STOP_MAX).await;
+        // Nobody is beside it any more: whoever starts it starts a standby.
+        match stopped.and_then(|()| instance.must_be_standby()) {
+            Ok(()) => self.beside.guard.lock().await.dismiss(),
+            Err(error) => {
+                tracing::error!(error = model::chain(&error), "the server is left to its guard");
+            }
         }
         for task in &self.tasks {
             task.abort();
@@ -172,7 +176,9 @@ impl Beside {
         if is_rejoining {
             return;
         }
-        if !instance.is_standby() || instance.may_take_writes() {
+        // A copy that was never started says of itself what the other was.
+        let is_copy = instance.data_dir.join("backup_label").exists();
+        if !instance.is_standby() || (instance.may_take_writes() && !is_copy) {
             if let Err(error) = instance.must_be_standby() {
                 tracing::error!(error = model::chain(&error), "`standby.signal` cannot be written");
             }
@@ -215,7 +221,6 @@ impl Beside {
                 sender: self.sender.clone(),
                 seen: self.with_holder(|holder| holder.seen()),
                 process: self.process(),
-                takes_writes: self.instance().is_running() && self.instance().may_take_writes(),
             };
             let limit = terms.renew_every();
             match client.post::<_, Renewed>("/v1/agents/renew", &question, limit).await {
@@ -250,7 +255,7 @@ impl Beside {
                 Err(error) => tracing::error!(error, "the lease cannot be held"),
             }
         }
-        self.answered.send_replace(self.lease());
+        self.answered.send_replace(());
     }
 
     fn process(&self) -> Process {
@@ -332,7 +337,8 @@ impl Beside {
             Task::HoldLease => {
                 let mut answers = self.answered.subscribe();
                 self.hurry.notify_one();
-                let held = answers.wait_for(|held| *held == Some(order.epoch));
+                // What was answered some time ago may be over.
+                let held = answers.wait_for(|_| self.lease() == Some(order.epoch));
                 match timeout(LEASE_WAIT_MAX, held).await {
                     Ok(Ok(_)) => Ok(Done::Nothing),
                     _ => Err(format!("no lease of epoch {} in {LEASE_WAIT_MAX:?}", order.epoch)),

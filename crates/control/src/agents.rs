@@ -53,7 +53,6 @@ struct Heard {
     at: Instant,
     run: u64,
     process: Process,
-    takes_writes: bool,
 }
 
 /// The host's time, sleep included.
@@ -96,12 +95,7 @@ impl Link {
         let (epoch, has_it) = read()?;
         let granted = state.granter.answer(now(), has_it.then_some(epoch));
         state.epoch = epoch;
-        let heard = Heard {
-            at: Instant::now(),
-            run: asked.sender.run,
-            process: asked.process,
-            takes_writes: asked.takes_writes,
-        };
+        let heard = Heard { at: Instant::now(), run: asked.sender.run, process: asked.process };
         let before = state.heard.replace(heard);
         if before.is_some_and(|before| before.run != heard.run) {
             tracing::warn!(app = self.app, cell = self.cell, "the agent was started again");

@@ -87,9 +87,9 @@ impl Member {
         }
     }
 
-    /// From here on nobody's write is acknowledged by the server any more: its processes are ended, or its lease is over.
-    /// Gives how that is known.
-    pub(crate) async fn isolate(&self) -> Result<String, String> {
+    /// From here on nobody's write is acknowledged by the server any more: its processes are ended, or its lease is over, if
+    /// it `is_attended` by a guard. Gives how that is known.
+    pub(crate) async fn isolate(&self, is_attended: bool) -> Result<String, String> {
         let Member::Agent(link) = self else { return self.end().await };
         // It is not renewed from here on, whatever the agent answers.
         let over = async {
@@ -99,6 +99,10 @@ impl Member {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
+        if !is_attended {
+            link.revoke();
+            return self.end().await;
+        }
         tokio::pin!(over);
         let why = tokio::select! {
             ended = self.end() => match ended {
@@ -126,7 +130,7 @@ impl Member {
         matches!(self, Member::Agent(link) if link.process() == Some(Process::Crashed))
     }
 
-    /// Its lease is over, so that it has ended, whatever is heard of it.
+    /// Its lease is over; if it has a guard, that has ended it, whatever is heard of it.
     pub(crate) fn is_lease_over(&self) -> bool {
         match self {
             Member::Here(_) => false,

@@ -1,7 +1,9 @@
 //! The application and its executions in the store. Each change is one transaction that compares first.
 
 use model::cell::Epoch;
-use model::persisted::{Application, Execution, application_key, execution_key, execution_prefix};
+use model::persisted::{
+    Application, Execution, application_key, attended_key, execution_key, execution_prefix,
+};
 use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
 use thiserror::Error;
@@ -89,6 +91,25 @@ pub fn update(
     let key = application_key(app);
     let txn = Txn::default().expect(&key, Some(seen)).put(&key, encode(&key, application)?);
     Ok(store.commit(&txn)?)
+}
+
+/// Whether a lease has ever been given for a cell.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn is_attended(store: &dyn Store, app: &str, cell: &str) -> Result<bool, RecordError> {
+    Ok(store.get(&attended_key(app, cell))?.is_some())
+}
+
+/// Records that a lease is given for a cell.
+///
+/// # Errors
+/// The store cannot be written.
+pub fn attend(store: &dyn Store, app: &str, cell: &str) -> Result<(), RecordError> {
+    if !is_attended(store, app, cell)? {
+        store.commit(&Txn::default().put(attended_key(app, cell), Vec::new()))?;
+    }
+    Ok(())
 }
 
 /// Executions of an application, oldest first.

@@ -159,6 +159,8 @@ pub struct Control {
     running: BTreeMap<String, Mutex<()>>,
     /// What was seen last of active cells, by application.
     seen: std::sync::Mutex<BTreeMap<String, Seen>>,
+    /// Whoever reads an application to write it holds this, never across a wait: an execution is not to meet a conflict.
+    writing: std::sync::Mutex<()>,
 }
 
 /// What an execution is asked to be.
@@ -210,7 +212,8 @@ impl Control {
         }
         let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
         let seen = Default::default();
-        Ok(Arc::new(Control { config, store, proxies, running, seen }))
+        let writing = std::sync::Mutex::default();
+        Ok(Arc::new(Control { config, store, proxies, running, seen, writing }))
     }
 
     /// The cell of each application that clients are attached to.
@@ -254,6 +257,15 @@ impl Control {
     /// The store cannot be read, or has no such execution.
     pub fn execution(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
         records::execution(&*self.store, app, id)?.ok_or(ControlError::NoExecution(id))
+    }
+
+    fn write_alone(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the server of a cell has a guard: it was a primary by a lease.
+    pub(crate) fn is_attended(&self, app: &str, cell: &str) -> bool {
+        records::is_attended(&*self.store, app, cell).unwrap_or(false)
     }
 
     pub(crate) fn servers(&self, app: &str) -> Result<&AppServers, ControlError> {
@@ -461,6 +473,7 @@ impl Control {
 
     /// Writes an execution as it is, between the begin and the end of a stage.
     pub(crate) fn save(&self, execution: &Execution) -> Result<(), ControlError> {
+        let _writing = self.write_alone();
         let seen = records::application(&*self.store, &execution.app)?;
         records::write(&*self.store, &execution.app, seen.revision, &seen.application, execution)?;
         Ok(())
@@ -468,6 +481,7 @@ impl Control {
 
     /// A failover takes the place of an execution that stands still.
     fn supersede(&self, app: &str, mut execution: Execution) -> Result<(), ControlError> {
+        let _writing = self.write_alone();
         let mut seen = records::application(&*self.store, app)?;
         execution.ending = Some(Ending::Aborted);
         if seen.application.state(&execution.from).map_err(RecordError::Cell)?
@@ -526,6 +540,9 @@ impl Control {
                 tracing::error!(app, cell, %epoch, %seen, "the store is older than what the agent has seen; `holdfast store restore` says what to do");
             }
             let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
+            if has_it {
+                records::attend(&*self.store, app, cell)?;
+            }
             Ok((epoch, has_it))
         })
     }
@@ -556,6 +573,7 @@ impl Control {
         epoch: Option<Epoch>,
         protected: Option<Protection>,
     ) -> Result<Epoch, String> {
+        let _writing = self.write_alone();
         let seen = records::application(&*self.store, app).map_err(|error| model::chain(&error))?;
         let mut application = seen.application;
         let is_other = application.active() != Some(cell)
@@ -666,9 +684,20 @@ impl Control {
             records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
         let kind = asked.kind;
         let execution = asked.execution(app, last + 1, &seen.application);
-        let mut application = seen.application;
-        application.execution = Some(execution.id);
-        records::write(&*self.store, app, seen.revision, &application, &execution)?;
+        {
+            let _writing = self.write_alone();
+            let now = records::application(&*self.store, app)?;
+            let mut application = now.application;
+            // What is recorded of its commits may have changed since it was looked at, and is as good.
+            if (application.epoch, &application.cells, application.execution)
+                != (seen.application.epoch, &seen.application.cells, None)
+            {
+                let id = application.execution.unwrap_or(0);
+                return Err(ControlError::UnderWay { app: app.into(), id });
+            }
+            application.execution = Some(execution.id);
+            records::write(&*self.store, app, now.revision, &application, &execution)?;
+        }
         let (id, kind_name) = (execution.id, kind.name());
         let (from, to) = (&execution.from, &execution.to);
         tracing::info!(app, execution = id, from, to, kind = kind_name, "execution begins");
@@ -714,9 +743,13 @@ impl Control {
         };
         execution.ending = None;
         execution.reason = None;
-        let mut application = seen.application;
-        application.execution = Some(id);
-        records::write(&*self.store, app, seen.revision, &application, &execution)?;
+        {
+            let _writing = self.write_alone();
+            let seen = records::application(&*self.store, app)?;
+            let mut application = seen.application;
+            application.execution = Some(id);
+            records::write(&*self.store, app, seen.revision, &application, &execution)?;
+        }
         self.run(execution, stage).await
     }
 
@@ -781,6 +814,7 @@ impl Control {
 
     /// Records that a stage begins, with the change of cells that goes with it.
     fn begin(&self, execution: &mut Execution, stage: Stage) -> Result<(), ControlError> {
+        let _writing = self.write_alone();
         let seen = records::application(&*self.store, &execution.app)?;
         let mut application = seen.application;
         application
@@ -810,6 +844,7 @@ impl Control {
         took: Duration,
         after: Next,
     ) -> Result<(), ControlError> {
+        let _writing = self.write_alone();
         let seen = records::application(&*self.store, &execution.app)?;
         let mut application = seen.application;
         let (app, id) = (execution.app.clone(), execution.id);

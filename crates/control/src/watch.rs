@@ -218,7 +218,8 @@ async fn look(
     let (mut process, mut streams, mut is_lease_over) = (None, None, false);
     if answer == Answer::Nothing {
         process = stages::process_of(server).await;
-        is_lease_over = server.member.as_ref().is_some_and(Member::is_lease_over);
+        is_lease_over = control.is_attended(app, cell)
+            && server.member.as_ref().is_some_and(Member::is_lease_over);
         if process.is_none() {
             streams = streams_from(servers, cell).await;
         }

@@ -27,8 +27,6 @@ pub struct Renew {
     /// The highest epoch that this host has seen.
     pub seen: Epoch,
     pub process: Process,
-    /// Its server takes writes, or is about to.
-    pub takes_writes: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

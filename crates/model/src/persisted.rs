@@ -14,6 +14,11 @@ pub fn application_key(app: &str) -> String {
     format!("app/{app}")
 }
 
+/// Is there once the cell's server was a primary by a lease: it has a guard, and starts as a standby without.
+pub fn attended_key(app: &str, cell: &str) -> String {
+    format!("attended/{app}/{cell}")
+}
+
 /// Executions sort by their number.
 pub fn execution_key(app: &str, id: u64) -> String {
     format!("execution/{app}/{id:020}")

@@ -273,3 +273,34 @@ async fn agents_and_control_know_each_other_by_their_certificates() {
     wait_active(&installation, "b").await;
     assert_eq!(value(&mut installation.connect().await, "SELECT n FROM written").await, "1");
 }
+
+/// That a lease is over says nothing of a server that never had one: nobody would end it.
+#[tokio::test]
+async fn a_server_that_was_never_attended_is_not_taken_for_dead() {
+    let mut installation = Installation::start_with_agents("agents-never");
+    wait_until("the guard", async || installation.guard("a").is_some()).await;
+    installation.reconfigure(|text| {
+        text.replace("automatic = true", "automatic = false\nloss_max = \"1MB\"")
+    });
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    signal(installation.agent("a"), "KILL");
+    signal(installation.guard("a").unwrap(), "KILL");
+    std::fs::remove_dir_all(installation.dir.join("state")).unwrap();
+    installation.restart(&[]);
+    // Seen once, it lives, and does not answer.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    installation.signal_server("a", "STOP");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let args = ["failover", "shop", "--to", "b", "--allow-data-loss"];
+    let said = installation.holdfast_in_background(&args[..4]).await.unwrap();
+    assert_eq!(said.status.code(), Some(1), "{}", shown(&said));
+    assert!(shown(&said).contains("the agent of `a` is not heard"), "{}", shown(&said));
+    let mut standby = installation.direct("b").await;
+    assert_eq!(value(&mut standby, "SELECT pg_is_in_recovery()").await, "t");
+    // Somebody says that it is dead, and sees to it.
+    installation.signal_server("a", "KILL");
+    let said = installation.holdfast_in_background(&args).await.unwrap();
+    assert!(said.status.success(), "{}", shown(&said));
+    assert_eq!(installation.active(), "b");
+}

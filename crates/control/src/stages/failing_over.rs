@@ -218,11 +218,17 @@ pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
     Ok(format!("{} of {sessions} sessions go on without it, {told} ended", report.done))
 }
 
-pub(super) async fn isolate(execution: &Execution, from: &CellServer) -> Done {
+pub(super) async fn isolate(control: &Control, execution: &Execution, from: &CellServer) -> Done {
     let Some(member) = &from.member else {
         return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
     };
-    member.isolate().await
+    let is_attended = control.is_attended(&execution.app, &execution.from);
+    match member.isolate(is_attended).await {
+        Err(why) if !is_attended && execution.allow_data_loss => {
+            Ok(format!("{why}; somebody has said that it is dead"))
+        }
+        isolated => isolated,
+    }
 }
 
 pub(super) async fn recruit(
