@@ -5,13 +5,18 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use model::agent::{Fetched, Finished, ORDERS_MAX, Order, Renew, Renewed, Sender, Task};
+use model::agent::{Fetch, Fetched, Finished, ORDERS_MAX, Order, Renew, Renewed, Sender, Task};
 use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Granter, Moment, Terms};
 use model::member::{Done, Work};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
+
+use crate::control::Control;
+use crate::member::Member;
+use crate::records;
+use crate::requests::ControlError;
 
 /// How long an agent's question for orders waits for one.
 const FETCH_MAX: Duration = Duration::from_secs(10);
@@ -221,5 +226,52 @@ impl Link {
         state.under_way.remove(&id);
         state.waiting.retain(|order| order.id != id);
         answer
+    }
+}
+
+impl Control {
+    fn link(&self, sender: &Sender) -> Result<&Link, ControlError> {
+        let Sender { app, cell, .. } = sender;
+        match &self.servers(app)?.cells.get(cell).and_then(|server| server.member.as_ref()) {
+            Some(Member::Agent(link)) => Ok(link),
+            _ => Err(ControlError::NoAgent { app: app.clone(), cell: cell.clone() }),
+        }
+    }
+
+    /// Answers an agent that asks for its lease.
+    ///
+    /// # Errors
+    /// There is to be no such agent, or the store cannot be read, which says nothing of the lease.
+    pub fn renew(&self, asked: &Renew) -> Result<Renewed, ControlError> {
+        let Sender { app, cell, .. } = &asked.sender;
+        self.link(&asked.sender)?.renew(asked, || {
+            let application = records::application(&*self.store, app)?.application;
+            let (epoch, seen) = (application.epoch, asked.seen);
+            if epoch < seen {
+                tracing::error!(app, cell, %epoch, %seen, "the store is older than what the agent has seen; `holdfast store restore` says what to do");
+            }
+            let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
+            if has_it {
+                records::attend(&*self.store, app, cell)?;
+            }
+            Ok((epoch, has_it))
+        })
+    }
+
+    /// Orders for an agent, which waits for some a while.
+    ///
+    /// # Errors
+    /// There is to be no such agent.
+    pub async fn fetch(&self, asked: &Fetch) -> Result<Fetched, ControlError> {
+        Ok(self.link(&asked.sender)?.fetch(&asked.sender).await)
+    }
+
+    /// What an agent says of an order.
+    ///
+    /// # Errors
+    /// There is to be no such agent.
+    pub fn finished(&self, finished: Finished) -> Result<(), ControlError> {
+        self.link(&finished.sender)?.finished(finished);
+        Ok(())
     }
 }

@@ -6,12 +6,14 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use model::cell::Epoch;
 use model::chain;
 use model::durability::{Durability, Keeper, Protection, Step, standby_name};
 use pg::admin::Admin;
 
 use crate::config::AppServers;
-use crate::runner::Control;
+use crate::control::Control;
+use crate::records;
 use crate::stages::{admin, reload};
 
 /// How long standbys may take to have what was written before commits waited for them.
@@ -193,6 +195,35 @@ pub(crate) async fn before_promotion(
         return Ok(());
     }
     wait_for(standby, wanted.as_ref()).await
+}
+
+impl Control {
+    /// Records what is proven of the commits of the active cell, in `epoch` if one is given; gives the epoch. Where nothing is
+    /// proven, also while an execution runs.
+    pub(crate) fn record_protection(
+        &self,
+        app: &str,
+        cell: &str,
+        epoch: Option<Epoch>,
+        protected: Option<Protection>,
+    ) -> Result<Epoch, String> {
+        let _writing = self.write_alone();
+        let seen = records::application(&*self.store, app).map_err(|error| chain(&error))?;
+        let mut application = seen.application;
+        let is_other = application.active() != Some(cell)
+            || application.execution.is_some()
+            || epoch.is_some_and(|epoch| epoch != application.epoch);
+        if is_other {
+            return Err("the application is being changed".into());
+        }
+        let epoch = application.epoch;
+        if application.protected != protected {
+            application.protected = protected;
+            records::update(&*self.store, app, seen.revision, &application)
+                .map_err(|error| chain(&error))?;
+        }
+        Ok(epoch)
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,9 @@
 //! - [`member`]: whoever has a server's files at hand.
 //! - [`agents`]: what control knows of those beside servers elsewhere.
 //! - [`records`]: the application and its executions in the store.
-//! - [`runner`]: one execution, stage by stage, as `model::switchover` says.
+//! - [`requests`]: what it is asked for, and what it answers.
+//! - [`control`]: what it has. `verbs`: what people ask for.
+//! - `runner`: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
 //! - [`watch`]: looks at the active cells, and fails over.
 //! - `durability`: has commits wait for standbys.
@@ -20,18 +22,22 @@ use tokio::sync::{mpsc, oneshot};
 
 pub mod agents;
 pub mod config;
+pub mod control;
 mod durability;
 pub mod hba;
 pub mod member;
 pub mod records;
-pub mod runner;
+pub mod requests;
+mod runner;
 mod stages;
+mod verbs;
 pub mod watch;
 
 pub use config::ControlConfig;
+pub use control::Control;
 pub use member::Member;
-pub use runner::{
-    Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, Served, SwitchoverRequest,
+pub use requests::{
+    ControlError, FailoverRequest, FenceRequest, MoveRequest, Served, SwitchoverRequest,
 };
 
 /// An order and where its report goes.

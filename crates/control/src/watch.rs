@@ -1,7 +1,7 @@
 //! Looks at the active cell's server of each application again and again, and fails over by itself where that is
 //! asked for.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::Lsn;
@@ -14,9 +14,10 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::config::AppServers;
+use crate::control::{Control, now_ms};
 use crate::durability;
 use crate::member::Member;
-use crate::runner::{Control, FailoverRequest, now_ms};
+use crate::requests::FailoverRequest;
 use crate::stages;
 
 /// Between two questions to the server.
@@ -270,4 +271,58 @@ async fn begin(
     }
     let request = FailoverRequest { to, allow_data_loss: false, dry_run: false };
     control.fail_over(app, request, true).await.map_err(|error| model::chain(&error))
+}
+
+impl Control {
+    /// Where the active cell's server was seen last.
+    pub(crate) fn last_seen(&self, app: &str) -> Option<Lsn> {
+        self.seen(app)?.lsn
+    }
+
+    /// What was seen last of the active cell's server.
+    pub fn seen(&self, app: &str) -> Option<Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).get(app).cloned()
+    }
+
+    pub(crate) fn forget_seen(&self, app: &str) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).remove(app);
+    }
+
+    pub(crate) fn note_seen(&self, app: &str, note: impl FnOnce(&mut Seen)) {
+        let mut all = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        note(all.entry(app.to_owned()).or_insert_with(|| Seen {
+            cell: String::new(),
+            analysis: Analysis::NoProblem,
+            lsn: None,
+            blocked: None,
+        }));
+    }
+
+    /// The execution that lacks its rejoin, if the agent that could do it is there.
+    pub(crate) fn lacks_rejoin(&self, app: &str) -> Option<u64> {
+        let last = self.executions(app).ok()?.into_iter().next()?;
+        let member = self.servers(app).ok()?.cells.get(&last.from)?.member.as_ref()?;
+        let lacks = last.ending == Some(Ending::CompletedWithoutRejoin);
+        (lacks && member.is_attended()).then_some(last.id)
+    }
+
+    /// The execution that stands still before its point of no return: its way back is tried again once the server answers.
+    pub(crate) fn stuck_before(&self, app: &str) -> Option<u64> {
+        self.stands_in_the_way(app).ok().flatten().map(|(execution, _)| execution.id)
+    }
+
+    /// Has the agent of the active cell start its server again, if nothing is changing the application.
+    pub(crate) async fn start_again(
+        &self,
+        app: &str,
+        cell: &str,
+        member: &Member,
+    ) -> Result<(), String> {
+        let _taken = self.take(app).map_err(|error| model::chain(&error))?;
+        let application = self.application(app).map_err(|error| model::chain(&error))?;
+        if application.active() != Some(cell) || application.execution.is_some() {
+            return Err(format!("`{cell}` is not the active cell any more"));
+        }
+        member.start_again(application.epoch).await
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use control::runner::DryRun;
+use control::requests::DryRun;
 use control::{FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest};
 use model::barrier::{Blocker, Report};
 use model::persisted::{Execution, LogEvent};

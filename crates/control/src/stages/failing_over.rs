@@ -21,8 +21,8 @@ use wire::sqlstate::SqlState;
 use super::fencing::reload;
 use super::{Done, POLL, admin, admin_at_once, chain, release, reported};
 use crate::config::{AppServers, CellServer};
+use crate::control::Control;
 use crate::member::Member;
-use crate::runner::Control;
 
 /// A server that answers does so at once.
 const PROBE_MAX: Duration = Duration::from_secs(1);

@@ -12,9 +12,9 @@ use tokio::time::timeout;
 
 use super::{Done, POLL, admin_at_once, again, chain, reported};
 use crate::config::{AppServers, CellServer};
+use crate::control::Control;
 use crate::hba;
 use crate::member::Member;
-use crate::runner::Control;
 
 /// How long taking the fence back is tried. Then clients go on all the same.
 const UNFENCE_MAX: Duration = Duration::from_secs(10);

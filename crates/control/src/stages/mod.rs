@@ -11,8 +11,9 @@ use pg::admin::Admin;
 use tokio::time::timeout;
 
 use crate::config::{AppServers, CellServer};
+use crate::control::Control;
 use crate::durability::before_promotion;
-use crate::runner::{Control, SwitchoverRequest};
+use crate::requests::SwitchoverRequest;
 
 /// A standby further behind is refused before anybody is held.
 const LAG_BYTES_MAX: u64 = 64 * 1024 * 1024;

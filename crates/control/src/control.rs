@@ -1,0 +1,158 @@
+//! What control of all applications has, and what of it is read.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use model::barrier::{Order, Report};
+use model::cell::Application;
+use model::persisted::Execution;
+use store::Store;
+use tokio::sync::{Mutex, MutexGuard, oneshot};
+
+use crate::Proxies;
+use crate::config::{AppServers, ControlConfig};
+use crate::records;
+use crate::requests::{ControlError, Served};
+use crate::watch::Seen;
+
+/// Executions that are shown and kept in mind; older ones stay in the store.
+pub const EXECUTIONS_SHOWN_MAX: usize = 100;
+
+/// Control of all applications of this process.
+pub struct Control {
+    pub config: ControlConfig,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) proxies: Proxies,
+    /// One execution an application at a time; the store says so as well, across processes.
+    pub(crate) running: BTreeMap<String, Mutex<()>>,
+    /// What was seen last of active cells, by application.
+    pub(crate) seen: std::sync::Mutex<BTreeMap<String, Seen>>,
+    /// Whoever reads an application to write it holds this, never across a wait: an execution is not to meet a conflict.
+    pub(crate) writing: std::sync::Mutex<()>,
+}
+
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Control {
+    /// Opens every application in the store.
+    ///
+    /// # Errors
+    /// The store cannot be read or written.
+    pub fn open(
+        config: ControlConfig,
+        store: Arc<dyn Store>,
+        proxies: Proxies,
+    ) -> Result<Arc<Control>, ControlError> {
+        for (name, app) in &config.apps {
+            let first = || Application::new(&app.first_active, app.cells.keys().cloned());
+            let seen = records::open_application(&*store, name, first)?;
+            for cell in seen.application.cells.keys() {
+                if !app.cells.contains_key(cell) {
+                    tracing::warn!(
+                        app = name,
+                        cell,
+                        "the store knows a cell that is not configured"
+                    );
+                }
+            }
+        }
+        let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
+        let seen = Default::default();
+        let writing = std::sync::Mutex::default();
+        Ok(Arc::new(Control { config, store, proxies, running, seen, writing }))
+    }
+
+    /// The cell of each application that clients are attached to.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn served_cells(&self) -> Result<BTreeMap<String, Option<Served>>, ControlError> {
+        let mut all = BTreeMap::new();
+        for app in self.config.apps.keys() {
+            let application = records::application(&*self.store, app)?.application;
+            let served = application.served().map(|(cell, state)| Served {
+                cell: cell.to_owned(),
+                state,
+                epoch: application.epoch,
+            });
+            all.insert(app.clone(), served);
+        }
+        Ok(all)
+    }
+
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn application(&self, app: &str) -> Result<Application, ControlError> {
+        self.servers(app)?;
+        Ok(records::application(&*self.store, app)?.application)
+    }
+
+    /// The newest executions of an application, newest first.
+    ///
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn executions(&self, app: &str) -> Result<Vec<Execution>, ControlError> {
+        self.servers(app)?;
+        let mut all = records::executions(&*self.store, app)?;
+        all.reverse();
+        all.truncate(EXECUTIONS_SHOWN_MAX);
+        Ok(all)
+    }
+
+    /// # Errors
+    /// The store cannot be read, or has no such execution.
+    pub fn execution(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
+        records::execution(&*self.store, app, id)?.ok_or(ControlError::NoExecution(id))
+    }
+
+    pub(crate) fn write_alone(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the server of a cell has a guard: it was a primary by a lease.
+    pub(crate) fn is_attended(&self, app: &str, cell: &str) -> bool {
+        records::is_attended(&*self.store, app, cell).unwrap_or(false)
+    }
+
+    pub(crate) fn servers(&self, app: &str) -> Result<&AppServers, ControlError> {
+        self.config.apps.get(app).ok_or_else(|| ControlError::NoApp {
+            app: app.into(),
+            known: self.config.apps.keys().cloned().collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Sends an order to the proxy and waits for its report, which has its own deadlines.
+    pub async fn order(&self, order: Order) -> Report {
+        let (tx, rx) = oneshot::channel();
+        let gone =
+            || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
+        if self.proxies.send((order, tx)).await.is_err() {
+            return gone();
+        }
+        rx.await.unwrap_or_else(|_| gone())
+    }
+
+    /// Whoever holds this may change the application.
+    pub(crate) fn take(&self, app: &str) -> Result<MutexGuard<'_, ()>, ControlError> {
+        self.servers(app)?;
+        let taken = self.running.get(app).and_then(|running| running.try_lock().ok());
+        taken.ok_or_else(|| {
+            let application = records::application(&*self.store, app);
+            let id = application.ok().and_then(|seen| seen.application.execution).unwrap_or(0);
+            ControlError::UnderWay { app: app.into(), id }
+        })
+    }
+
+    pub(crate) fn check_cell(&self, app: &str, cell: &str) -> Result<(), ControlError> {
+        let servers = self.servers(app)?;
+        if servers.cells.contains_key(cell) {
+            return Ok(());
+        }
+        let known = servers.cells.keys().cloned().collect::<Vec<_>>().join(", ");
+        Err(ControlError::NoCell { app: app.into(), cell: cell.into(), known })
+    }
+}

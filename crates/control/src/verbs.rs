@@ -1,0 +1,341 @@
+//! What people ask for: each is refused at once, or becomes an execution that runs to its end.
+
+use model::barrier::{Order, Report};
+use model::cell::{Application, CellState};
+use model::persisted::Execution;
+use model::switchover::{Ending, Kind, OnTimeout, Stage, resume};
+
+use crate::control::{Control, now_ms};
+use crate::records::{self, RecordError};
+use crate::requests::{
+    ControlError, DryRun, FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest,
+};
+use crate::stages;
+
+/// What an execution is asked to be.
+pub(crate) struct Asked {
+    pub(crate) kind: Kind,
+    from: String,
+    to: String,
+    deadline_ms: u64,
+    on_timeout: OnTimeout,
+    allow_data_loss: bool,
+    is_automatic: bool,
+}
+
+impl Asked {
+    fn new(kind: Kind, from: String, to: String) -> Asked {
+        let on_timeout = OnTimeout::Abort;
+        let (allow_data_loss, is_automatic) = (false, false);
+        Asked { kind, from, to, deadline_ms: 0, on_timeout, allow_data_loss, is_automatic }
+    }
+
+    pub(crate) fn execution(self, app: &str, id: u64, application: &Application) -> Execution {
+        let Asked { kind, from, to, deadline_ms, on_timeout, .. } = self;
+        Execution {
+            id,
+            app: app.into(),
+            kind,
+            from,
+            to,
+            epoch: application.epoch,
+            deadline_ms,
+            on_timeout,
+            allow_data_loss: self.allow_data_loss,
+            is_automatic: self.is_automatic,
+            started_at_ms: now_ms(),
+            stage: kind.first(),
+            lsn: None,
+            lost: None,
+            ending: None,
+            reason: None,
+            log: Vec::new(),
+        }
+    }
+}
+
+impl Control {
+    fn check(
+        &self,
+        app: &str,
+        application: &Application,
+        to: &str,
+    ) -> Result<String, ControlError> {
+        self.check_cell(app, to)?;
+        if let Some(id) = application.execution {
+            return Err(ControlError::UnderWay { app: app.into(), id });
+        }
+        let from =
+            application.active().ok_or_else(|| ControlError::NoActive { app: app.into() })?;
+        if from == to {
+            return Err(ControlError::AlreadyActive {
+                cell: to.into(),
+                epoch: application.epoch.0,
+            });
+        }
+        match application.cells.get(to) {
+            Some(CellState::Passive) => Ok(from.to_owned()),
+            state => Err(ControlError::NotPassive {
+                cell: to.into(),
+                state: state.copied().unwrap_or(CellState::Fenced),
+            }),
+        }
+    }
+
+    /// Looks at everything a switchover would need, and changes nothing.
+    ///
+    /// # Errors
+    /// It would be refused at once.
+    pub async fn dry_run(
+        &self,
+        app: &str,
+        request: &SwitchoverRequest,
+    ) -> Result<DryRun, ControlError> {
+        let application = self.application(app)?;
+        let from = self.check(app, &application, &request.to)?;
+        let servers = self.servers(app)?;
+        let mut refusals = Vec::new();
+        let mut configured_otherwise = Vec::new();
+        match stages::check_servers(servers, &from, &request.to).await {
+            Err(refusal) => refusals.push(refusal),
+            Ok((mut old, mut new, _)) => match stages::differences(&mut old, &mut new).await {
+                Err(refusal) => refusals.push(refusal),
+                Ok(names) => configured_otherwise = names,
+            },
+        }
+        let report = self.order(Order::Inspect { app: app.into() }).await;
+        Ok(DryRun {
+            app: app.into(),
+            to: request.to.clone(),
+            steps: stages::describe(servers, &from, request),
+            from,
+            sessions: report.sessions,
+            movable: report.done,
+            blockers: report.blockers,
+            refusals,
+            configured_otherwise,
+        })
+    }
+
+    /// Begins a switchover and runs it to its end.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn switchover(
+        &self,
+        app: &str,
+        request: SwitchoverRequest,
+    ) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let seen = records::application(&*self.store, app)?;
+        let from = self.check(app, &seen.application, &request.to)?;
+        let SwitchoverRequest { to, deadline_ms, on_timeout, .. } = request;
+        let asked = Asked::new(Kind::Switchover, from, to);
+        self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
+    }
+
+    /// Looks at everything a failover would need, and changes nothing.
+    ///
+    /// # Errors
+    /// It would be refused at once.
+    pub async fn failover_dry_run(
+        &self,
+        app: &str,
+        request: &FailoverRequest,
+    ) -> Result<DryRun, ControlError> {
+        let application = self.application(app)?;
+        let from = self.check(app, &application, &request.to)?;
+        let servers = self.servers(app)?;
+        let asked = Asked::new(Kind::Failover, from.clone(), request.to.clone());
+        let asked = Asked { allow_data_loss: request.allow_data_loss, ..asked };
+        let mut execution = asked.execution(app, 0, &application);
+        let assessed = stages::run(self, &mut execution, Stage::Assess).await;
+        let report = self.order(Order::Inspect { app: app.into() }).await;
+        Ok(DryRun {
+            app: app.into(),
+            to: request.to.clone(),
+            steps: stages::describe_failover(servers, &execution),
+            from,
+            sessions: report.sessions,
+            movable: report.done,
+            blockers: report.blockers,
+            refusals: assessed.err().into_iter().collect(),
+            configured_otherwise: Vec::new(),
+        })
+    }
+
+    /// Has another cell take the place of the active one, whose server is lost, and runs that to its end.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn fail_over(
+        &self,
+        app: &str,
+        request: FailoverRequest,
+        is_automatic: bool,
+    ) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let FailoverRequest { to, allow_data_loss, .. } = request;
+        if let Some((stuck, application)) = self.stands_in_the_way(app)? {
+            // It may have left its server fenced, so it goes only if this one comes about.
+            let from = self.check(app, &application, &to)?;
+            let asked = Asked::new(Kind::Failover, from, to.clone());
+            let asked = Asked { allow_data_loss, ..asked };
+            let mut provisional = asked.execution(app, 0, &application);
+            stages::run(self, &mut provisional, Stage::Assess)
+                .await
+                .map_err(ControlError::Refused)?;
+            self.supersede(app, stuck)?;
+        }
+        let seen = records::application(&*self.store, app)?;
+        let from = self.check(app, &seen.application, &to)?;
+        let asked = Asked::new(Kind::Failover, from, to);
+        self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
+    }
+
+    /// The application as it is watched over: an execution that stands still before its point of no return is in the way of
+    /// nobody who fails over.
+    ///
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn watched(&self, app: &str) -> Result<Application, ControlError> {
+        match self.stands_in_the_way(app)? {
+            Some((_, application)) => Ok(application),
+            None => self.application(app),
+        }
+    }
+
+    /// An execution that stands still before its point of no return, and the application without it.
+    pub(crate) fn stands_in_the_way(
+        &self,
+        app: &str,
+    ) -> Result<Option<(Execution, Application)>, ControlError> {
+        let mut application = self.application(app)?;
+        let Some(id) = application.execution else { return Ok(None) };
+        let execution = self.execution(app, id)?;
+        if !execution.is_stuck_before(&application) {
+            return Ok(None);
+        }
+        application.execution = None;
+        Ok(Some((execution, application)))
+    }
+
+    /// A failover takes the place of an execution that stands still.
+    fn supersede(&self, app: &str, mut execution: Execution) -> Result<(), ControlError> {
+        let _writing = self.write_alone();
+        let mut seen = records::application(&*self.store, app)?;
+        execution.ending = Some(Ending::Aborted);
+        if seen.application.state(&execution.from).map_err(RecordError::Cell)?
+            == CellState::Draining
+        {
+            let from = execution.from.clone();
+            seen.application.change(&from, CellState::Active).map_err(RecordError::Cell)?;
+        }
+        seen.application.execution = None;
+        records::write(&*self.store, app, seen.revision, &seen.application, &execution)?;
+        Ok(())
+    }
+
+    /// Fences the active cell and runs that to its end. Clients stay, and read.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn fence(
+        &self,
+        app: &str,
+        cell: &str,
+        request: FenceRequest,
+    ) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let (seen, state) = self.see(app, cell)?;
+        if state != CellState::Active {
+            return Err(ControlError::NotActive { cell: cell.into(), state });
+        }
+        let kind = if request.all { Kind::FenceAll } else { Kind::Fence };
+        let asked = Asked::new(kind, cell.to_owned(), cell.to_owned());
+        let FenceRequest { deadline_ms, on_timeout, .. } = request;
+        self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
+    }
+
+    /// Gives a fenced cell a new grant and runs that to its end.
+    ///
+    /// # Errors
+    /// It is refused before anything was done. How it went otherwise is in the execution.
+    pub async fn unfence(&self, app: &str, cell: &str) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let (seen, state) = self.see(app, cell)?;
+        match seen.application.served() {
+            Some((newest, _)) if newest != cell => {
+                let (app, newest) = (app.to_owned(), newest.to_owned());
+                return Err(ControlError::NotNewest { app, cell: cell.into(), state, newest });
+            }
+            Some((_, CellState::Fenced | CellState::Recovering | CellState::Passive)) => (),
+            // The store was restored: whoever asks says that this is the newest.
+            None if !state.takes_writes() => (),
+            _ => return Err(ControlError::NotFenced { cell: cell.into(), state }),
+        }
+        stages::check_alone(self.servers(app)?, cell).await.map_err(ControlError::Refused)?;
+        let asked = Asked::new(Kind::Unfence, cell.to_owned(), cell.to_owned());
+        self.execute(app, seen, asked).await
+    }
+
+    /// An application that nothing is changing, and the state of one of its cells.
+    fn see(&self, app: &str, cell: &str) -> Result<(records::Seen, CellState), ControlError> {
+        self.check_cell(app, cell)?;
+        let seen = records::application(&*self.store, app)?;
+        if let Some(id) = seen.application.execution {
+            return Err(ControlError::UnderWay { app: app.into(), id });
+        }
+        let state = seen.application.state(cell).map_err(RecordError::Cell)?;
+        Ok((seen, state))
+    }
+
+    /// Moves sessions to fresh connections, while the application goes on.
+    ///
+    /// # Errors
+    /// Another change of the application is under way, or there is no such cell.
+    pub async fn move_sessions(
+        &self,
+        app: &str,
+        request: MoveRequest,
+    ) -> Result<Report, ControlError> {
+        let _taken = self.take(app)?;
+        self.check_cell(app, &request.to)?;
+        let application = records::application(&*self.store, app)?.application;
+        if application.active().is_none() {
+            // What a fenced server says of all its sessions would become their own.
+            return Err(ControlError::NoActive { app: app.into() });
+        }
+        let MoveRequest { session, to, deadline_ms } = request;
+        Ok(self.order(Order::Move { app: app.into(), session, to, deadline_ms }).await)
+    }
+
+    /// Takes up an execution that stands still.
+    ///
+    /// # Errors
+    /// There is none, or it does not stand still.
+    pub async fn retry(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let mut execution = self.execution(app, id)?;
+        let seen = records::application(&*self.store, app)?;
+        let stage = match execution.ending {
+            Some(Ending::CompletedWithoutRejoin) if seen.application.execution.is_none() => {
+                Stage::Rejoin
+            }
+            Some(Ending::Stuck) => {
+                resume(execution.kind, execution.stage, seen.application.is_past(&execution))
+            }
+            ending => return Err(ControlError::NotRetryable { id, ending }),
+        };
+        execution.ending = None;
+        execution.reason = None;
+        {
+            let _writing = self.write_alone();
+            let seen = records::application(&*self.store, app)?;
+            let mut application = seen.application;
+            application.execution = Some(id);
+            records::write(&*self.store, app, seen.revision, &application, &execution)?;
+        }
+        self.run(execution, stage).await
+    }
+}
