@@ -97,7 +97,8 @@ impl Agent {
         let guard = Guard::new(&dir, &config.guard).map_err(file("used"))?;
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
-        let sender = Sender { app: config.app.clone(), cell: config.cell.clone(), run };
+        let host = read_host(&dir.join("host"))?;
+        let sender = Sender { app: config.app.clone(), cell: config.cell.clone(), host, run };
         let local = Local { instance: config.instance.clone(), lost_dir: dir.join("lost") };
         let beside = Arc::new(Beside {
             sender,
@@ -135,6 +136,23 @@ impl Agent {
             task.abort();
         }
     }
+}
+
+/// The number of this agent's state directory, which is made once.
+fn read_host(path: &std::path::Path) -> Result<u64, AgentError> {
+    let file = |what| move |source| AgentError::File { path: path.to_owned(), what, source };
+    if let Ok(text) = std::fs::read_to_string(path)
+        && let Ok(host) = text.trim().parse()
+    {
+        return Ok(host);
+    }
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut random| std::io::Read::read_exact(&mut random, &mut bytes))
+        .map_err(file("made"))?;
+    let host = u64::from_ne_bytes(bytes);
+    write_durably(path, format!("{host}\n").as_bytes()).map_err(file("written"))?;
+    Ok(host)
 }
 
 fn read_epoch(path: &std::path::Path) -> Result<Epoch, AgentError> {

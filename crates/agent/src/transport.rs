@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// How long a handshake may take.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
 
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 

@@ -24,6 +24,8 @@ const FETCH_MAX: Duration = Duration::from_secs(10);
 const SHORT_MAX: Duration = Duration::from_secs(15);
 /// How long a server may take to be started, or to stop.
 const START_MAX: Duration = Duration::from_secs(150);
+/// How long reading a log may take.
+const READ_MAX: Duration = Duration::from_secs(150);
 /// How long a copy of a server may take.
 const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
 
@@ -56,8 +58,15 @@ struct State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Heard {
     at: Instant,
+    host: u64,
     run: u64,
     process: Process,
+}
+
+impl Heard {
+    fn is_from(&self, sender: &Sender) -> bool {
+        (self.host, self.run) == (sender.host, sender.run)
+    }
 }
 
 /// The host's time, sleep included.
@@ -71,7 +80,8 @@ impl Link {
             granter: Granter::new(now(), terms),
             epoch: Epoch(0),
             heard: None,
-            next_id: 1,
+            // What an agent says of an order of an earlier control is not taken for an answer to one of this.
+            next_id: u64::try_from(now().0.as_nanos()).unwrap_or(1),
             waiting: VecDeque::new(),
             under_way: BTreeMap::new(),
         };
@@ -89,18 +99,37 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers an agent that asks for the lease. `read` gives the epoch by the store, and whether this cell has it; it is read
-    /// while nobody can revoke the lease.
+    /// Answers an agent that asks for the lease. `read` gives the epoch by the store, whether this cell has it, and who had the
+    /// lease; it is read while nobody can revoke that. `attend` records who has it from now on.
     pub(crate) fn renew<E>(
         &self,
         asked: &Renew,
-        read: impl FnOnce() -> Result<(Epoch, bool), E>,
+        read: impl FnOnce() -> Result<(Epoch, bool, Option<u64>), E>,
+        attend: impl FnOnce() -> Result<(), E>,
     ) -> Result<Renewed, E> {
         let mut state = self.state();
-        let (epoch, has_it) = read()?;
-        let granted = state.granter.answer(now(), has_it.then_some(epoch));
+        let (epoch, has_it, holder) = read()?;
+        if let Some(holder) = holder {
+            state.granter.remember(holder);
+        }
+        let host = asked.sender.host;
+        let silence_max = state.granter.terms().length;
+        let other = state.heard.filter(|heard| heard.host != host);
+        if other.is_some_and(|other| other.at.elapsed() < silence_max) {
+            let (app, cell) = (&self.app, &self.cell);
+            tracing::error!(app, cell, host, "another agent speaks for the cell already");
+            return Ok(Renewed { granted: None, terms: state.granter.terms() });
+        }
+        // What is not recorded is not given: a later control has to know of it.
+        let mut granter = state.granter;
+        let granted = granter.answer(now(), host, has_it.then_some(epoch));
+        if granted.is_some() && holder != Some(host) {
+            attend()?;
+        }
+        state.granter = granter;
         state.epoch = epoch;
-        let heard = Heard { at: Instant::now(), run: asked.sender.run, process: asked.process };
+        let Sender { run, .. } = asked.sender;
+        let heard = Heard { at: Instant::now(), host, run, process: asked.process };
         let before = state.heard.replace(heard);
         if before.is_some_and(|before| before.run != heard.run) {
             tracing::warn!(app = self.app, cell = self.cell, "the agent was started again");
@@ -122,7 +151,7 @@ impl Link {
         let take = || {
             let mut state = self.state();
             // Of one that was started again meanwhile: the question is from before.
-            let is_current = state.heard.is_none_or(|heard| heard.run == sender.run);
+            let is_current = state.heard.is_some_and(|heard| heard.is_from(sender));
             if is_current { state.waiting.drain(..).collect() } else { Vec::new() }
         };
         let ordered = self.ordered.notified();
@@ -134,7 +163,9 @@ impl Link {
     }
 
     pub(crate) fn finished(&self, finished: Finished) {
-        let asked = self.state().under_way.remove(&finished.id);
+        let mut state = self.state();
+        let is_current = state.heard.is_some_and(|heard| heard.is_from(&finished.sender));
+        let asked = state.under_way.remove(&finished.id).filter(|_| is_current);
         if let Some(asked) = asked {
             // Whoever has asked may wait no longer.
             let _ = asked.send(finished.result);
@@ -188,6 +219,7 @@ impl Link {
         let limit = match &what {
             Task::Work(Work::Rejoin { .. }) => COPY_MAX,
             Task::Work(Work::StartAgain) => START_MAX,
+            Task::Work(Work::ReadTail { .. } | Work::KeepTail { .. }) => READ_MAX,
             _ => SHORT_MAX,
         };
         let _turn = self.turn.lock().await;
@@ -244,18 +276,17 @@ impl Control {
     /// There is to be no such agent, or the store cannot be read, which says nothing of the lease.
     pub fn renew(&self, asked: &Renew) -> Result<Renewed, ControlError> {
         let Sender { app, cell, .. } = &asked.sender;
-        self.link(&asked.sender)?.renew(asked, || {
+        let read = || {
             let application = records::application(&*self.store, app)?.application;
             let (epoch, seen) = (application.epoch, asked.seen);
             if epoch < seen {
                 tracing::error!(app, cell, %epoch, %seen, "the store is older than what the agent has seen; `holdfast store restore` says what to do");
             }
             let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
-            if has_it {
-                records::attend(&*self.store, app, cell)?;
-            }
-            Ok((epoch, has_it))
-        })
+            Ok((epoch, has_it, records::attended(&*self.store, app, cell)?))
+        };
+        let attend = || Ok(records::attend(&*self.store, app, cell, asked.sender.host)?);
+        self.link(&asked.sender)?.renew(asked, read, attend)
     }
 
     /// Orders for an agent, which waits for some a while.

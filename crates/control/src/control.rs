@@ -115,7 +115,7 @@ impl Control {
 
     /// Whether the server of a cell has a guard: it was a primary by a lease.
     pub(crate) fn is_attended(&self, app: &str, cell: &str) -> bool {
-        records::is_attended(&*self.store, app, cell).unwrap_or(false)
+        records::attended(&*self.store, app, cell).is_ok_and(|host| host.is_some())
     }
 
     pub(crate) fn servers(&self, app: &str) -> Result<&AppServers, ControlError> {

@@ -30,9 +30,6 @@ pub(crate) async fn look(
 ) -> Result<Step, String> {
     let application = control.application(app).map_err(|error| chain(&error))?;
     let recorded = application.protected.as_ref();
-    if servers.durability.acks == 0 && recorded.is_none() {
-        return Ok(Step::Nothing);
-    }
     let asked = "SELECT current_setting('synchronous_standby_names'), \
         (SELECT coalesce(json_agg(application_name), '[]')::text FROM pg_stat_replication WHERE state = 'streaming')";
     let rows = active.rows(asked).await.map_err(|error| chain(&error))?;
@@ -184,13 +181,14 @@ pub(crate) async fn before_promotion(
     cell: &str,
     standby: &mut Admin,
 ) -> Result<(), String> {
-    if policy.acks == 0 {
-        return Ok(());
-    }
-    let standbys = servers.cells.keys().filter(|other| *other != cell).cloned().collect();
-    let wanted = Some(Protection { acks: policy.acks, standbys }).filter(|_| policy.is_strict);
     let now = standby.value("SHOW synchronous_standby_names").await;
     let now = now.map_err(|error| chain(&error))?.unwrap_or_default();
+    let standbys = servers.cells.keys().filter(|other| *other != cell).cloned().collect();
+    if policy.acks == 0 && !Protection::is_ours(&now, &standbys) {
+        return Ok(());
+    }
+    let waits = policy.acks > 0 && policy.is_strict;
+    let wanted = waits.then_some(Protection { acks: policy.acks, standbys });
     if now == wanted.as_ref().map(Protection::names).unwrap_or_default() {
         return Ok(());
     }

@@ -93,22 +93,23 @@ pub fn update(
     Ok(store.commit(&txn)?)
 }
 
-/// Whether a lease has ever been given for a cell.
+/// Whom the lease of a cell was given last, if it ever was.
 ///
 /// # Errors
 /// The store cannot be read.
-pub fn is_attended(store: &dyn Store, app: &str, cell: &str) -> Result<bool, RecordError> {
-    Ok(store.get(&attended_key(app, cell))?.is_some())
+pub fn attended(store: &dyn Store, app: &str, cell: &str) -> Result<Option<u64>, RecordError> {
+    let key = attended_key(app, cell);
+    store.get(&key)?.map(|found| decode(&key, &found.value)).transpose()
 }
 
-/// Records that a lease is given for a cell.
+/// Records whom the lease of a cell is given.
 ///
 /// # Errors
 /// The store cannot be written.
-pub fn attend(store: &dyn Store, app: &str, cell: &str) -> Result<(), RecordError> {
-    if !is_attended(store, app, cell)? {
-        store.commit(&Txn::default().put(attended_key(app, cell), Vec::new()))?;
-    }
+pub fn attend(store: &dyn Store, app: &str, cell: &str, host: u64) -> Result<(), RecordError> {
+    let key = attended_key(app, cell);
+    let value = encode(&key, &host)?;
+    store.commit(&Txn::default().put(key, value))?;
     Ok(())
 }
 

@@ -16,6 +16,8 @@ pub const ORDERS_MAX: usize = 16;
 pub struct Sender {
     pub app: String,
     pub cell: String,
+    /// Which of several it is, by the number in its state directory: another one may not hold the lease at the same time.
+    pub host: u64,
     /// Another number each time the agent is started.
     pub run: u64,
 }

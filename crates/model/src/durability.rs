@@ -41,6 +41,12 @@ impl Protection {
         format!("ANY {} ({})", self.acks, names.join(", "))
     }
 
+    /// Whether a server's `synchronous_standby_names` were set by us, for whatever number of acknowledgements.
+    pub fn is_ours(configured: &str, others: &BTreeSet<String>) -> bool {
+        let of = |acks| Protection { acks, standbys: others.clone() };
+        (1..=others.len()).any(|acks| of(acks).names() == configured)
+    }
+
     /// Whether the furthest of these cells has every acknowledged commit.
     pub fn is_covered_by<'a>(&self, cells: impl IntoIterator<Item = &'a str>) -> bool {
         let known: BTreeSet<&str> =
@@ -84,8 +90,8 @@ impl Keeper {
         if policy.acks == 0 {
             // What somebody else has configured is theirs.
             return match recorded {
-                Some(_) => Step::Unprotect("no acknowledgements are asked for".into()),
-                None => Step::Nothing,
+                None if !Protection::is_ours(configured, others) => Step::Nothing,
+                _ => Step::Unprotect("no acknowledgements are asked for".into()),
             };
         }
         if streaming.intersection(others).count() >= policy.acks {
@@ -167,6 +173,13 @@ mod tests {
         assert_eq!(see(3, Some(&wanted), &names, &none), Step::Nothing);
         assert_eq!(see(1_002, Some(&wanted), &names, &none), Step::Nothing);
         assert!(matches!(see(1_003, Some(&wanted), &names, &none), Step::Unprotect(_)));
+        // What was asked for once is taken back; what is somebody else's is not.
+        let asks_none = Durability { acks: 0, ..policy };
+        let mut none =
+            |configured: &str| keeper.next(now, asks_none, None, configured, (&others, &others));
+        assert!(matches!(none(&names), Step::Unprotect(_)));
+        assert_eq!(none("FIRST 1 (mine)"), Step::Nothing);
+        let none = cells(&[]);
         let strict = Durability { is_strict: true, ..policy };
         let later = now + Duration::from_secs(60);
         let waits = keeper.next(later, strict, Some(&wanted), &names, (&none, &others));

@@ -133,23 +133,34 @@ impl Holder {
 pub struct Granter {
     terms: Terms,
     answered: Moment,
+    /// Who was answered last, if that is known.
+    holder: Option<u64>,
     is_revoked: bool,
 }
 
 impl Granter {
     /// What was answered before a restart is not known: so it was a moment ago.
     pub fn new(now: Moment, terms: Terms) -> Granter {
-        Granter { terms, answered: now, is_revoked: false }
+        Granter { terms, answered: now, holder: None, is_revoked: false }
+    }
+
+    /// Somebody remembers who it was.
+    pub fn remember(&mut self, holder: u64) {
+        self.holder.get_or_insert(holder);
     }
 
     pub fn terms(&self) -> Terms {
         self.terms
     }
 
-    /// Answers a holder; `granted` is what the store says.
-    pub fn answer(&mut self, now: Moment, granted: Option<Epoch>) -> Option<Epoch> {
+    /// Answers a holder; `granted` is what the store says. Two that take themselves for the same do not hold it together.
+    pub fn answer(&mut self, now: Moment, holder: u64, granted: Option<Epoch>) -> Option<Epoch> {
         let granted = granted.filter(|_| !self.is_revoked)?;
-        self.answered = now;
+        let is_other = self.holder.is_some_and(|last| last != holder);
+        if is_other && now < self.free_at() {
+            return None;
+        }
+        (self.answered, self.holder) = (now, Some(holder));
         Some(granted)
     }
 
@@ -211,10 +222,21 @@ mod tests {
     fn what_was_answered_before_a_restart_is_waited_for() {
         let mut granter = Granter::new(ms(1_000), TERMS);
         assert_eq!(granter.revoke(), ms(3_600));
-        assert_eq!(granter.answer(ms(2_000), Some(Epoch(1))), None);
+        assert_eq!(granter.answer(ms(2_000), 7, Some(Epoch(1))), None);
         assert_eq!(granter.free_at(), ms(3_600));
         granter.restore();
-        assert_eq!(granter.answer(ms(2_000), Some(Epoch(1))), Some(Epoch(1)));
+        assert_eq!(granter.answer(ms(2_000), 7, Some(Epoch(1))), Some(Epoch(1)));
+    }
+
+    #[test]
+    fn two_of_the_same_cell_do_not_hold_it_together() {
+        let mut granter = Granter::new(ms(0), TERMS);
+        granter.remember(7);
+        assert_eq!(granter.answer(ms(1), 8, Some(Epoch(1))), None);
+        assert_eq!(granter.answer(ms(1_000), 7, Some(Epoch(1))), Some(Epoch(1)));
+        assert_eq!(granter.answer(ms(3_599), 8, Some(Epoch(1))), None);
+        assert_eq!(granter.answer(ms(3_600), 8, Some(Epoch(1))), Some(Epoch(1)));
+        assert_eq!(granter.answer(ms(3_601), 7, Some(Epoch(1))), None);
     }
 
     proptest! {
@@ -237,7 +259,7 @@ mod tests {
             for (wait, there, back, is_lost) in asks {
                 at += wait;
                 let sent = theirs(at);
-                let answer = granter.answer(ms(at + there), Some(Epoch(1)));
+                let answer = granter.answer(ms(at + there), 7, Some(Epoch(1)));
                 at += there + back;
                 if let Some(epoch) = answer.filter(|_| !is_lost) {
                     holder.granted(sent, terms, epoch);

@@ -67,19 +67,3 @@ pub enum Done {
     Text(String),
     Tail(WalTail),
 }
-
-impl Work {
-    pub fn name(&self) -> &'static str {
-        match self {
-            Work::Look => "look",
-            Work::Isolate => "isolate",
-            Work::StartAgain => "start_again",
-            Work::AreLoginsClosed { .. } => "are_logins_closed",
-            Work::CloseLogins { .. } => "close_logins",
-            Work::OpenLogins { .. } => "open_logins",
-            Work::Rejoin { .. } => "rejoin",
-            Work::ReadTail { .. } => "read_tail",
-            Work::KeepTail { .. } => "keep_tail",
-        }
-    }
-}

@@ -381,7 +381,8 @@ def trial(contestant, scenario, directory, is_sync):
             there = {row[0] for row in client.execute("SELECT n FROM compared")}
         lost = sum(1 for number in numbers if number not in there)
         errors = sum(1 for at, _ in writers.errors if at > began)
-        return {"outage": longest, "errors": errors, "lost": lost, "zombies": zombies, "moved": moved}
+        after = ended - longest - began
+        return {"outage": longest, "after": after, "errors": errors, "lost": lost, "zombies": zombies, "moved": moved}
     finally:
         cluster.stop()
 

@@ -23,7 +23,7 @@ use super::ApiError;
 /// Longest question of an agent.
 const QUESTION_LEN_MAX: usize = 4 * 1024 * 1024;
 /// Handshakes that may be under way.
-const HANDSHAKES_MAX: usize = 64;
+const HANDSHAKES_MAX: usize = 256;
 /// After a connection could not be taken.
 const PAUSE: Duration = Duration::from_millis(100);
 

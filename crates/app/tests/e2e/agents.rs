@@ -304,3 +304,34 @@ async fn a_server_that_was_never_attended_is_not_taken_for_dead() {
     assert!(said.status.success(), "{}", shown(&said));
     assert_eq!(installation.active(), "b");
 }
+
+/// A second agent of the same cell, with a server of its own, gets no lease: else both servers would take writes.
+#[tokio::test]
+async fn two_agents_of_a_cell_do_not_hold_its_lease_together() {
+    let installation = Installation::start_with_agents("agents-two");
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    let dir = &installation.dir;
+    let text = std::fs::read_to_string(dir.join("agent-b.toml")).unwrap();
+    let text = text.replace("cell = \"b\"", "cell = \"a\"").replace("agent-b", "agent-second");
+    let path = dir.join("agent-second.toml");
+    std::fs::write(&path, text).unwrap();
+    // The server of `b` becomes a primary by somebody's hand, and its agent says that it is of cell `a`.
+    signal(installation.agent("b"), "KILL");
+    let mut standby = installation.direct("b").await;
+    run(&mut standby, "SELECT pg_promote()").await;
+    let mut second = std::process::Command::new(crate::support::HOLDFAST)
+        .args(["run", "-c"])
+        .arg(&path)
+        .env("HOLDFAST_LOG", "off")
+        .spawn()
+        .unwrap();
+    wait_until("the end of the second primary", async || {
+        crate::support::connect(installation.facts.servers["b"], "postgres", None).await.is_err()
+    })
+    .await;
+    // Nobody has noticed anything of it who works with the first.
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
+    assert_eq!(installation.active(), "a");
+    signal(second.id(), "KILL");
+    second.wait().unwrap();
+}
