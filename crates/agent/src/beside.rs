@@ -37,6 +37,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a lease of a new epoch may take to arrive.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(5);
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// Between two starts of a standby that crashes.
+const STANDBY_PAUSE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Error)]
 pub enum AgentError {
@@ -64,6 +66,8 @@ struct Beside {
     local: Local,
     holder: std::sync::Mutex<Holder>,
     guard: Mutex<Guard>,
+    /// Whoever works on the server's files or starts it.
+    working: Mutex<()>,
     /// The lease is to be asked for at once.
     hurry: Notify,
     /// There is another answer.
@@ -97,7 +101,8 @@ impl Agent {
         let guard = Guard::new(&dir, &config.guard).map_err(file("used"))?;
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
-        let host = read_host(&dir.join("host"))?;
+        // A copy of the directory, or of the whole machine, is another.
+        let host = read_host(&dir.join("host"))? ^ clock::boot_number();
         let sender = Sender { app: config.app.clone(), cell: config.cell.clone(), host, run };
         let local = Local { instance: config.instance.clone(), lost_dir: dir.join("lost") };
         let beside = Arc::new(Beside {
@@ -105,9 +110,10 @@ impl Agent {
             local,
             holder: std::sync::Mutex::new(Holder::new(seen)),
             guard: Mutex::new(guard),
+            working: Mutex::new(()),
             hurry: Notify::new(),
             answered: watch::Sender::new(()),
-            patience: Moment(clock::now().0 + FIRST_MAX),
+            patience: read_patience(&dir.join("lease")),
             config,
         });
         beside.begin().await;
@@ -153,6 +159,20 @@ fn read_host(path: &std::path::Path) -> Result<u64, AgentError> {
     let host = u64::from_ne_bytes(bytes);
     write_durably(path, format!("{host}\n").as_bytes()).map_err(file("written"))?;
     Ok(host)
+}
+
+/// Until when a server that was found running may run without a lease: as long as the last one lasts; a while, if there was
+/// never one.
+fn read_patience(path: &std::path::Path) -> Moment {
+    let first = Moment(clock::now().0 + FIRST_MAX);
+    let Ok(text) = std::fs::read_to_string(path) else { return first };
+    let mut words = text.split_whitespace();
+    let until = words.next().and_then(|word| word.parse().ok()).map(Duration::from_nanos);
+    match until {
+        Some(until) if words.next() == Some(&clock::boot()) => Moment(until).min(first),
+        // Of another boot.
+        _ => Moment(Duration::ZERO),
+    }
 }
 
 fn read_epoch(path: &std::path::Path) -> Result<Epoch, AgentError> {
@@ -225,6 +245,17 @@ impl Beside {
             .map_err(|seen| format!("epoch {epoch} is over, this host has seen {seen}"))
     }
 
+    /// For the next agent, if this one is killed: how long the server may run without a lease of its own. It need not outlive
+    /// the machine, as the server does not.
+    fn note_lease(&self, kill_at: Moment) -> Result<(), String> {
+        let path = self.config.state_dir.join("lease");
+        let text = format!("{} {}\n", kill_at.0.as_nanos(), clock::boot());
+        let temporary = path.with_extension("new");
+        std::fs::write(&temporary, text)
+            .and_then(|()| std::fs::rename(&temporary, &path))
+            .map_err(|error| format!("`{}`: {error}", path.display()))
+    }
+
     fn client(&self) -> Client {
         Client::new(self.config.control.clone(), self.config.tls.clone())
     }
@@ -256,7 +287,8 @@ impl Beside {
                     }
                     is_heard = false;
                     // Sooner than usual, but not at once.
-                    let _ = timeout(RETRY_PAUSE, self.hurry.notified()).await;
+                    let pause = RETRY_PAUSE.min(terms.renew_every() / 4);
+                    let _ = timeout(pause, self.hurry.notified()).await;
                     continue;
                 }
             }
@@ -267,8 +299,9 @@ impl Beside {
     async fn answered(&self, sent: Moment, renewed: &Renewed) {
         if let Some(epoch) = renewed.granted {
             let kill_at = renewed.terms.kill_at(sent);
+            let noted = self.note_lease(kill_at);
             let guarded = self.guard.lock().await.extend(kill_at).await;
-            match guarded.and_then(|()| self.see(epoch)) {
+            match noted.and(guarded).and_then(|()| self.see(epoch)) {
                 Ok(()) => self.with_holder(|holder| holder.granted(sent, renewed.terms, epoch)),
                 Err(error) => tracing::error!(error, "the lease cannot be held"),
             }
@@ -287,6 +320,7 @@ impl Beside {
     /// Ends the server when there is no lease, and tells control at once what has changed.
     async fn watch(self: Arc<Self>) {
         let mut before = self.process();
+        let mut started = None;
         loop {
             sleep(TICK).await;
             let process = self.process();
@@ -295,6 +329,10 @@ impl Beside {
                 self.hurry.notify_one();
             }
             let is_patient = !self.patience.from(clock::now()).is_zero();
+            if process != Process::Lives && self.instance().is_crashed_standby() {
+                self.start_standby(&mut started).await;
+                continue;
+            }
             if process != Process::Lives
                 || is_patient
                 || self.lease().is_some()
@@ -309,14 +347,30 @@ impl Beside {
         }
     }
 
-    async fn fetch(self: Arc<Self>, orders: mpsc::Sender<Order>) {
+    /// A standby that has crashed is started again, unless somebody works on it.
+    async fn start_standby(&self, started: &mut Option<Moment>) {
+        let is_early =
+            started.is_some_and(|at| !Moment(at.0 + STANDBY_PAUSE).from(clock::now()).is_zero());
+        let Ok(_working) = self.working.try_lock() else { return };
+        if is_early || !self.instance().is_crashed_standby() {
+            return;
+        }
+        *started = Some(clock::now());
+        tracing::warn!("the standby has crashed and is started again");
+        if let Err(error) = self.instance().start(pg::member::START_MAX).await {
+            tracing::error!(error = model::chain(&error), "the standby does not start");
+        }
+    }
+
+    async fn fetch(self: Arc<Self>, orders: mpsc::Sender<(Moment, Order)>) {
         let mut client = self.client();
         loop {
             let question = Fetch { sender: self.sender.clone() };
             match client.post::<_, Fetched>("/v1/agents/orders", &question, FETCH_MAX).await {
                 Ok(fetched) => {
+                    let at = clock::now();
                     for order in fetched.orders {
-                        if orders.send(order).await.is_err() {
+                        if orders.send((at, order)).await.is_err() {
                             return;
                         }
                     }
@@ -327,10 +381,17 @@ impl Beside {
         }
     }
 
-    async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<Order>) {
+    async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<(Moment, Order)>) {
         let mut client = self.client();
-        while let Some(order) = orders.recv().await {
-            let result = self.carry_out(&order).await;
+        while let Some((at, order)) = orders.recv().await {
+            let is_late = Moment(at.0 + order.wait_max).from(clock::now()).is_zero();
+            let result = match is_late {
+                true => Err("nobody waits for it any more".into()),
+                false => {
+                    let _working = self.working.lock().await;
+                    self.carry_out(&order).await
+                }
+            };
             if let Err(error) = &result {
                 tracing::warn!(order = order.id, error, "an order was not carried out");
             }

@@ -17,8 +17,6 @@ use tokio::time::{sleep, timeout};
 
 /// Says that there is nothing to guard any more.
 const END: u64 = u64::MAX;
-/// A server that was just found takes so long until it has its first lease, at most.
-const FIRST_MAX: Duration = Duration::from_secs(5);
 /// Between two looks while there is no lease.
 const LOOK_PAUSE: Duration = Duration::from_millis(100);
 const KILL_MAX: Duration = Duration::from_secs(2);
@@ -38,13 +36,13 @@ fn to_ns(moment: Moment) -> u64 {
 ///
 /// # Errors
 /// The socket cannot be made.
-pub async fn run(instance: &Instance, state_dir: &Path) -> std::io::Result<()> {
+pub async fn run(instance: &Instance, state_dir: &Path, kill_at: Moment) -> std::io::Result<()> {
     let path = socket_of(state_dir);
     let _ = std::fs::remove_file(&path);
     let socket = UnixDatagram::bind(&path)?;
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600))?;
     let own = std::fs::metadata(&path)?.ino();
-    let mut kill_at = Moment(clock::now().0 + FIRST_MAX);
+    let mut kill_at = kill_at;
     let mut bytes = [0; 8];
     loop {
         let left = kill_at.from(clock::now());
@@ -145,6 +143,8 @@ impl Guard {
         };
         let started = tokio::process::Command::new(program)
             .args(args)
+            // So that it knows also if nobody tells it any more.
+            .arg(ns.to_string())
             .stdin(Stdio::null())
             .process_group(0)
             .spawn()

@@ -230,7 +230,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     let acks = state.control.config.apps[name].durability.acks;
     if acks > 0 && application.protected.is_none() && active.is_some() {
         problems.push(format!(
-            "commits are acknowledged by one server alone, {acks} others are asked for: look whether the standbys stream"
+            "commits are acknowledged by one server alone, {acks} others are asked for: look whether the standbys stream, and `synchronous_commit` is on"
         ));
     }
     if let Some(id) = application.execution {
@@ -257,15 +257,11 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         if matches!(cell_state, CellState::Fenced | CellState::Recovering)
             && application.execution.is_none()
         {
-            let last = state
-                .control
-                .executions(name)?
-                .into_iter()
-                .next()
-                .map_or(0, |execution| execution.id);
-            problems.push(format!(
-                "cell `{cell}` is {cell_state}, there is no standby: holdfast retry {last}"
-            ));
+            let next = match state.control.lacks_rejoin(name, cell)? {
+                Some(execution) => format!("holdfast retry {}", execution.id),
+                None => "make it a standby of the active cell".into(),
+            };
+            problems.push(format!("cell `{cell}` is {cell_state}, there is no standby: {next}"));
         }
     }
     Ok(AppStatus {

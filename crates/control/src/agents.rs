@@ -10,6 +10,7 @@ use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Granter, Moment, Terms};
 use model::member::{Done, Work};
+use model::persisted::Attended;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
@@ -104,13 +105,13 @@ impl Link {
     pub(crate) fn renew<E>(
         &self,
         asked: &Renew,
-        read: impl FnOnce() -> Result<(Epoch, bool, Option<u64>), E>,
-        attend: impl FnOnce() -> Result<(), E>,
+        read: impl FnOnce() -> Result<(Epoch, bool, Option<Attended>), E>,
+        attend: impl FnOnce(Attended) -> Result<(), E>,
     ) -> Result<Renewed, E> {
         let mut state = self.state();
-        let (epoch, has_it, holder) = read()?;
-        if let Some(holder) = holder {
-            state.granter.remember(holder);
+        let (epoch, has_it, before) = read()?;
+        if let Some(Attended { host, length }) = before {
+            state.granter.remember(host, length);
         }
         let host = asked.sender.host;
         let silence_max = state.granter.terms().length;
@@ -123,8 +124,15 @@ impl Link {
         // What is not recorded is not given: a later control has to know of it.
         let mut granter = state.granter;
         let granted = granter.answer(now(), host, has_it.then_some(epoch));
-        if granted.is_some() && holder != Some(host) {
-            attend()?;
+        let mut length = granter.terms().length;
+        if let Some(before) = before
+            && !granter.is_settled(now(), before.length)
+        {
+            length = length.max(before.length);
+        }
+        let attended = Attended { host, length };
+        if granted.is_some() && before != Some(attended) {
+            attend(attended)?;
         }
         state.granter = granter;
         state.epoch = epoch;
@@ -144,6 +152,11 @@ impl Link {
         }
         let terms = state.granter.terms();
         Ok(Renewed { granted, terms })
+    }
+
+    /// What an earlier control has recorded.
+    pub(crate) fn remember(&self, Attended { host, length }: Attended) {
+        self.state().granter.remember(host, length);
     }
 
     /// Orders for an agent that asks for them.
@@ -235,7 +248,7 @@ impl Link {
             let id = state.next_id;
             state.next_id += 1;
             let epoch = state.epoch;
-            state.waiting.push_back(Order { id, epoch, what });
+            state.waiting.push_back(Order { id, epoch, wait_max: limit, what });
             state.under_way.insert(id, tx);
             id
         };
@@ -285,7 +298,7 @@ impl Control {
             let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
             Ok((epoch, has_it, records::attended(&*self.store, app, cell)?))
         };
-        let attend = || Ok(records::attend(&*self.store, app, cell, asked.sender.host)?);
+        let attend = |attended| Ok(records::attend(&*self.store, app, cell, attended)?);
         self.link(&asked.sender)?.renew(asked, read, attend)
     }
 

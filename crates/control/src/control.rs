@@ -12,6 +12,7 @@ use tokio::sync::{Mutex, MutexGuard, oneshot};
 
 use crate::Proxies;
 use crate::config::{AppServers, ControlConfig};
+use crate::member::Member;
 use crate::records;
 use crate::requests::{ControlError, Served};
 use crate::watch::Seen;
@@ -57,6 +58,15 @@ impl Control {
                         cell,
                         "the store knows a cell that is not configured"
                     );
+                }
+            }
+        }
+        for (app, servers) in &config.apps {
+            for (cell, server) in &servers.cells {
+                if let Some(Member::Agent(link)) = &server.member
+                    && let Some(attended) = records::attended(&*store, app, cell)?
+                {
+                    link.remember(attended);
                 }
             }
         }

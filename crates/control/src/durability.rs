@@ -6,9 +6,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use model::Lsn;
 use model::cell::Epoch;
 use model::chain;
-use model::durability::{Durability, Keeper, Protection, Step, standby_name};
+use model::durability::{Durability, Follower, Keeper, Protection, Step, standby_name};
 use pg::admin::Admin;
 
 use crate::config::AppServers;
@@ -30,19 +31,43 @@ pub(crate) async fn look(
 ) -> Result<Step, String> {
     let application = control.application(app).map_err(|error| chain(&error))?;
     let recorded = application.protected.as_ref();
-    let asked = "SELECT current_setting('synchronous_standby_names'), \
-        (SELECT coalesce(json_agg(application_name), '[]')::text FROM pg_stat_replication WHERE state = 'streaming')";
+    let asked = "SELECT current_setting('synchronous_standby_names'), pg_current_wal_flush_lsn()::text, \
+        (SELECT coalesce(json_agg(json_build_array(application_name, flush_lsn::text)), '[]')::text \
+        FROM pg_stat_replication WHERE state = 'streaming')";
     let rows = active.rows(asked).await.map_err(|error| chain(&error))?;
     let value = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
-    let names: BTreeSet<String> = serde_json::from_str(value(1).unwrap_or("[]"))
-        .map_err(|error| format!("names of standbys: {error}"))?;
+    let listed: Vec<(String, Option<String>)> = serde_json::from_str(value(2).unwrap_or("[]"))
+        .map_err(|error| format!("standbys: {error}"))?;
     let others: BTreeSet<String> =
         servers.cells.keys().filter(|other| *other != cell).cloned().collect();
-    let streaming: BTreeSet<String> =
-        others.iter().filter(|other| names.contains(&standby_name(other))).cloned().collect();
+    let of_cell = |other: &String| {
+        let (_, flushed) = listed.iter().find(|(name, _)| *name == standby_name(other))?;
+        let flushed = flushed.as_deref().and_then(Lsn::read).unwrap_or_default();
+        Some(Follower { cell: other.clone(), flushed })
+    };
+    let listed: Vec<Follower> = others.iter().filter_map(of_cell).collect();
+    let written = value(1).and_then(Lsn::read).unwrap_or_default();
+    let streaming = keeper.follow(Instant::now(), written, &listed);
     let configured = value(0).unwrap_or_default();
     let policy = servers.durability;
+    if policy.acks > 0
+        && let Err(why) = check_commits(active).await
+    {
+        // It may have been otherwise when that was recorded.
+        return Ok(recorded.map_or(Step::Nothing, |_| Step::Unprotect(why)));
+    }
     Ok(keeper.next(Instant::now(), policy, recorded, configured, (&streaming, &others)))
+}
+
+/// Commits have to wait for standbys if they are told to.
+async fn check_commits(active: &mut Admin) -> Result<(), String> {
+    // What this connection has is its own; what a role or database has by default is theirs.
+    let sql = "SELECT setting FROM pg_file_settings WHERE name = 'synchronous_commit' AND applied";
+    let setting = active.value(sql).await.map_err(|error| chain(&error))?;
+    match setting.filter(|setting| setting != "on" && setting != "remote_apply") {
+        Some(setting) => Err(format!("`synchronous_commit` is `{setting}`, `on` is needed")),
+        None => Ok(()),
+    }
 }
 
 /// Gives standbys their names, by which commits wait for them.
@@ -104,14 +129,7 @@ pub(crate) async fn protect(
     let server = servers.cells.get(cell).ok_or("it is not configured")?;
     let epoch = control.record_protection(app, cell, None, None)?;
     let mut active = admin(server).await?;
-    // What this connection has is its own; what a role or database has by default is theirs.
-    let sql = "SELECT setting FROM pg_file_settings WHERE name = 'synchronous_commit' AND applied";
-    let setting = active.value(sql).await.map_err(|error| chain(&error))?;
-    if let Some(setting) = setting.filter(|setting| setting != "on" && setting != "remote_apply") {
-        return Err(format!(
-            "`synchronous_commit` is `{setting}` on the server of `{cell}`, `on` is needed"
-        ));
-    }
+    check_commits(&mut active).await?;
     wait_for(&mut active, Some(&protection)).await?;
     // Once the second reload is heard of, the first was sent to every process. The checkpointer, which tells all others that
     // they have to wait (`SyncRepUpdateSyncStandbysDefined`), has taken it up once it has begun another checkpoint after one.
@@ -184,7 +202,7 @@ pub(crate) async fn before_promotion(
     let now = standby.value("SHOW synchronous_standby_names").await;
     let now = now.map_err(|error| chain(&error))?.unwrap_or_default();
     let standbys = servers.cells.keys().filter(|other| *other != cell).cloned().collect();
-    if policy.acks == 0 && !Protection::is_ours(&now, &standbys) {
+    if policy.acks == 0 && !Protection::is_ours(&now) {
         return Ok(());
     }
     let waits = policy.acks > 0 && policy.is_strict;

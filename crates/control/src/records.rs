@@ -2,7 +2,8 @@
 
 use model::cell::Epoch;
 use model::persisted::{
-    Application, Execution, application_key, attended_key, execution_key, execution_prefix,
+    Application, Attended, Execution, application_key, attended_key, execution_key,
+    execution_prefix,
 };
 use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
@@ -97,7 +98,7 @@ pub fn update(
 ///
 /// # Errors
 /// The store cannot be read.
-pub fn attended(store: &dyn Store, app: &str, cell: &str) -> Result<Option<u64>, RecordError> {
+pub fn attended(store: &dyn Store, app: &str, cell: &str) -> Result<Option<Attended>, RecordError> {
     let key = attended_key(app, cell);
     store.get(&key)?.map(|found| decode(&key, &found.value)).transpose()
 }
@@ -106,9 +107,14 @@ pub fn attended(store: &dyn Store, app: &str, cell: &str) -> Result<Option<u64>,
 ///
 /// # Errors
 /// The store cannot be written.
-pub fn attend(store: &dyn Store, app: &str, cell: &str, host: u64) -> Result<(), RecordError> {
+pub fn attend(
+    store: &dyn Store,
+    app: &str,
+    cell: &str,
+    attended: Attended,
+) -> Result<(), RecordError> {
     let key = attended_key(app, cell);
-    let value = encode(&key, &host)?;
+    let value = encode(&key, &attended)?;
     store.commit(&Txn::default().put(key, value))?;
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::Lsn;
+use model::cell::Application;
 use model::durability::{Keeper, Step};
 use model::failover::{Analysis, Answer, Detector, Process, Sight};
 use model::persisted::Execution;
@@ -17,7 +18,7 @@ use crate::config::AppServers;
 use crate::control::{Control, now_ms};
 use crate::durability;
 use crate::member::Member;
-use crate::requests::FailoverRequest;
+use crate::requests::{ControlError, FailoverRequest};
 use crate::stages;
 
 /// Between two questions to the server.
@@ -51,11 +52,9 @@ pub async fn run(control: Arc<Control>, app: String) {
     loop {
         wait(&control, &app, looked_at.as_deref()).await;
         let Ok(application) = control.watched(&app) else { continue };
-        let is_short = application.cells.values().any(|state| !state.is_settled());
-        if is_short
-            && application.execution.is_none()
+        if application.execution.is_none()
             && rejoins.may_try(Instant::now())
-            && let Some(id) = control.lacks_rejoin(&app)
+            && let Some(id) = control.may_rejoin(&app, &application)
         {
             rejoins.tries(Instant::now());
             let (control, app) = (control.clone(), app.clone());
@@ -298,12 +297,26 @@ impl Control {
         }));
     }
 
-    /// The execution that lacks its rejoin, if the agent that could do it is there.
-    pub(crate) fn lacks_rejoin(&self, app: &str) -> Option<u64> {
-        let last = self.executions(app).ok()?.into_iter().next()?;
-        let member = self.servers(app).ok()?.cells.get(&last.from)?.member.as_ref()?;
-        let lacks = last.ending == Some(Ending::CompletedWithoutRejoin);
-        (lacks && member.is_attended()).then_some(last.id)
+    /// The execution that has left a cell without its rejoin.
+    ///
+    /// # Errors
+    /// There is no such application, or the store cannot be read.
+    pub fn lacks_rejoin(&self, app: &str, cell: &str) -> Result<Option<Execution>, ControlError> {
+        let lacks = |one: &Execution| {
+            one.from == cell && one.ending == Some(Ending::CompletedWithoutRejoin)
+        };
+        Ok(self.executions(app)?.into_iter().find(lacks))
+    }
+
+    /// An execution that lacks its rejoin, if somebody is there who could do it.
+    fn may_rejoin(&self, app: &str, application: &Application) -> Option<u64> {
+        let servers = self.servers(app).ok()?;
+        let short = application.cells.iter().filter(|(_, state)| !state.is_settled());
+        let attended = short.map(|(cell, _)| cell).filter(|cell| {
+            let server = servers.cells.get(*cell);
+            server.and_then(|server| server.member.as_ref()).is_some_and(Member::is_attended)
+        });
+        attended.filter_map(|cell| self.lacks_rejoin(app, cell).ok()?).map(|one| one.id).next()
     }
 
     /// The execution that stands still before its point of no return: its way back is tried again once the server answers.

@@ -1,6 +1,8 @@
 //! What an agent, which is beside a server, and control say to each other. The agent asks, control answers: an agent renews
 //! its lease, fetches orders and brings what became of them.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::cell::Epoch;
@@ -49,6 +51,8 @@ pub struct Fetch {
 pub struct Order {
     pub id: u64,
     pub epoch: Epoch,
+    /// What has not begun after so long is not done any more: nobody waits for it.
+    pub wait_max: Duration,
     pub what: Task,
 }
 

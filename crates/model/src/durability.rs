@@ -3,10 +3,12 @@
 //! A commit waits for `acks` of the N standbys. Where the positions of R of those are known, the furthest of them has every
 //! acknowledged commit if R + acks > N: any set of R has one in common with any set of `acks`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+
+use crate::Lsn;
 
 /// How long commits may wait for standbys that are not there, unless the policy is strict.
 pub const SHORT_MAX: Duration = Duration::from_secs(1);
@@ -41,10 +43,13 @@ impl Protection {
         format!("ANY {} ({})", self.acks, names.join(", "))
     }
 
-    /// Whether a server's `synchronous_standby_names` were set by us, for whatever number of acknowledgements.
-    pub fn is_ours(configured: &str, others: &BTreeSet<String>) -> bool {
-        let of = |acks| Protection { acks, standbys: others.clone() };
-        (1..=others.len()).any(|acks| of(acks).names() == configured)
+    /// Whether a server's `synchronous_standby_names` were set by us, for whatever cells.
+    pub fn is_ours(configured: &str) -> bool {
+        let list = configured
+            .strip_prefix("ANY ")
+            .and_then(|rest| rest.split_once(" ("))
+            .and_then(|(_, list)| list.strip_suffix(')'));
+        list.is_some_and(|list| list.split(", ").all(|name| name.starts_with("\"holdfast_")))
     }
 
     /// Whether the furthest of these cells has every acknowledged commit.
@@ -68,13 +73,45 @@ pub enum Step {
 }
 
 /// Sees the active cell's server again and again.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Keeper {
     /// Since when there are too few standbys.
     short_since: Option<Instant>,
+    /// What each standby had when it was last seen to have more, and when that was.
+    progress: BTreeMap<String, (Lsn, Instant)>,
+}
+
+/// A standby as the primary sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Follower {
+    pub cell: String,
+    /// What it has on its disk, as far as it has said.
+    pub flushed: Lsn,
 }
 
 impl Keeper {
+    /// Those of the standbys that stream that get on with it: one that hangs streams by name only, until the server gives it up
+    /// after `wal_sender_timeout`. `written` is what the primary has.
+    pub fn follow(
+        &mut self,
+        now: Instant,
+        written: Lsn,
+        streaming: &[Follower],
+    ) -> BTreeSet<String> {
+        let mut follows = BTreeSet::new();
+        self.progress.retain(|cell, _| streaming.iter().any(|one| one.cell == *cell));
+        for Follower { cell, flushed } in streaming {
+            let (had, since) = self.progress.entry(cell.clone()).or_insert((*flushed, now));
+            if *flushed > *had || *flushed >= written {
+                (*had, *since) = (*flushed, now);
+            }
+            if now.duration_since(*since) < SHORT_MAX {
+                follows.insert(cell.clone());
+            }
+        }
+        follows
+    }
+
     /// `recorded` is what the store says, `configured` the server's `synchronous_standby_names`, `streaming` the cells whose
     /// standbys stream, of all `others`.
     pub fn next(
@@ -90,7 +127,7 @@ impl Keeper {
         if policy.acks == 0 {
             // What somebody else has configured is theirs.
             return match recorded {
-                None if !Protection::is_ours(configured, others) => Step::Nothing,
+                None if !Protection::is_ours(configured) => Step::Nothing,
                 _ => Step::Unprotect("no acknowledgements are asked for".into()),
             };
         }
@@ -151,6 +188,22 @@ mod tests {
         }
         let protection = Protection { acks: 1, standbys: cells(&["b"]) };
         assert!(!protection.is_covered_by(["z"]), "a stranger is no recruit");
+    }
+
+    #[test]
+    fn a_standby_that_hangs_follows_nobody() {
+        let (mut keeper, now) = (Keeper::default(), Instant::now());
+        let mut see = |ms, written, flushed| {
+            let one = Follower { cell: "b".into(), flushed: Lsn(flushed) };
+            let at = now + Duration::from_millis(ms);
+            !keeper.follow(at, Lsn(written), &[one]).is_empty()
+        };
+        assert!(see(0, 10, 10));
+        // Nothing is written, so there is nothing to follow.
+        assert!(see(5_000, 10, 10));
+        assert!(see(5_100, 20, 10) && see(5_999, 20, 10));
+        assert!(!see(6_000, 20, 10));
+        assert!(see(6_100, 30, 15), "it gets on");
     }
 
     #[test]

@@ -132,7 +132,9 @@ impl Holder {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Granter {
     terms: Terms,
-    answered: Moment,
+    opened: Moment,
+    /// When every lease that was ever given is over: a longer one may have been given before.
+    free_at: Moment,
     /// Who was answered last, if that is known.
     holder: Option<u64>,
     is_revoked: bool,
@@ -141,12 +143,19 @@ pub struct Granter {
 impl Granter {
     /// What was answered before a restart is not known: so it was a moment ago.
     pub fn new(now: Moment, terms: Terms) -> Granter {
-        Granter { terms, answered: now, holder: None, is_revoked: false }
+        let free_at = terms.free_at(now);
+        Granter { terms, opened: now, free_at, holder: None, is_revoked: false }
     }
 
-    /// Somebody remembers who it was.
-    pub fn remember(&mut self, holder: u64) {
+    /// Somebody remembers who it was, and for how long the lease may have been.
+    pub fn remember(&mut self, holder: u64, length: Duration) {
         self.holder.get_or_insert(holder);
+        self.free_at = self.free_at.max(Terms { length }.free_at(self.opened));
+    }
+
+    /// No lease of another length than ours lasts any more.
+    pub fn is_settled(&self, now: Moment, length: Duration) -> bool {
+        now >= Terms { length }.free_at(self.opened)
     }
 
     pub fn terms(&self) -> Terms {
@@ -157,10 +166,11 @@ impl Granter {
     pub fn answer(&mut self, now: Moment, holder: u64, granted: Option<Epoch>) -> Option<Epoch> {
         let granted = granted.filter(|_| !self.is_revoked)?;
         let is_other = self.holder.is_some_and(|last| last != holder);
-        if is_other && now < self.free_at() {
+        if is_other && now < self.free_at {
             return None;
         }
-        (self.answered, self.holder) = (now, Some(holder));
+        self.free_at = self.free_at.max(self.terms.free_at(now));
+        self.holder = Some(holder);
         Some(granted)
     }
 
@@ -177,7 +187,7 @@ impl Granter {
 
     /// When it is over, unless it is renewed.
     pub fn free_at(&self) -> Moment {
-        self.terms.free_at(self.answered)
+        self.free_at
     }
 }
 
@@ -229,9 +239,18 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_of_another_length_is_waited_for() {
+        let mut granter = Granter::new(ms(0), TERMS);
+        granter.remember(7, Duration::from_secs(20));
+        assert_eq!(granter.answer(ms(1), 7, Some(Epoch(1))), Some(Epoch(1)));
+        assert_eq!(granter.revoke(), ms(20_100));
+        assert!(!granter.is_settled(ms(20_099), Duration::from_secs(20)));
+    }
+
+    #[test]
     fn two_of_the_same_cell_do_not_hold_it_together() {
         let mut granter = Granter::new(ms(0), TERMS);
-        granter.remember(7);
+        granter.remember(7, TERMS.length);
         assert_eq!(granter.answer(ms(1), 8, Some(Epoch(1))), None);
         assert_eq!(granter.answer(ms(1_000), 7, Some(Epoch(1))), Some(Epoch(1)));
         assert_eq!(granter.answer(ms(3_599), 8, Some(Epoch(1))), None);

@@ -19,6 +19,13 @@ pub fn attended_key(app: &str, cell: &str) -> String {
     format!("attended/{app}/{cell}")
 }
 
+/// Whom the lease of a cell was given, and the longest that may still last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attended {
+    pub host: u64,
+    pub length: std::time::Duration,
+}
+
 /// Executions sort by their number.
 pub fn execution_key(app: &str, id: u64) -> String {
     format!("execution/{app}/{id:020}")

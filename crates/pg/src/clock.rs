@@ -11,3 +11,15 @@ pub fn now() -> Moment {
     let nanoseconds = u32::try_from(time.tv_nsec).unwrap_or(0);
     Moment(Duration::new(seconds, nanoseconds))
 }
+
+/// A number of this boot of the host: another one has another (`/proc/sys/kernel/random/boot_id`).
+pub fn boot_number() -> u64 {
+    let digits: String = boot().chars().filter(char::is_ascii_hexdigit).take(16).collect();
+    u64::from_str_radix(&digits, 16).unwrap_or(0)
+}
+
+/// The name of this boot of the host.
+pub fn boot() -> String {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_owned()
+}

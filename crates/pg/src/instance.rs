@@ -49,6 +49,10 @@ pub struct ControlData {
     pub is_shut_down: bool,
 }
 
+/// States of a control file (`DBState`).
+const SHUT_DOWN_IN_RECOVERY: u32 = 2;
+const IN_ARCHIVE_RECOVERY: u32 = 5;
+
 /// A server that this process may start and stop.
 #[derive(Debug, Clone)]
 pub struct Instance {
@@ -309,25 +313,30 @@ impl Instance {
         self.pid().is_some()
     }
 
+    /// A standby whose process is gone, and which was not shut down.
+    pub fn is_crashed_standby(&self) -> bool {
+        let is_recovering = self.state() == Some(IN_ARCHIVE_RECOVERY);
+        is_recovering && self.is_standby() && !self.is_running()
+    }
+
+    /// What the control file says, whose beginning is the same from 15 to 18 (`ControlFileData`, `DBState`).
+    fn state(&self) -> Option<u32> {
+        let mut begin = [0; 20];
+        let mut control = File::open(self.data_dir.join("global/pg_control")).ok()?;
+        control.read_exact(&mut begin).ok()?;
+        let [.., a, b, c, d] = begin;
+        Some(u32::from_ne_bytes([a, b, c, d]))
+    }
+
     /// Whether what runs here, if anything does, may take writes: only what is known to be a standby does not. As the control
-    /// file says, whose beginning is the same from 15 to 18 (`ControlFileData`, `DBState`).
+    /// file says.
     pub fn may_take_writes(&self) -> bool {
         /// A standby that was copied from a primary, or was one, says so for a moment after its start.
         const STANDBY_START_MAX: Duration = Duration::from_secs(5);
-        const SHUT_DOWN_IN_RECOVERY: u32 = 2;
         if !self.data_dir.exists() {
             return false;
         }
-        const IN_ARCHIVE_RECOVERY: u32 = 5;
-        let mut begin = [0; 20];
-        let control = File::open(self.data_dir.join("global/pg_control"));
-        if control.and_then(|mut file| file.read_exact(&mut begin)).is_ok()
-            && let [.., a, b, c, d] = begin
-            && matches!(
-                u32::from_ne_bytes([a, b, c, d]),
-                SHUT_DOWN_IN_RECOVERY | IN_ARCHIVE_RECOVERY
-            )
-        {
+        if matches!(self.state(), Some(SHUT_DOWN_IN_RECOVERY | IN_ARCHIVE_RECOVERY)) {
             return false;
         }
         let started = std::fs::metadata(self.data_dir.join("postmaster.pid"))

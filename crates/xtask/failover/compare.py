@@ -303,7 +303,8 @@ class Intruder:
     def __init__(self, port):
         self.dsn = f"host=127.0.0.1 port={port} user=postgres dbname=postgres connect_timeout=2"
         self.acknowledged, self.is_over = [], False
-        self.thread = threading.Thread(target=self.write)
+        # A commit that waits for a standby waits for ever, if there is none.
+        self.thread = threading.Thread(target=self.write, daemon=True)
         self.thread.start()
 
     def write(self):
@@ -320,7 +321,7 @@ class Intruder:
 
     def stop(self):
         self.is_over = True
-        self.thread.join()
+        self.thread.join(5.0)
 
 
 def trial(contestant, scenario, directory, is_sync):

@@ -1,5 +1,6 @@
 //! What agents ask of control.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use serde_json::json;
 use tls::mutual::Mutual;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 
 use super::ApiError;
 
@@ -42,10 +44,11 @@ pub(crate) async fn serve(
 
 type Taken = (Stream, Who);
 
-/// Takes connections, each with its handshake in a task of its own.
+/// Takes connections, each with its handshake in a task of its own. Whoever does not get on with it gives way to others: an
+/// agent shakes hands in a few milliseconds.
 async fn take(listener: TcpListener, tls: Option<Mutual>, taken: mpsc::Sender<Taken>) {
+    let mut handshakes: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        let Ok(permit) = taken.clone().reserve_owned().await else { return };
         let (socket, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -54,13 +57,21 @@ async fn take(listener: TcpListener, tls: Option<Mutual>, taken: mpsc::Sender<Ta
                 continue;
             }
         };
-        let tls = tls.clone();
-        tokio::spawn(async move {
+        handshakes.retain(|handshake| !handshake.is_finished());
+        if handshakes.len() >= HANDSHAKES_MAX
+            && let Some(oldest) = handshakes.pop_front()
+        {
+            oldest.abort();
+        }
+        let (tls, taken) = (tls.clone(), taken.clone());
+        let handshake = tokio::spawn(async move {
             match accept(socket, tls.as_ref()).await {
-                Ok((stream, peer)) => drop(permit.send((stream, Who { peer }))),
-                Err(error) => tracing::warn!(%address, %error, "whoever connects is no agent"),
+                // The receiver takes all that come.
+                Ok((stream, peer)) => drop(taken.send((stream, Who { peer })).await),
+                Err(error) => tracing::debug!(%address, %error, "whoever connects is no agent"),
             }
         });
+        handshakes.push_back(handshake.abort_handle());
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use model::lease::Moment;
 use model::switchover::OnTimeout;
 
 /// Prints a line. Whoever has closed the other end of a pipe has seen enough.
@@ -159,7 +160,7 @@ enum Verb {
     Store(StoreVerb),
     /// Ends a server when its lease is over; an agent starts this.
     #[command(name = "__guard", hide = true)]
-    Guard { bin_dir: PathBuf, data_dir: PathBuf, state_dir: PathBuf },
+    Guard { bin_dir: PathBuf, data_dir: PathBuf, state_dir: PathBuf, kill_at_ns: u64 },
     /// Take up an execution that stands still.
     #[command(after_help = "Example: holdfast retry 3")]
     Retry { id: u64 },
@@ -227,7 +228,10 @@ pub(crate) fn main() -> ExitCode {
         Verb::Executions { id } => show::executions(&cli.global, id),
         Verb::Retry { id } => show::retry(&cli.global, id),
         Verb::Store(verb) => store_verb(&verb),
-        Verb::Guard { bin_dir, data_dir, state_dir } => run_guard(&bin_dir, &data_dir, &state_dir),
+        Verb::Guard { bin_dir, data_dir, state_dir, kill_at_ns } => {
+            let kill_at = Moment(std::time::Duration::from_nanos(kill_at_ns));
+            run_guard(&bin_dir, &data_dir, &state_dir, kill_at)
+        }
     };
     match done {
         Ok(code) => code,
@@ -345,12 +349,13 @@ fn run_guard(
     bin_dir: &std::path::Path,
     data_dir: &std::path::Path,
     state_dir: &std::path::Path,
+    kill_at: Moment,
 ) -> Result<ExitCode, String> {
     log_to_stderr("info");
     let instance = Instance::of(bin_dir, data_dir).map_err(|error| chain(&error))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("no runtime: {error}"))?;
-    let done = runtime.block_on(agent::guard::run(&instance, state_dir));
+    let done = runtime.block_on(agent::guard::run(&instance, state_dir, kill_at));
     done.map(|()| ExitCode::SUCCESS).map_err(|error| format!("the guard's socket: {error}"))
 }
 

@@ -92,12 +92,19 @@ async fn a_server_that_crashes_is_started_again_by_its_agent() {
 
 #[tokio::test]
 async fn a_server_without_its_agent_is_ended_before_another_is_active() {
-    for (name, stop) in [("killed", "KILL"), ("stopped", "STOP")] {
+    for (name, stop) in [("killed", "KILL"), ("stopped", "STOP"), ("guarded", "KILL")] {
         let mut installation = Installation::start_with_agents(&format!("agents-{name}"));
         installation.reconfigure(synchronous);
         let writers = begin(&installation).await;
         wait_protected(&installation).await;
         run(&mut installation.connect().await, "CREATE TABLE intruded (n bigint)").await;
+        if name == "guarded" {
+            // Another guard, which has hardly begun, knows what the last one knew.
+            let before = installation.guard("a");
+            signal(before.unwrap(), "KILL");
+            let other = async || installation.guard("a").is_some_and(|now| Some(now) != before);
+            wait_until("another guard", other).await;
+        }
         let agent = installation.agent("a");
         signal(agent, stop);
         let intruded = intrude(&installation, "a").await;
@@ -334,4 +341,62 @@ async fn two_agents_of_a_cell_do_not_hold_its_lease_together() {
     assert_eq!(installation.active(), "a");
     signal(second.id(), "KILL");
     second.wait().unwrap();
+}
+
+/// What was proven of commits is taken back once it does not hold any more.
+#[tokio::test]
+async fn commits_that_would_not_wait_are_not_relied_on() {
+    let mut installation = Installation::start_with_agents("agents-proof");
+    installation.reconfigure(synchronous);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    wait_protected(&installation).await;
+    let mut active = installation.direct("a").await;
+    run(&mut active, "ALTER SYSTEM SET synchronous_commit = 'local'").await;
+    run(&mut active, "SELECT pg_reload_conf()").await;
+    let alone = async || {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        status.contains("acknowledged by one server alone")
+    };
+    wait_until("the setting to be seen", alone).await;
+    run(&mut active, "ALTER SYSTEM RESET synchronous_commit").await;
+    run(&mut active, "SELECT pg_reload_conf()").await;
+    wait_protected(&installation).await;
+    // The standby hangs, and streams by name only.
+    let mut standby = installation.direct("b").await;
+    let receiver = value(&mut standby, "SELECT pid FROM pg_stat_wal_receiver").await;
+    let receiver = receiver.parse().unwrap();
+    signal(receiver, "STOP");
+    let written = tokio::spawn(async move {
+        run(&mut client, "INSERT INTO written VALUES (1)").await;
+    });
+    wait_until("the standby to be seen", alone).await;
+    written.await.unwrap();
+    signal(receiver, "CONT");
+    wait_protected(&installation).await;
+    // It crashes, and is there again.
+    drop(standby);
+    installation.signal_server("b", "KILL");
+    wait_until("the standby", async || {
+        crate::support::connect(installation.facts.servers["b"], "postgres", None).await.is_ok()
+    })
+    .await;
+    wait_protected(&installation).await;
+}
+
+#[tokio::test]
+async fn a_target_that_crashes_before_its_promotion_is_promoted() {
+    let mut installation = Installation::start_with_agents("agents-target");
+    installation.reconfigure(synchronous);
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    wait_protected(&installation).await;
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_CRASH_AT", "promote:begin")]);
+    installation.signal_server("a", "KILL");
+    installation.wait_crashed();
+    installation.signal_server("b", "KILL");
+    installation.restart(&[]);
+    wait_active(&installation, "b").await;
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
 }

@@ -179,6 +179,16 @@ pub(super) async fn assess(
     ))
 }
 
+/// What the lost server was seen to have, and the standby has not.
+fn beyond(control: &Control, app: &str, received: Lsn) -> String {
+    match control.last_seen(app) {
+        Some(seen) if seen > received => format!(
+            "; the lost server was seen at {seen}: a commit behind {received} was acknowledged only if its wait was cancelled"
+        ),
+        _ => String::new(),
+    }
+}
+
 /// Whether the furthest of these has every commit that was acknowledged, in words.
 fn covers(control: &Control, app: &str, all: &[Candidate]) -> Result<Option<String>, String> {
     let application = control.application(app).map_err(chain)?;
@@ -252,7 +262,8 @@ pub(super) async fn recruit(
     // Another may have received more since it was assessed.
     let all = candidates(servers, &execution.from).await;
     let (known, how) = match (salvaged, covers(control, &execution.app, &all)?) {
-        (Ok(how), _) | (Err(_), Some(how)) => (Known::All, how),
+        (Ok(how), _) => (Known::All, how),
+        (Err(_), Some(how)) => (Known::All, how + &beyond(control, &execution.app, received)),
         (Err(why), None) => (Known::of(control.last_seen(&execution.app), received), why),
     };
     let chosen = check_chosen(&all, &execution.to)?;
