@@ -58,6 +58,11 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
     while let Some(job) = jobs.recv().await {
         let (shared, places) = (shared.clone(), places.clone());
         tokio::spawn(async move {
+            if let Job::Open { app, .. } = &job {
+                // While it is held there is nothing to open; once it is released nobody waits for the next tick. Whoever is
+                // to be looked at does not wait behind it.
+                let _ = timeout(OPEN_MAX, app.pass_gate()).await;
+            }
             let _place = places.acquire_owned().await;
             match job {
                 Job::Open { app, pool, engine } => {
