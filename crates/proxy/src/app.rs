@@ -290,6 +290,7 @@ impl App {
         }
         self.holding.store(false, Ordering::SeqCst);
         self.gate.send_replace(Gate::Open(cell));
+        self.pools.ask_now();
     }
 
     /// Asks a server for what is the same for all sessions of a database, and remembers it.

@@ -67,6 +67,10 @@ impl Database {
         let mut state = lock(&self.state);
         let waits = !state.is_sure() && state.failures < FAILURES_MAX;
         state.is_waited_for |= waits;
+        if waits {
+            // It may have been asked for before there was anybody to ask.
+            self.changed.notify_one();
+        }
         waits
     }
 

@@ -338,6 +338,11 @@ impl Pools {
         }
     }
 
+    /// Sessions may wait until names are known again: that is not to take until the next look.
+    pub(crate) fn ask_now(&self) {
+        self.changed.notify_one();
+    }
+
     /// What marks of logins are now. If they have changed, logins that are known do not hold any more.
     fn mark(&self, cell: &str, marks: Vec<Option<String>>) {
         let before = lock(&self.marks).replace((cell.to_owned(), marks.clone()));
