@@ -273,6 +273,12 @@ impl Beside {
             };
             let limit = terms.renew_every();
             match client.post::<_, Renewed>("/v1/agents/renew", &question, limit).await {
+                Ok(Renewed { terms: said, .. }) if !Terms::LENGTHS.contains(&said.length) => {
+                    let length = said.length;
+                    tracing::error!(?length, "control speaks of a lease that there is not");
+                    sleep(RETRY_PAUSE).await;
+                    continue;
+                }
                 Ok(renewed) => {
                     if !is_heard {
                         tracing::info!("control answers again");
@@ -330,7 +336,7 @@ impl Beside {
             }
             let is_patient = !self.patience.from(clock::now()).is_zero();
             if process != Process::Lives && self.instance().is_crashed_standby() {
-                self.start_standby(&mut started).await;
+                self.clone().start_standby(&mut started);
                 continue;
             }
             if process != Process::Lives
@@ -347,19 +353,24 @@ impl Beside {
         }
     }
 
-    /// A standby that has crashed is started again, unless somebody works on it.
-    async fn start_standby(&self, started: &mut Option<Moment>) {
+    /// A standby that has crashed is started again, unless somebody works on it; the lease is watched meanwhile.
+    fn start_standby(self: Arc<Self>, started: &mut Option<Moment>) {
         let is_early =
             started.is_some_and(|at| !Moment(at.0 + STANDBY_PAUSE).from(clock::now()).is_zero());
-        let Ok(_working) = self.working.try_lock() else { return };
-        if is_early || !self.instance().is_crashed_standby() {
+        if is_early {
             return;
         }
         *started = Some(clock::now());
-        tracing::warn!("the standby has crashed and is started again");
-        if let Err(error) = self.instance().start(pg::member::START_MAX).await {
-            tracing::error!(error = model::chain(&error), "the standby does not start");
-        }
+        tokio::spawn(async move {
+            let Ok(_working) = self.working.try_lock() else { return };
+            if !self.instance().is_crashed_standby() {
+                return;
+            }
+            tracing::warn!("the standby has crashed and is started again");
+            if let Err(error) = self.instance().start(pg::member::START_MAX).await {
+                tracing::error!(error = model::chain(&error), "the standby does not start");
+            }
+        });
     }
 
     async fn fetch(self: Arc<Self>, orders: mpsc::Sender<(Moment, Order)>) {
@@ -384,7 +395,7 @@ impl Beside {
     async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<(Moment, Order)>) {
         let mut client = self.client();
         while let Some((at, order)) = orders.recv().await {
-            let is_late = Moment(at.0 + order.wait_max).from(clock::now()).is_zero();
+            let is_late = at.plus(order.wait_max).from(clock::now()).is_zero();
             let result = match is_late {
                 true => Err("nobody waits for it any more".into()),
                 false => {

@@ -235,7 +235,8 @@ impl Link {
             Task::Work(Work::ReadTail { .. } | Work::KeepTail { .. }) => READ_MAX,
             _ => SHORT_MAX,
         };
-        let _turn = self.turn.lock().await;
+        let busy = |_| format!("the agent of `{}` is busy for longer than {limit:?}", self.cell);
+        let _turn = timeout(limit, self.turn.lock()).await.map_err(busy)?;
         if self.heard().is_none() {
             return Err(format!("the agent of `{}` is not heard", self.cell));
         }

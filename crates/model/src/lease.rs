@@ -16,7 +16,8 @@ use crate::cell::Epoch;
 pub struct Moment(pub Duration);
 
 impl Moment {
-    fn plus(self, time: Duration) -> Moment {
+    /// Later by so much, or as late as can be.
+    pub fn plus(self, time: Duration) -> Moment {
         Moment(self.0.saturating_add(time))
     }
 

@@ -3,6 +3,7 @@
 //! **Invariant:** under the name of its data directory there is at any moment nothing, or a server that whoever starts it
 //! starts as a standby. What is rewound or copied is made ready under another name.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -89,6 +90,7 @@ pub(crate) async fn rejoin(
     let aside = Aside::of(instance);
     let names = Names::of(instance);
     if instance.data_dir.exists() {
+        check_movable(&instance.data_dir)?;
         instance.must_be_standby().map_err(chain)?;
         instance.stop("fast", STOP_MAX).await.map_err(chain)?;
         // None of its processes writes to what is moved away now.
@@ -99,8 +101,11 @@ pub(crate) async fn rejoin(
         aside.put()?;
     }
     let how = match names.old.exists() && instance.data_dir.exists() {
-        // The copy had taken its place already.
-        true => names.end(is_kept && !is_broken)?,
+        // The copy had taken its place already; the primary may be another by now.
+        true => {
+            instance.make_standby(conninfo).map_err(chain)?;
+            names.end(is_kept && !is_broken)?
+        }
         false => make(instance, &aside, &names, conninfo, timeline, is_kept && !is_broken).await?,
     };
     aside.forget()?;
@@ -239,6 +244,19 @@ impl Names {
     }
 }
 
+/// Else a rejoin would copy a whole server in vain, again and again.
+fn check_movable(data_dir: &Path) -> Result<(), String> {
+    let device = |path: &Path| std::fs::metadata(path).map(|dir| dir.dev()).ok();
+    let parent = data_dir.parent().and_then(device);
+    if parent.is_some() && parent == device(data_dir) {
+        return Ok(());
+    }
+    Err(format!(
+        "`{}` is on another device than the directory above it, so it cannot be renamed, as a rejoin does; put it one level beneath its mount point",
+        data_dir.display()
+    ))
+}
+
 fn rename(from: &Path, to: &Path) -> Result<(), String> {
     let failed = |error| format!("`{}` cannot become `{}`: {error}", from.display(), to.display());
     std::fs::rename(from, to).map_err(failed)?;
@@ -246,5 +264,21 @@ fn rename(from: &Path, to: &Path) -> Result<(), String> {
     match to.parent() {
         Some(dir) => std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_point_is_not_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().join("data");
+        std::fs::create_dir(&data_dir).unwrap();
+        check_movable(&data_dir).unwrap();
+        // It is one on every Linux.
+        let error = check_movable(Path::new("/proc")).unwrap_err();
+        assert!(error.contains("one level beneath"), "{error}");
     }
 }

@@ -1,7 +1,6 @@
 //! `[control.agents]`, and the configuration of an agent.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use agent::config::AgentConfig;
@@ -40,10 +39,7 @@ fn read_tls(
         }
         return None;
     };
-    let load = |path: &Path| path.to_owned();
-    Mutual::load(&load(cert), &load(key), &load(ca))
-        .map_err(|error| mistakes.add(table.span(), chain(&error)))
-        .ok()
+    Mutual::load(cert, key, ca).map_err(|error| mistakes.add(table.span(), chain(&error))).ok()
 }
 
 /// `[control.agents]`

@@ -400,3 +400,42 @@ async fn a_target_that_crashes_before_its_promotion_is_promoted() {
     wait_active(&installation, "b").await;
     run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
 }
+
+/// Without synchronous replication nothing but the lease keeps the old server from taking writes once there is another: the
+/// last that it acknowledges comes before that one is seen as a primary.
+#[tokio::test]
+async fn nobody_writes_to_two_servers_though_replication_is_asynchronous() {
+    for is_guard_new in [false, true] {
+        let mut installation = Installation::start_with_agents("agents-async");
+        installation.reconfigure(|text| {
+            text.replace("automatic = true", "automatic = true\nloss_max = \"1MB\"")
+        });
+        run(&mut installation.connect().await, "CREATE TABLE intruded (n bigint)").await;
+        wait_protected(&installation).await;
+        let mut writer = installation.direct("a").await;
+        let written = tokio::spawn(async move {
+            let mut last = Instant::now();
+            while writer.query("INSERT INTO intruded VALUES (1)").await.is_ok() {
+                last = Instant::now();
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            last
+        });
+        let mut standby = installation.direct("b").await;
+        let promoted = tokio::spawn(async move {
+            while value(&mut standby, "SELECT pg_is_in_recovery()").await == "t" {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Instant::now()
+        });
+        if is_guard_new {
+            let before = installation.guard("a");
+            signal(before.unwrap(), "KILL");
+            let other = async || installation.guard("a").is_some_and(|now| Some(now) != before);
+            wait_until("another guard", other).await;
+        }
+        signal(installation.agent("a"), "KILL");
+        let (written, promoted) = (written.await.unwrap(), promoted.await.unwrap());
+        assert!(written < promoted, "{:?} too long", written.duration_since(promoted));
+    }
+}
