@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use link::Client;
 use model::agent::{Fetch, Fetched, Finished, Order, Renew, Renewed, Sender, Task};
 use model::cell::Epoch;
 use model::failover::Process;
@@ -17,7 +18,6 @@ use thiserror::Error;
 use tokio::sync::{Mutex, Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::client::Client;
 use crate::config::AgentConfig;
 use crate::guard::Guard;
 

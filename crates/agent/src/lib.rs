@@ -3,8 +3,6 @@
 //!
 //! # Layout, in reading order
 //! - [`config`]: which server, and where control is.
-//! - [`transport`]: connections, by TLS or on this machine.
-//! - `client`: the way to control.
 //! - `beside`: the agent: renews, watches, obeys.
 //! - [`guard`]: another process that ends the server when the lease is over and the agent has not.
 //!
@@ -14,10 +12,8 @@
 #![forbid(unsafe_code)]
 
 mod beside;
-mod client;
 pub mod config;
 pub mod guard;
-pub mod transport;
 
 pub use beside::{Agent, AgentError};
 pub use config::AgentConfig;

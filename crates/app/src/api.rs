@@ -25,6 +25,7 @@ use wire::scram::Secret;
 const STATUS_MAX: Duration = Duration::from_secs(2);
 
 pub(crate) mod agents;
+mod proxies;
 
 #[derive(Clone)]
 pub(crate) struct State {
@@ -118,8 +119,20 @@ pub(crate) struct AppStatus {
     pub(crate) execution: Option<u64>,
     pub(crate) sessions: u64,
     pub(crate) cells: Vec<CellStatus>,
+    #[serde(default)]
+    pub(crate) proxies: Vec<ProxyStatus>,
     /// What is wrong, each with what to type next.
     pub(crate) problems: Vec<String>,
+}
+
+/// One proxy, in one application.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ProxyStatus {
+    /// Empty for that of control's own process.
+    pub(crate) name: String,
+    /// `serves`, `silent`, or `out`: it has ended, or nobody waits for it.
+    pub(crate) state: String,
+    pub(crate) sessions: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -160,13 +173,14 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         let (cell, status) = ask.await;
         found.insert(cell, status);
     }
+    let mut problems = Vec::new();
+    let proxies = proxies(state, name, &mut problems);
     let active = application.active().map(str::to_owned);
     let active_lsn = active
         .as_ref()
         .and_then(|cell| found.get(cell))
         .and_then(|s| s.as_ref().ok())
         .map(|s| s.lsn);
-    let mut problems = Vec::new();
     let mut cells = Vec::new();
     for (cell, status) in &found {
         let cell_state = application.cells.get(cell).copied().unwrap_or(CellState::Passive);
@@ -269,10 +283,32 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         epoch: application.epoch.0,
         active,
         execution: application.execution,
-        sessions: u64::try_from(state.proxy.session_count(name)).unwrap_or(0),
+        sessions: proxies.iter().map(|proxy| proxy.sessions).sum(),
         cells,
+        proxies,
         problems,
     })
+}
+
+fn proxies(state: &State, app: &str, problems: &mut Vec<String>) -> Vec<ProxyStatus> {
+    let sessions = u64::try_from(state.proxy.session_count(app)).unwrap_or(0);
+    let mut all = vec![ProxyStatus { name: String::new(), state: "serves".into(), sessions }];
+    for proxy in state.control.proxies() {
+        let shown = match (proxy.is_out, proxy.is_heard) {
+            (true, _) => "out",
+            (false, true) => "serves",
+            (false, false) => "silent",
+        };
+        if shown == "silent" {
+            problems.push(format!(
+                "proxy `{}` is silent: start it, or let a change go on without it by `--on-timeout force`",
+                proxy.name
+            ));
+        }
+        let sessions = proxy.sessions.get(app).copied().unwrap_or(0);
+        all.push(ProxyStatus { name: proxy.name, state: shown.into(), sessions });
+    }
+    all
 }
 
 async fn sessions(
@@ -288,9 +324,8 @@ async fn sessions(
         let report = state.control.order(model::barrier::Order::Inspect { app }).await;
         return Ok(Json(report).into_response());
     }
-    let all = state.proxy.sessions().await;
-    let of_app: Vec<_> = all.into_iter().filter(|view| view.app == app).collect();
-    Ok(Json(of_app).into_response())
+    let report = state.control.order(model::barrier::Order::List { app }).await;
+    Ok(Json(report.listed).into_response())
 }
 
 async fn switchover(

@@ -11,6 +11,7 @@ mod api;
 mod cli;
 mod config;
 mod demo;
+mod remote;
 mod run;
 
 fn main() -> std::process::ExitCode {

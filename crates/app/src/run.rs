@@ -17,7 +17,7 @@ use crate::config::Config;
 /// Orders that may wait for the proxy; control sends one at a time for each application.
 const ORDERS_MAX: usize = 16;
 /// How long running requests may take to end at a shutdown.
-const GRACE: Duration = Duration::from_secs(5);
+pub(crate) const GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Error)]
 pub(crate) enum RunError {
@@ -82,6 +82,7 @@ impl Running {
                 tracing::error!(app, cell, error, "application cannot be served");
             }
         }
+        control.settled();
         let address = config.api.listen;
         let listener =
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;

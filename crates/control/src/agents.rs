@@ -1,20 +1,19 @@
 //! What control knows of agents: what each has said last, the lease that it was answered, and the orders that it has not
 //! brought back yet.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use model::agent::{Fetch, Fetched, Finished, ORDERS_MAX, Order, Renew, Renewed, Sender, Task};
+use model::agent::{Fetch, Fetched, Finished, Order, Renew, Renewed, Sender, Task};
 use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Granter, Moment, Terms};
 use model::member::{Done, Work};
-use model::persisted::Attended;
-use tokio::sync::{Notify, oneshot};
-use tokio::time::timeout;
+use model::persisted::{Attended, attended_key};
+use tokio::sync::Notify;
 
 use crate::control::Control;
+use crate::mailbox::{Identity, Mailbox, Posted};
 use crate::member::Member;
 use crate::records;
 use crate::requests::ControlError;
@@ -35,13 +34,10 @@ const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
 pub struct Link {
     app: String,
     cell: String,
+    mailbox: Mailbox<(Epoch, Task), Done>,
     state: Mutex<State>,
-    /// An order waits.
-    ordered: Notify,
     /// The agent has said something that was not so before.
     changed: Notify,
-    /// No two orders are given at once.
-    turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -49,25 +45,12 @@ struct State {
     granter: Granter,
     /// That of the store, as it was seen last.
     epoch: Epoch,
-    heard: Option<Heard>,
-    next_id: u64,
-    waiting: VecDeque<Order>,
-    under_way: BTreeMap<u64, oneshot::Sender<Result<Done, String>>>,
+    /// What the agent has said last.
+    process: Option<Process>,
 }
 
-/// What an agent has said last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Heard {
-    at: Instant,
-    host: u64,
-    run: u64,
-    process: Process,
-}
-
-impl Heard {
-    fn is_from(&self, sender: &Sender) -> bool {
-        (self.host, self.run) == (sender.host, sender.run)
-    }
+fn identity(sender: &Sender) -> Identity {
+    (sender.host, sender.run)
 }
 
 /// The host's time, sleep included.
@@ -77,22 +60,13 @@ fn now() -> Moment {
 
 impl Link {
     pub fn new(app: &str, cell: &str, terms: Terms) -> Link {
-        let state = State {
-            granter: Granter::new(now(), terms),
-            epoch: Epoch(0),
-            heard: None,
-            // What an agent says of an order of an earlier control is not taken for an answer to one of this.
-            next_id: u64::try_from(now().0.as_nanos()).unwrap_or(1),
-            waiting: VecDeque::new(),
-            under_way: BTreeMap::new(),
-        };
+        let granter = Granter::new(now(), terms);
         Link {
             app: app.into(),
             cell: cell.into(),
-            state: Mutex::new(state),
-            ordered: Notify::new(),
+            mailbox: Mailbox::new(format!("the agent of `{cell}`"), terms.length),
+            state: Mutex::new(State { granter, epoch: Epoch(0), process: None }),
             changed: Notify::new(),
-            turn: tokio::sync::Mutex::new(()),
         }
     }
 
@@ -114,9 +88,7 @@ impl Link {
             state.granter.remember(host, length);
         }
         let host = asked.sender.host;
-        let silence_max = state.granter.terms().length;
-        let other = state.heard.filter(|heard| heard.host != host);
-        if other.is_some_and(|other| other.at.elapsed() < silence_max) {
+        if self.mailbox.heard().is_some_and(|(other, _)| other != host) {
             let (app, cell) = (&self.app, &self.cell);
             tracing::error!(app, cell, host, "another agent speaks for the cell already");
             return Ok(Renewed { granted: None, terms: state.granter.terms() });
@@ -136,18 +108,8 @@ impl Link {
         }
         state.granter = granter;
         state.epoch = epoch;
-        let Sender { run, .. } = asked.sender;
-        let heard = Heard { at: Instant::now(), host, run, process: asked.process };
-        let before = state.heard.replace(heard);
-        if before.is_some_and(|before| before.run != heard.run) {
-            tracing::warn!(app = self.app, cell = self.cell, "the agent was started again");
-            // What it was doing, nobody knows; it may be asked again.
-            state.waiting.clear();
-            for (_, asked) in std::mem::take(&mut state.under_way) {
-                let _ = asked.send(Err("the agent was started again".into()));
-            }
-        }
-        if before.is_none_or(|before| before.process != heard.process) {
+        self.mailbox.hear(identity(&asked.sender));
+        if state.process.replace(asked.process) != Some(asked.process) {
             self.changed.notify_waiters();
         }
         let terms = state.granter.terms();
@@ -161,46 +123,22 @@ impl Link {
 
     /// Orders for an agent that asks for them.
     pub(crate) async fn fetch(&self, sender: &Sender) -> Fetched {
-        let take = || {
-            let mut state = self.state();
-            // Of one that was started again meanwhile: the question is from before.
-            let is_current = state.heard.is_some_and(|heard| heard.is_from(sender));
-            if is_current { state.waiting.drain(..).collect() } else { Vec::new() }
-        };
-        let ordered = self.ordered.notified();
-        let mut orders: Vec<Order> = take();
-        if orders.is_empty() && timeout(FETCH_MAX, ordered).await.is_ok() {
-            orders = take();
-        }
-        Fetched { orders }
+        let posted = self.mailbox.fetch(identity(sender), FETCH_MAX).await;
+        let order =
+            |Posted { id, wait_max, what: (epoch, what) }| Order { id, epoch, wait_max, what };
+        Fetched { orders: posted.into_iter().map(order).collect() }
     }
 
     pub(crate) fn finished(&self, finished: Finished) {
-        let mut state = self.state();
-        let is_current = state.heard.is_some_and(|heard| heard.is_from(&finished.sender));
-        let asked = state.under_way.remove(&finished.id).filter(|_| is_current);
-        if let Some(asked) = asked {
-            // Whoever has asked may wait no longer.
-            let _ = asked.send(finished.result);
-        }
-    }
-
-    /// How long an agent may be silent until it is taken for gone.
-    fn silence_max(&self) -> Duration {
-        self.state().granter.terms().length
-    }
-
-    /// What the agent has said last, if that is not long ago.
-    fn heard(&self) -> Option<Heard> {
-        let silence_max = self.silence_max();
-        self.state().heard.filter(|heard| heard.at.elapsed() < silence_max)
+        self.mailbox.finished(identity(&finished.sender), finished.id, finished.result);
     }
 
     /// What the agent says of the server's process, if it is heard.
     pub(crate) fn process(&self) -> Option<Process> {
+        let state = self.state();
         // Two renewals may be lost.
-        let recent = self.silence_max() * 3 / 4;
-        self.state().heard.filter(|heard| heard.at.elapsed() < recent).map(|heard| heard.process)
+        let recent = state.granter.terms().length * 3 / 4;
+        state.process.filter(|_| self.mailbox.heard_within(recent).is_some())
     }
 
     /// Resolves when the agent says something else of the process.
@@ -235,43 +173,7 @@ impl Link {
             Task::Work(Work::ReadTail { .. } | Work::KeepTail { .. }) => READ_MAX,
             _ => SHORT_MAX,
         };
-        let busy = |_| format!("the agent of `{}` is busy for longer than {limit:?}", self.cell);
-        let _turn = timeout(limit, self.turn.lock()).await.map_err(busy)?;
-        if self.heard().is_none() {
-            return Err(format!("the agent of `{}` is not heard", self.cell));
-        }
-        let (tx, rx) = oneshot::channel();
-        let id = {
-            let mut state = self.state();
-            if state.waiting.len() >= ORDERS_MAX {
-                return Err(format!("the agent of `{}` fetches no orders", self.cell));
-            }
-            let id = state.next_id;
-            state.next_id += 1;
-            let epoch = state.epoch;
-            state.waiting.push_back(Order { id, epoch, wait_max: limit, what });
-            state.under_way.insert(id, tx);
-            id
-        };
-        self.ordered.notify_one();
-        let silent = async {
-            // A long order is waited for only while the agent is there.
-            while self.heard().is_some() {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        };
-        let answer = tokio::select! {
-            answer = timeout(limit, rx) => match answer {
-                Ok(Ok(result)) => result,
-                Ok(Err(_)) => Err(format!("the agent of `{}` was lost", self.cell)),
-                Err(_) => Err(format!("the agent of `{}` is not done within {limit:?}", self.cell)),
-            },
-            () = silent => Err(format!("the agent of `{}` is not heard any more", self.cell)),
-        };
-        let mut state = self.state();
-        state.under_way.remove(&id);
-        state.waiting.retain(|order| order.id != id);
-        answer
+        self.mailbox.ask(limit, || (self.state().epoch, what)).await
     }
 }
 
@@ -299,7 +201,8 @@ impl Control {
             let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
             Ok((epoch, has_it, records::attended(&*self.store, app, cell)?))
         };
-        let attend = |attended| Ok(records::attend(&*self.store, app, cell, attended)?);
+        let attend =
+            |attended| Ok(records::put(&*self.store, &attended_key(app, cell), &attended)?);
         self.link(&asked.sender)?.renew(asked, read, attend)
     }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use model::durability::Durability;
+use model::lease::Terms;
 use pg::Target;
 use pg::admin::AdminLogin;
 
@@ -15,6 +16,8 @@ pub struct ControlConfig {
     pub apps: BTreeMap<String, AppServers>,
     /// Where the store is kept.
     pub state_dir: PathBuf,
+    /// Of agents and of proxies of other processes, if there are to be any.
+    pub terms: Option<Terms>,
 }
 
 #[derive(Debug, Clone)]

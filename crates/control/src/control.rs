@@ -1,18 +1,18 @@
 //! What control of all applications has, and what of it is read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use model::barrier::{Order, Report};
 use model::cell::Application;
 use model::persisted::Execution;
 use store::Store;
-use tokio::sync::{Mutex, MutexGuard, oneshot};
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::Proxies;
 use crate::config::{AppServers, ControlConfig};
 use crate::member::Member;
+use crate::proxies::Remote;
 use crate::records;
 use crate::requests::{ControlError, Served};
 use crate::watch::Seen;
@@ -24,7 +24,11 @@ pub const EXECUTIONS_SHOWN_MAX: usize = 100;
 pub struct Control {
     pub config: ControlConfig,
     pub(crate) store: Arc<dyn Store>,
+    /// The proxy of this process.
     pub(crate) proxies: Proxies,
+    pub(crate) remotes: std::sync::Mutex<BTreeMap<String, Arc<Remote>>>,
+    /// Applications of which proxies wait for orders.
+    pub(crate) changing: std::sync::Mutex<BTreeSet<String>>,
     /// One execution an application at a time; the store says so as well, across processes.
     pub(crate) running: BTreeMap<String, Mutex<()>>,
     /// What was seen last of active cells, by application.
@@ -70,10 +74,19 @@ impl Control {
                 }
             }
         }
+        let mut remotes = BTreeMap::new();
+        if let Some(terms) = config.terms {
+            for (name, registered) in records::proxies(&*store)? {
+                let remote = Arc::new(Remote::new(&name, terms, registered));
+                remotes.insert(name, remote);
+            }
+        }
+        let remotes = std::sync::Mutex::new(remotes);
+        let changing = std::sync::Mutex::new(config.apps.keys().cloned().collect());
         let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
         let seen = Default::default();
         let writing = std::sync::Mutex::default();
-        Ok(Arc::new(Control { config, store, proxies, running, seen, writing }))
+        Ok(Arc::new(Control { config, store, proxies, remotes, changing, running, seen, writing }))
     }
 
     /// The cell of each application that clients are attached to.
@@ -133,17 +146,6 @@ impl Control {
             app: app.into(),
             known: self.config.apps.keys().cloned().collect::<Vec<_>>().join(", "),
         })
-    }
-
-    /// Sends an order to the proxy and waits for its report, which has its own deadlines.
-    pub async fn order(&self, order: Order) -> Report {
-        let (tx, rx) = oneshot::channel();
-        let gone =
-            || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
-        if self.proxies.send((order, tx)).await.is_err() {
-            return gone();
-        }
-        rx.await.unwrap_or_else(|_| gone())
     }
 
     /// Whoever holds this may change the application.

@@ -4,6 +4,8 @@
 //! - [`config`]: applications, their cells, and how each server is reached.
 //! - [`member`]: whoever has a server's files at hand.
 //! - [`agents`]: what control knows of those beside servers elsewhere.
+//! - `mailbox`: orders for another process, and what became of them.
+//! - [`proxies`]: orders for all proxies, those of other processes too.
 //! - [`records`]: the application and its executions in the store.
 //! - [`requests`]: what it is asked for, and what it answers.
 //! - [`control`]: what it has. `verbs`: what people ask for.
@@ -25,7 +27,9 @@ pub mod config;
 pub mod control;
 mod durability;
 pub mod hba;
+mod mailbox;
 pub mod member;
+pub mod proxies;
 pub mod records;
 pub mod requests;
 mod runner;

@@ -2,8 +2,8 @@
 
 use model::cell::Epoch;
 use model::persisted::{
-    Application, Attended, Execution, application_key, attended_key, execution_key,
-    execution_prefix,
+    Application, Attended, Execution, Registered, application_key, attended_key, execution_key,
+    execution_prefix, proxy_key,
 };
 use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
@@ -103,20 +103,28 @@ pub fn attended(store: &dyn Store, app: &str, cell: &str) -> Result<Option<Atten
     store.get(&key)?.map(|found| decode(&key, &found.value)).transpose()
 }
 
-/// Records whom the lease of a cell is given.
+/// Writes a record that nobody else writes.
 ///
 /// # Errors
 /// The store cannot be written.
-pub fn attend(
+pub fn put<T: serde::Serialize>(
     store: &dyn Store,
-    app: &str,
-    cell: &str,
-    attended: Attended,
+    key: &str,
+    value: &T,
 ) -> Result<(), RecordError> {
-    let key = attended_key(app, cell);
-    let value = encode(&key, &attended)?;
-    store.commit(&Txn::default().put(key, value))?;
+    store.commit(&Txn::default().put(key, encode(key, value)?))?;
     Ok(())
+}
+
+/// Proxies of other processes that are remembered.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn proxies(store: &dyn Store) -> Result<Vec<(String, Registered)>, RecordError> {
+    let prefix = proxy_key("");
+    let name = |key: &str| key.strip_prefix(&prefix).unwrap_or_default().to_owned();
+    let all = store.list(&prefix)?;
+    all.iter().map(|(key, found)| Ok((name(key), decode(key, &found.value)?))).collect()
 }
 
 /// Executions of an application, oldest first.

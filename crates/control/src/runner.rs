@@ -65,6 +65,7 @@ impl Control {
                 continue;
             }
             let stage = resume(execution.kind, execution.stage, application.is_past(&execution));
+            self.wait_for_proxies().await;
             tracing::warn!(app, execution = id, found = %execution.stage, goes_on = %stage, "execution was cut off");
             self.run(execution, stage).await?;
         }
@@ -77,6 +78,8 @@ impl Control {
         mut stage: Stage,
     ) -> Result<Execution, ControlError> {
         loop {
+            // Before anything is recorded: what proxies are told is read after.
+            self.set_changing(&execution.app, stage.is_of_proxies());
             self.begin(&mut execution, stage)?;
             crash_point(stage, "begin");
             let began = Instant::now();
@@ -92,7 +95,9 @@ impl Control {
             match after {
                 Next::Go(next) => stage = next,
                 Next::End(ending) => {
-                    if ending == Ending::Stuck && stage.holds_clients() {
+                    let holds = ending == Ending::Stuck && stage.holds_clients();
+                    self.set_changing(&execution.app, holds);
+                    if holds {
                         // Clients are not left waiting for a person.
                         let app = execution.app.clone();
                         let report = self.order(Order::GiveUp { app }).await;

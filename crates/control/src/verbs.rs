@@ -104,6 +104,9 @@ impl Control {
             },
         }
         let report = self.order(Order::Inspect { app: app.into() }).await;
+        if request.on_timeout == OnTimeout::Abort {
+            refusals.extend(report.missing);
+        }
         Ok(DryRun {
             app: app.into(),
             to: request.to.clone(),

@@ -73,8 +73,10 @@ pub enum Order {
     /// Begin to hear what the fenced server still has for held sessions: how often each holds its locks, and
     /// notifications. `Attach` and `Release` wait for the end of it.
     HearOut { app: String },
-    /// Attach every held session to `to` and prove that it is the same. A session goes on as soon as it is
-    /// attached, once all stand there that hold locks or listen: what they have is nobody else's.
+    /// Attach those held sessions to `to` that others can see, as they hold locks or listen, and prove that they are the
+    /// same. They stay held until all such stand there, of whichever proxy: what they have is nobody else's.
+    AttachFirst { app: String, to: String },
+    /// Let those go on, attach all others, and let each go on as soon as it stands there.
     Attach { app: String, to: String },
     /// Let every held session go on, and new logins to `to`, which is in this state and epoch from now on.
     Release { app: String, to: String, state: CellState, epoch: Epoch },
@@ -88,6 +90,89 @@ pub enum Order {
     Move { app: String, session: Option<u64>, to: String, deadline_ms: u64 },
     /// End the connections that moved sessions have left behind, little by little: they are in nobody's way.
     Retire { app: String },
+    /// Only list sessions.
+    List { app: String },
+}
+
+impl Order {
+    /// Of which application the sessions are.
+    pub fn app(&self) -> &str {
+        match self {
+            Order::Prepare { app, .. }
+            | Order::Inspect { app }
+            | Order::Hold { app, .. }
+            | Order::Backends { app }
+            | Order::Capture { app, .. }
+            | Order::HearOut { app }
+            | Order::AttachFirst { app, .. }
+            | Order::Attach { app, .. }
+            | Order::Release { app, .. }
+            | Order::Cut { app }
+            | Order::GiveUp { app }
+            | Order::Move { app, .. }
+            | Order::Retire { app }
+            | Order::List { app } => app,
+        }
+    }
+
+    /// Only a proxy that holds its sessions can obey it.
+    pub fn needs_hold(&self) -> bool {
+        match self {
+            Order::Backends { .. }
+            | Order::Capture { .. }
+            | Order::HearOut { .. }
+            | Order::AttachFirst { .. }
+            | Order::Attach { .. }
+            | Order::GiveUp { .. } => true,
+            Order::Prepare { .. }
+            | Order::Inspect { .. }
+            | Order::Hold { .. }
+            | Order::Release { .. }
+            | Order::Cut { .. }
+            | Order::Move { .. }
+            | Order::Retire { .. }
+            | Order::List { .. } => false,
+        }
+    }
+}
+
+/// A session, for tables and logs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionView {
+    pub id: u64,
+    pub app: String,
+    pub user: String,
+    pub database: String,
+    pub application_name: String,
+    pub client: String,
+    pub tls: bool,
+    pub cell: String,
+    pub server: String,
+    pub backend_pid: i32,
+    pub state: String,
+    pub connected_s: u64,
+    pub idle_s: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub requests: u64,
+    pub moves: u32,
+    pub pins: Vec<String>,
+    /// How it shares servers: `shared`, `waits`, or why it keeps one. Empty if it does not.
+    #[serde(default)]
+    pub pool: String,
+}
+
+impl SessionView {
+    /// As one that is in the way because it is busy.
+    pub fn into_busy(self) -> Blocker {
+        let session = NamedSession {
+            id: self.id,
+            user: self.user,
+            database: self.database,
+            application_name: self.application_name,
+        };
+        Blocker { session, reasons: vec![Reason::Busy { what: self.state }] }
+    }
 }
 
 /// What a proxy answers.
@@ -105,8 +190,35 @@ pub struct Report {
     pub backends: Vec<i32>,
     /// How long sessions were held, in milliseconds, when they are released.
     pub pauses: Option<Pauses>,
+    /// The sessions, if they are to be listed.
+    #[serde(default)]
+    pub listed: Vec<SessionView>,
+    /// Proxies that have not obeyed, and why.
+    #[serde(default)]
+    pub missing: Vec<String>,
     /// Why nothing was done at all.
     pub error: Option<String>,
+}
+
+impl Report {
+    /// What several proxies answer as one. An error of one is one of all; pauses are those of the slowest.
+    pub fn and(mut self, other: Report) -> Report {
+        self.sessions += other.sessions;
+        self.done += other.done;
+        self.told += other.told;
+        self.blockers.extend(other.blockers);
+        self.backends.extend(other.backends);
+        self.listed.extend(other.listed);
+        self.missing.extend(other.missing);
+        self.error = self.error.or(other.error);
+        self.pauses = match (self.pauses, other.pauses) {
+            (Some(a), Some(b)) => {
+                Some(Pauses { p50: a.p50.max(b.p50), p99: a.p99.max(b.p99), max: a.max.max(b.max) })
+            }
+            (a, b) => a.or(b),
+        };
+        self
+    }
 }
 
 /// How long sessions were held, in milliseconds.

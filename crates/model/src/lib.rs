@@ -15,6 +15,7 @@
 //! - [`agent`]: what an agent and control say to each other.
 //! - [`durability`]: on how many servers a commit is before it is acknowledged.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
+//! - [`proxies`]: what proxies of other processes and control say to each other, and what they make of it.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
 
@@ -31,6 +32,7 @@ pub mod lsn;
 pub mod member;
 pub mod persisted;
 pub mod policy;
+pub mod proxies;
 pub mod session;
 pub mod sql;
 pub mod switchover;

@@ -26,6 +26,20 @@ pub struct Attended {
     pub length: std::time::Duration,
 }
 
+/// A proxy of another process.
+pub fn proxy_key(name: &str) -> String {
+    format!("proxy/{name}")
+}
+
+/// What is remembered of a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    /// Ids of its sessions begin with this.
+    pub number: u64,
+    /// It has ended, or was silent for so long that it goes by nothing that was.
+    pub is_out: bool,
+}
+
 /// Executions sort by their number.
 pub fn execution_key(app: &str, id: u64) -> String {
     format!("execution/{app}/{id:020}")

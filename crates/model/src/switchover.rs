@@ -128,6 +128,11 @@ impl Stage {
         )
     }
 
+    /// Proxies wait for orders meanwhile: what is served is being changed.
+    pub fn is_of_proxies(self) -> bool {
+        !matches!(self, Stage::Prepare | Stage::Assess | Stage::Rejoin)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Stage::Prepare => "prepare",

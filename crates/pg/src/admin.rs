@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use model::Lsn;
+use model::proxies::Answer;
 use tokio::time::timeout;
 use wire::scram::{Credential, Verifier};
 
@@ -57,7 +58,39 @@ pub struct ServerStatus {
     pub streaming: bool,
 }
 
+/// Whether it is in recovery, its timeline as the begin of a WAL file's name, and whether its files say that it is read-only:
+/// this connection has it otherwise for itself.
+const PROOF: &str = "SELECT pg_catalog.pg_is_in_recovery(), \
+    CASE WHEN pg_catalog.pg_is_in_recovery() THEN '' \
+        ELSE pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) END, \
+    (SELECT setting FROM pg_catalog.pg_file_settings WHERE name = 'default_transaction_read_only' \
+        AND error IS NULL ORDER BY seqno DESC LIMIT 1)";
+
 impl Admin {
+    /// What the server says of whether it is still what it was.
+    ///
+    /// # Errors
+    /// As [`Admin::rows`], or the answer is of another shape.
+    pub async fn proof(&mut self) -> Result<Answer, QueryError> {
+        let rows = self.rows(PROOF).await?;
+        let [is_in_recovery, file, read_only] =
+            rows.first().map(Vec::as_slice).ok_or(QueryError::Shape)?
+        else {
+            return Err(QueryError::Shape);
+        };
+        let is_in_recovery = is_in_recovery.as_deref() == Some("t");
+        let timeline =
+            file.as_deref().and_then(|file| u32::from_str_radix(file.get(..8)?, 16).ok());
+        let is_read_only =
+            read_only.as_deref().is_some_and(|text| !matches!(text, "off" | "false" | "no" | "0"));
+        let timeline = match timeline {
+            Some(timeline) => timeline,
+            None if is_in_recovery => 0,
+            None => return Err(QueryError::Shape),
+        };
+        Ok(Answer { is_in_recovery, timeline, is_read_only })
+    }
+
     /// # Errors
     /// The server cannot be reached or refuses the login.
     pub async fn connect(target: &Target, login: &AdminLogin) -> Result<Admin, ConnectError> {

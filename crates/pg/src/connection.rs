@@ -45,6 +45,8 @@ pub enum QueryError {
     Lost { what: String, error: String },
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    #[error("server's answer is of another shape")]
+    Shape,
 }
 
 impl QueryError {

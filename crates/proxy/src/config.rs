@@ -25,6 +25,8 @@ pub struct ProxyConfig {
     pub admin_users: Vec<String>,
     /// Engine threads. One is the leanest; more are for many cores.
     pub engines: usize,
+    /// The id of the first session; other proxies' begin elsewhere.
+    pub first_id: u64,
 }
 
 /// Every queue and every wait has an end.

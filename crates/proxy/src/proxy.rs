@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use model::barrier::SessionView;
+use pg::admin::Admin;
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -21,7 +23,7 @@ use crate::listener;
 use crate::metrics::{Metrics, write_metric};
 use crate::mover::Mover;
 use crate::pool::keeper;
-use crate::session::{Session, SessionView};
+use crate::session::Session;
 
 /// A client's cancel key: the pid that it knows, and the secret.
 type Key = (i32, Box<[u8]>);
@@ -220,7 +222,7 @@ impl Proxy {
             metrics: Metrics::default(),
             clock: clock.clone(),
             random: SystemRandom::new(),
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(config.first_id),
             clients: AtomicUsize::new(0),
             keys: Mutex::default(),
             config,
@@ -266,6 +268,16 @@ impl Proxy {
 
     pub async fn sessions(&self) -> Vec<SessionView> {
         self.shared.views().await
+    }
+
+    /// Holdfast's own connection to a cell's server.
+    ///
+    /// # Errors
+    /// There is no such cell, or its server takes no login.
+    pub async fn admin(&self, app: &str, cell: &str) -> Result<Admin, String> {
+        let app = self.shared.app(app).ok_or("this proxy has no such application")?;
+        let cell = app.cells.get(cell).ok_or("the application has no such cell")?;
+        Admin::connect(&cell.target, &app.admin).await.map_err(|error| model::chain(&error))
     }
 
     /// Sessions of an application, wherever they are.

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use model::barrier::{Blocker, NamedSession, Reason};
+use model::barrier::{NamedSession, SessionView};
 use model::session::inspect::Hints;
 use model::session::names::Names;
 use model::session::replay::Step;
@@ -276,45 +276,6 @@ pub fn terminate(server: &mut Leg) {
         wire::frontend::terminate(&mut out);
         server.push(&out);
         write_some(server);
-    }
-}
-
-/// For tables and logs.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct SessionView {
-    pub id: u64,
-    pub app: String,
-    pub user: String,
-    pub database: String,
-    pub application_name: String,
-    pub client: String,
-    pub tls: bool,
-    pub cell: String,
-    pub server: String,
-    pub backend_pid: i32,
-    pub state: String,
-    pub connected_s: u64,
-    pub idle_s: u64,
-    pub bytes_in: u64,
-    pub bytes_out: u64,
-    pub requests: u64,
-    pub moves: u32,
-    pub pins: Vec<String>,
-    /// How it shares servers: `shared`, `waits`, or why it keeps one. Empty if it does not.
-    #[serde(default)]
-    pub pool: String,
-}
-
-impl SessionView {
-    /// As one that is in the way because it is busy.
-    pub(crate) fn into_busy(self) -> Blocker {
-        let session = NamedSession {
-            id: self.id,
-            user: self.user,
-            database: self.database,
-            application_name: self.application_name,
-        };
-        Blocker { session, reasons: vec![Reason::Busy { what: self.state }] }
     }
 }
 

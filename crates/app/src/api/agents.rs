@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::transport::{Peer, Stream, accept};
 use axum::Router;
 use axum::extract::connect_info::Connected;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Json, State as Extract};
@@ -13,6 +12,7 @@ use axum::http::StatusCode;
 use axum::routing::post;
 use axum::serve::IncomingStream;
 use control::Control;
+use link::{Peer, Stream, accept};
 use model::agent::{Fetch, Fetched, Finished, Renew, Renewed, Sender};
 use serde_json::json;
 use tls::mutual::Mutual;
@@ -67,7 +67,7 @@ async fn take(listener: TcpListener, tls: Option<Mutual>, taken: mpsc::Sender<Ta
         let handshake = tokio::spawn(async move {
             match accept(socket, tls.as_ref()).await {
                 // The receiver takes all that come.
-                Ok((stream, peer)) => drop(taken.send((stream, Who { peer })).await),
+                Ok((stream, peer)) => drop(taken.send((stream, Who { peer, address })).await),
                 Err(error) => tracing::debug!(%address, %error, "whoever connects is no agent"),
             }
         });
@@ -77,8 +77,24 @@ async fn take(listener: TcpListener, tls: Option<Mutual>, taken: mpsc::Sender<Ta
 
 /// Who has connected.
 #[derive(Debug, Clone)]
-struct Who {
+pub(super) struct Who {
     peer: Peer,
+    pub(super) address: SocketAddr,
+}
+
+impl Who {
+    /// Speaks for whoever has this name and for no other.
+    pub(super) fn check(&self, name: &str) -> Result<(), ApiError> {
+        if self.peer.is(name) {
+            return Ok(());
+        }
+        let shown = match &self.peer {
+            Peer::Named(name) => name,
+            Peer::Here => "",
+        };
+        let text = format!("the certificate of `{shown}` is not that of `{name}`");
+        Err(ApiError(StatusCode::FORBIDDEN, text))
+    }
 }
 
 impl Connected<IncomingStream<'_, Accepted>> for Who {
@@ -106,7 +122,8 @@ impl axum::serve::Listener for Accepted {
     }
 
     fn local_addr(&self) -> std::io::Result<Who> {
-        Ok(Who { peer: Peer::Named(self.address.to_string()) })
+        let address = self.address;
+        Ok(Who { peer: Peer::Named(address.to_string()), address })
     }
 }
 
@@ -115,21 +132,14 @@ fn routes(control: Arc<Control>) -> Router {
         .route("/v1/agents/renew", post(renew))
         .route("/v1/agents/orders", post(orders))
         .route("/v1/agents/finished", post(finished))
+        .merge(super::proxies::routes())
         .layer(DefaultBodyLimit::max(QUESTION_LEN_MAX))
         .with_state(control)
 }
 
 /// An agent speaks for its cell and for no other.
 fn check(who: &Who, Sender { app, cell, .. }: &Sender) -> Result<(), ApiError> {
-    if who.peer.is_agent_of(app, cell) {
-        return Ok(());
-    }
-    let name = match &who.peer {
-        Peer::Named(name) => name,
-        Peer::Here => "",
-    };
-    let text = format!("the certificate of `{name}` is not that of the agent `{app}/{cell}`");
-    Err(ApiError(StatusCode::FORBIDDEN, text))
+    who.check(&link::agent_name(app, cell))
 }
 
 async fn renew(

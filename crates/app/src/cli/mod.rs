@@ -21,6 +21,7 @@ mod client;
 pub(crate) mod show;
 
 use crate::config::{Roles, chain, read_duration};
+use crate::remote::{Remote, RemoteConfig};
 use crate::run::Running;
 use crate::{demo, run};
 use agent::{Agent, AgentConfig};
@@ -274,6 +275,11 @@ fn check(path: &std::path::Path) -> Result<ExitCode, String> {
             say!("{}: the agent of cell `{}` of `{}`", path.display(), agent.cell, agent.app);
             return Ok(ExitCode::SUCCESS);
         }
+        Roles::Proxy(remote) => {
+            let (name, apps) = (&remote.name, remote.proxy.apps.len());
+            say!("{}: proxy `{name}`, {apps} applications", path.display());
+            return Ok(ExitCode::SUCCESS);
+        }
     };
     let cells: usize = config.control.apps.values().map(|app| app.cells.len()).sum();
     say!("{}: {} applications, {cells} cells", path.display(), config.control.apps.len());
@@ -308,6 +314,7 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
     let config = match Roles::load(path).map_err(|error| chain(&error))? {
         Roles::Here(config) => *config,
         Roles::Agent(agent) => return run_agent(*agent),
+        Roles::Proxy(remote) => return run_remote(*remote),
     };
     runtime()?.block_on(async {
         let running = Running::start(config).await.map_err(|error: run::RunError| chain(&error))?;
@@ -318,6 +325,24 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
         shutdown_signal().await?;
         tracing::info!("shutting down");
         running.stop().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn run_remote(config: RemoteConfig) -> Result<ExitCode, String> {
+    runtime()?.block_on(async {
+        let stop = shutdown_signal();
+        tokio::pin!(stop);
+        let remote = tokio::select! {
+            remote = Box::pin(Remote::start(config)) => remote.map_err(|error| chain(&error))?,
+            signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
+        };
+        for address in remote.proxy.addresses() {
+            tracing::info!(%address, "clients are served");
+        }
+        stop.await?;
+        tracing::info!("shutting down");
+        remote.stop().await;
         Ok(ExitCode::SUCCESS)
     })
 }

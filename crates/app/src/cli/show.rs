@@ -4,14 +4,13 @@ use std::process::ExitCode;
 
 use control::requests::DryRun;
 use control::{FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest};
-use model::barrier::{Blocker, Report};
+use model::barrier::{Blocker, Report, SessionView};
 use model::persisted::{Execution, LogEvent};
 use model::switchover::{Ending, Kind};
-use proxy::session::SessionView;
 use serde::Serialize;
 
 use super::{Global, client};
-use crate::api::Status;
+use crate::api::{ProxyStatus, Status};
 
 type Done = Result<ExitCode, String>;
 
@@ -75,6 +74,12 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
             })
             .collect();
         table(&["cell", "state", "server", "role", "lsn", "lag", "streams"], &rows);
+        if app.proxies.len() > 1 {
+            let own = |name: &str| if name.is_empty() { "(own)".into() } else { name.to_owned() };
+            let row = |p: &ProxyStatus| vec![own(&p.name), p.state.clone(), p.sessions.to_string()];
+            let rows: Vec<Vec<String>> = app.proxies.iter().map(row).collect();
+            table(&["proxy", "state", "sessions"], &rows);
+        }
         for problem in &app.problems {
             say!("! {problem}");
         }

@@ -19,7 +19,8 @@ pub(crate) struct Agents {
     pub(super) terms: Terms,
 }
 
-const LEASE: Duration = Duration::from_millis(2_500);
+/// Unless it is said otherwise.
+pub(super) const TERMS: Terms = Terms { length: Duration::from_millis(2_500) };
 const PORT: u16 = 7433;
 
 /// The certificate that we show, its key, and the authority of all others.
@@ -34,7 +35,7 @@ fn read_tls(
             mistakes.add(table.span(), "`cert`, `key` and `ca` go together");
         } else if is_elsewhere {
             let text =
-                "between machines agents and control speak TLS, which needs `cert`, `key` and `ca`";
+                "between machines control is spoken to by TLS, which needs `cert`, `key` and `ca`";
             mistakes.add(table.span(), text);
         }
         return None;
@@ -56,7 +57,7 @@ pub(super) fn read_control(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>)
     }
     let is_elsewhere = listen.as_ref().is_ok_and(|address| !address.ip().is_loopback());
     let tls = read_tls(&mut table, mistakes, is_elsewhere);
-    let length = table.duration(mistakes, "lease").unwrap_or(LEASE);
+    let length = table.duration(mistakes, "lease").unwrap_or(TERMS.length);
     if !Terms::LENGTHS.contains(&length) {
         let (min, max) = (Terms::LENGTHS.start(), Terms::LENGTHS.end());
         let text = format!(
@@ -68,15 +69,18 @@ pub(super) fn read_control(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>)
     Some(Agents { listen: listen.ok()?, tls, terms: Terms { length } })
 }
 
-/// `[agent]`, which is a file of its own.
-pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<AgentConfig> {
-    let app = table.required_text(mistakes, "app");
-    let cell = table.required_text(mistakes, "cell");
-    let span = table.span_of("control");
-    let text = table.text(mistakes, "control").unwrap_or_else(|| format!("127.0.0.1:{PORT}"));
+/// Where control is, and what is shown to it.
+fn read_way(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    name: &'static str,
+) -> (Option<Address>, Option<Mutual>) {
+    let key = name.rsplit('.').next().unwrap_or(name);
+    let span = table.span_of(key);
+    let text = table.text(mistakes, key).unwrap_or_else(|| format!("127.0.0.1:{PORT}"));
     let control = Address::read(&text).filter(|address| address.socket_path().is_none());
     if control.is_none() {
-        mistakes.add(span, format!("`agent.control` must be `host:port`, it is `{text}`"));
+        mistakes.add(span, format!("`{name}` must be `host:port`, it is `{text}`"));
     }
     let is_here = |address: &Address| {
         let ip = address.host.parse::<std::net::IpAddr>();
@@ -84,6 +88,44 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option
     };
     let is_elsewhere = control.as_ref().is_some_and(|address| !is_here(address));
     let tls = read_tls(table, mistakes, is_elsewhere);
+    (control, tls)
+}
+
+/// What a proxy needs to know of a control that is elsewhere.
+#[derive(Debug)]
+pub(super) struct Elsewhere {
+    pub(super) name: String,
+    pub(super) control: Address,
+    pub(super) tls: Option<Mutual>,
+    pub(super) health: Option<SocketAddr>,
+}
+
+/// `[proxy.control]`
+pub(super) fn read_proxy(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Elsewhere> {
+    let span = table.span_of("name");
+    let name = table.required_text(mistakes, "name");
+    if !name.is_empty() && !model::proxies::is_name(&name) {
+        let text = format!(
+            "`proxy.control.name` is made of letters, digits, `-`, `_` and `.`, it is `{name}`"
+        );
+        mistakes.add(span, text);
+    }
+    let (control, tls) = read_way(table, mistakes, "proxy.control.address");
+    let span = table.span_of("health");
+    let health = table.text(mistakes, "health").map(|text| {
+        let address = text.parse::<SocketAddr>();
+        let text = || format!("`proxy.control.health` must be an address such as \"127.0.0.1:7434\", it is `{text}`");
+        address.map_err(|_| mistakes.add(span, text()))
+    });
+    let health = health.transpose().ok()?;
+    Some(Elsewhere { name, control: control?, tls, health })
+}
+
+/// `[agent]`, which is a file of its own.
+pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<AgentConfig> {
+    let app = table.required_text(mistakes, "app");
+    let cell = table.required_text(mistakes, "cell");
+    let (control, tls) = read_way(table, mistakes, "agent.control");
     let state_dir =
         table.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast-agent".into());
     if !table.has("data_dir") {

@@ -31,6 +31,7 @@ mod agents;
 mod policy;
 mod reader;
 
+use crate::remote::RemoteConfig;
 use agents::Agents;
 pub(crate) use reader::{Mistake, read_duration};
 use reader::{Mistakes, Table};
@@ -54,6 +55,8 @@ pub(crate) enum Roles {
     /// Proxy and control.
     Here(Box<Config>),
     Agent(Box<AgentConfig>),
+    /// A proxy whose control is elsewhere.
+    Proxy(Box<RemoteConfig>),
 }
 
 #[derive(Debug, Clone)]
@@ -93,6 +96,10 @@ impl Roles {
                 "the file configures the agent of cell `{}`, that of proxy and control is needed",
                 agent.cell
             )),
+            Roles::Proxy(proxy) => Err(format!(
+                "the file configures proxy `{}`, that of control is needed",
+                proxy.name
+            )),
         }
     }
 
@@ -129,7 +136,7 @@ impl Roles {
                 table.end(&mut mistakes);
                 read
             }
-            None => read_root(&mut root, &mut mistakes).map(|config| Roles::Here(config.into())),
+            None => read_root(&mut root, &mut mistakes),
         };
         root.end(&mut mistakes);
         let found = mistakes.into_found();
@@ -140,8 +147,20 @@ impl Roles {
     }
 }
 
-fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config> {
+fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles> {
     let mut proxy = root.table(mistakes, "proxy").unwrap_or(Table::empty("proxy"));
+    let elsewhere = proxy.table(mistakes, "control").map(|mut table| {
+        let read = agents::read_proxy(&mut table, mistakes);
+        table.end(mistakes);
+        read
+    });
+    if elsewhere.is_some() && root.has("control") {
+        let span = root.span_of("control");
+        mistakes.add(
+            span,
+            "`[proxy.control]` says that control is elsewhere, so there is no `[control]` here",
+        );
+    }
     let mut control = root.table(mistakes, "control").unwrap_or(Table::empty("control"));
     let listen = read_addresses(&mut proxy, mistakes);
     let admin_users = proxy.texts(mistakes, "admin_users").unwrap_or_default();
@@ -169,7 +188,11 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         keepalive,
         timeout: connect_timeout,
         state_dir: state_dir.clone(),
-        lease: agents.as_ref().map(|agents| agents.terms),
+        // Where control is elsewhere, so are the cells' members.
+        lease: agents
+            .as_ref()
+            .map(|agents| agents.terms)
+            .or(elsewhere.is_some().then_some(agents::TERMS)),
     };
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
     let tables = root.tables(mistakes, "app");
@@ -186,21 +209,24 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Config
         apps.push(app);
     }
     check_databases(&apps, mistakes);
-    Some(Config {
-        proxy: ProxyConfig {
-            listen,
-            tls,
-            tls_required,
-            limits,
-            keepalive,
-            apps,
-            admin_users: admin_users.into_iter().map(|(user, _)| user).collect(),
-            engines: usize::try_from(engines).unwrap_or(1),
-        },
-        control: ControlConfig { apps: servers, state_dir },
-        api: api?,
-        agents,
-    })
+    let proxy = ProxyConfig {
+        listen,
+        tls,
+        tls_required,
+        limits,
+        keepalive,
+        apps,
+        admin_users: admin_users.into_iter().map(|(user, _)| user).collect(),
+        engines: usize::try_from(engines).unwrap_or(1),
+        first_id: 1,
+    };
+    if let Some(elsewhere) = elsewhere {
+        let agents::Elsewhere { name, control, tls, health } = elsewhere?;
+        return Some(Roles::Proxy(RemoteConfig { name, control, tls, health, proxy }.into()));
+    }
+    let terms = agents.as_ref().map(|agents| agents.terms);
+    let control = ControlConfig { apps: servers, state_dir, terms };
+    Some(Roles::Here(Config { proxy, control, api: api?, agents }.into()))
 }
 
 fn read_addresses(proxy: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Vec<SocketAddr> {

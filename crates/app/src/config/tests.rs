@@ -31,6 +31,27 @@ fn a_good_file_is_read() {
 }
 
 #[test]
+fn a_proxy_has_a_file_of_its_own() {
+    let elsewhere =
+        "idle_timeout = \"5m\"\n[proxy.control]\nname = \"p2\"\naddress = \"127.0.0.1:7433\"";
+    let text = GOOD.replace("idle_timeout = \"5m\"", elsewhere);
+    let Ok(Roles::Proxy(remote)) = Roles::read(&text) else { panic!("no proxy") };
+    assert_eq!((&*remote.name, remote.control.port, remote.proxy.apps.len()), ("p2", 7433, 1));
+    let wrong = text.replace("\"p2\"", "\"p/2\"").replace("127.0.0.1:7433", "10.0.0.9:7433");
+    let mistakes = Roles::read(&format!("{wrong}\n[control]\n")).unwrap_err();
+    let shown: Vec<String> = mistakes.iter().map(|m| m.text.clone()).collect();
+    assert_eq!(
+        shown,
+        [
+            "between machines control is spoken to by TLS, which needs `cert`, `key` and `ca`",
+            "`proxy.control.name` is made of letters, digits, `-`, `_` and `.`, it is `p/2`",
+            "`[proxy.control]` says that control is elsewhere, so there is no `[control]` here",
+        ],
+        "{mistakes:?}"
+    );
+}
+
+#[test]
 fn every_mistake_is_named_with_its_line() {
     let text = r#"
 [proxy]
@@ -61,7 +82,7 @@ active = "yes"
         [
             "3: `proxy.listen` must hold addresses such as \"127.0.0.1:6432\", `localhost` is none",
             "4: `proxy.clients_max` must be from 1 to 1000000, it is 0",
-            "5: `proxy.colour` is unknown; known are admin_users, clients_max, connect_timeout, engines, \
+            "5: `proxy.colour` is unknown; known are admin_users, clients_max, connect_timeout, control, engines, \
              idle_timeout, keepalive_idle, keepalive_interval, listen, login_timeout, logins_max, \
              moves_at_once, tcp_user_timeout, tls",
             "6: `proxy.login_timeout` must be a duration such as \"500ms\", \"5s\" or \"2m\", it is `soon`",

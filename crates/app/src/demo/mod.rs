@@ -41,6 +41,9 @@ pub(crate) struct DemoArgs {
     /// Put an agent beside each server, as where servers are on other machines.
     #[arg(long)]
     agents: bool,
+    /// Serve clients by so many proxies, each in a process of its own but the first.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    proxies: u8,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     bindir: Option<PathBuf>,
@@ -102,6 +105,9 @@ pub(crate) struct Demo {
     has_agents: bool,
     acks: u8,
     agents: Vec<Child>,
+    /// Those of other processes, and their ports.
+    proxies: Vec<(Child, u16)>,
+    more_proxies: u8,
     running: Option<Running>,
 }
 
@@ -126,6 +132,8 @@ impl Demo {
             has_agents,
             acks,
             agents,
+            proxies: Vec::new(),
+            more_proxies: args.proxies.saturating_sub(1),
             running: None,
         };
         // From here on whatever was started is stopped, also if something fails.
@@ -203,33 +211,67 @@ impl Demo {
         let config = Roles::load(&path).map_err(|e| chain(&e))?.into_config()?;
         self.running = Some(Running::start(config).await.map_err(|e| chain(&e))?);
         workload::create_tables(&self.dsn()).await?;
+        for number in 2..=self.more_proxies + 1 {
+            self.start_proxy(number, agents, bin_dir).await?;
+        }
         self.write_facts()?;
         step.end();
         Ok(())
     }
 
+    /// Runs this program with a configuration in the demo's directory, in a process of its own.
+    fn spawn(&self, name: &str, text: &str) -> Result<Child, String> {
+        let own = std::env::current_exe().map_err(|e| e.to_string())?;
+        let path = self.dir.join(format!("{name}.toml"));
+        std::fs::write(&path, format!("# Written by `holdfast demo`.\n{text}"))
+            .map_err(|e| e.to_string())?;
+        let log = std::fs::File::create(self.dir.join(format!("{name}.log")))
+            .map_err(|e| e.to_string())?;
+        Command::new(&own)
+            .args(["run", "-c"])
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .map_err(|e| format!("`{}`: {e}", own.display()))
+    }
+
+    async fn start_proxy(
+        &mut self,
+        number: u8,
+        control: u16,
+        bin_dir: &Path,
+    ) -> Result<(), String> {
+        const START_MAX: Duration = Duration::from_secs(30);
+        let port = free_port()?;
+        let text = format!(
+            "{}\n[proxy.control]\nname = \"p{number}\"\naddress = \"127.0.0.1:{control}\"\n\n{}",
+            proxy_text(port),
+            self.app_text(bin_dir)
+        );
+        let child = self.spawn(&format!("proxy-{number}"), &text)?;
+        self.proxies.push((child, port));
+        let deadline = Instant::now() + START_MAX;
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if Instant::now() > deadline {
+                return Err(format!("proxy p{number} does not start"));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
     /// Each in a process of its own, as on a machine of its own.
     fn start_agents(&mut self, control: u16, bin_dir: &Path) -> Result<(), String> {
-        let own = std::env::current_exe().map_err(|e| e.to_string())?;
         for (at, cell) in CELLS.iter().enumerate() {
-            let path = self.dir.join(format!("agent-{cell}.toml"));
             let text = format!(
-                "# Written by `holdfast demo`.\n[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\n\
+                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\n\
                  state_dir = \"{}\"\n{}",
                 self.dir.join(format!("agent-{cell}")).display(),
                 self.instance_text(at, bin_dir),
             );
-            std::fs::write(&path, text).map_err(|e| e.to_string())?;
-            let log = std::fs::File::create(self.dir.join(format!("agent-{cell}.log")))
-                .map_err(|e| e.to_string())?;
-            let agent = Command::new(&own)
-                .args(["run", "-c"])
-                .arg(&path)
-                .stdin(Stdio::null())
-                .stderr(log)
-                .process_group(0)
-                .spawn()
-                .map_err(|e| format!("`{}`: {e}", own.display()))?;
+            let agent = self.spawn(&format!("agent-{cell}"), &text)?;
             self.agents.push(agent);
         }
         Ok(())
@@ -247,17 +289,23 @@ impl Demo {
     }
 
     fn config_text(&self, port: u16, api: u16, agents: u16, bin_dir: &Path) -> String {
-        let mut text = format!(
-            "# Written by `holdfast demo`.\n[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nadmin_users = [\"{SUPERUSER}\"]\n\n\
-             [control]\nlisten = \"127.0.0.1:{api}\"\nstate_dir = \"{}\"\n\n\
-             {}[[app]]\nname = \"{APP}\"\nauth = \"trust\"\nsslmode = \"disable\"\n",
+        format!(
+            "# Written by `holdfast demo`.\n{}\n\
+             [control]\nlisten = \"127.0.0.1:{api}\"\nstate_dir = \"{}\"\n\n{}{}",
+            proxy_text(port),
             self.dir.join("state").display(),
-            if self.has_agents {
+            if self.has_agents || self.more_proxies > 0 {
                 format!("[control.agents]\nlisten = \"127.0.0.1:{agents}\"\n\n")
             } else {
                 String::new()
-            }
-        );
+            },
+            self.app_text(bin_dir)
+        )
+    }
+
+    fn app_text(&self, bin_dir: &Path) -> String {
+        let mut text =
+            format!("[[app]]\nname = \"{APP}\"\nauth = \"trust\"\nsslmode = \"disable\"\n");
         if let Some(size) = self.pool {
             text.push_str(&format!("pool = \"transaction\"\npool_size = {size}\n"));
         }
@@ -297,6 +345,9 @@ impl Demo {
         let Some(running) = &self.running else { return Ok(()) };
         let pids: Vec<u32> = self.instances.iter().filter_map(Instance::pid).collect();
         let agents: Vec<u32> = self.agents.iter().map(Child::id).collect();
+        let proxies: Vec<String> =
+            self.proxies.iter().map(|(_, port)| Dsn { port: *port }.to_string()).collect();
+        let proxy_pids: Vec<u32> = self.proxies.iter().map(|(child, _)| child.id()).collect();
         let servers: std::collections::BTreeMap<&str, String> = CELLS
             .iter()
             .copied()
@@ -309,7 +360,8 @@ impl Demo {
             "active": CELLS[0],
             "passive": CELLS[1],
             "servers": servers,
-            "pids": { "holdfast": std::process::id(), "servers": pids, "agents": agents },
+            "proxies": proxies,
+            "pids": { "holdfast": std::process::id(), "servers": pids, "agents": agents, "proxies": proxy_pids },
         });
         let text = serde_json::to_string_pretty(&facts).map_err(|e| e.to_string())?;
         std::fs::write(self.dir.join("demo.json"), text).map_err(|e| e.to_string())
@@ -319,17 +371,23 @@ impl Demo {
         let Some(running) = &self.running else { return };
         println!("\neverything runs; SIGINT (Ctrl-C) ends it. Try, in another terminal:");
         println!("  psql '{}'", self.dsn());
+        for (_, port) in &self.proxies {
+            println!("  psql '{}'", Dsn { port: *port });
+        }
         println!("  holdfast --api http://{} status", running.api);
         println!("  holdfast --api http://{} switchover {APP} --to {}", running.api, CELLS[1]);
         println!("facts for scripts are in {}", self.dir.join("demo.json").display());
     }
 
     async fn stop(&mut self) {
+        for (proxy, _) in &mut self.proxies {
+            stop_process(proxy).await;
+        }
         if let Some(running) = self.running.take() {
             running.stop().await;
         }
         for agent in &mut self.agents {
-            stop_agent(agent).await;
+            stop_process(agent).await;
         }
         for instance in self.instances.iter().rev() {
             if let Err(error) = instance.stop("fast", Duration::from_secs(30)).await {
@@ -346,19 +404,23 @@ const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 5
     shared_buffers = 128MB\nwal_retrieve_retry_interval = 100ms\nmax_prepared_transactions = 10\n\
     log_min_messages = warning\n";
 
+fn proxy_text(port: u16) -> String {
+    format!("[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nadmin_users = [\"{SUPERUSER}\"]\n")
+}
+
 fn conninfo(port: u16) -> String {
     format!("host=127.0.0.1 port={port} user={SUPERUSER} dbname=postgres")
 }
 
-/// An agent stops its server first.
-async fn stop_agent(agent: &mut Child) {
+/// An agent stops its server first, a proxy its sessions.
+async fn stop_process(process: &mut Child) {
     const STOP_MAX: Duration = Duration::from_secs(30);
-    let Ok(pid) = i32::try_from(agent.id()) else { return };
+    let Ok(pid) = i32::try_from(process.id()) else { return };
     if let Some(pid) = rustix::process::Pid::from_raw(pid) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
     let deadline = Instant::now() + STOP_MAX;
-    while matches!(agent.try_wait(), Ok(None)) && Instant::now() < deadline {
+    while matches!(process.try_wait(), Ok(None)) && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

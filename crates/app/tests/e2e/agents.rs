@@ -10,7 +10,7 @@ const POLL: Duration = Duration::from_millis(20);
 /// Long enough for a lease to end, and for what follows.
 const LONG: Duration = Duration::from_secs(30);
 
-async fn wait_until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+pub(crate) async fn wait_until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + LONG;
     while !is_so().await {
         assert!(Instant::now() < deadline, "waited {LONG:?} for {what}");
@@ -19,7 +19,7 @@ async fn wait_until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
 }
 
 /// A switchover that must complete, while writers write.
-async fn switch_to(installation: &Installation, cell: &str) -> String {
+pub(crate) async fn switch_to(installation: &Installation, cell: &str) -> String {
     let output = installation.holdfast_in_background(&["switchover", "shop", "--to", cell]);
     let output = output.await.unwrap();
     assert!(output.status.success(), "{}", shown(&output));

@@ -18,8 +18,7 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Each transaction is begun and committed by statements of its own, if `in_blocks`.
-    async fn start(installation: &Installation, from: u64, in_blocks: bool) -> Writer {
-        let mut client = installation.connect().await;
+    async fn start(mut client: pg::Connection, from: u64, in_blocks: bool) -> Writer {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
@@ -78,7 +77,11 @@ pub(crate) async fn begin(installation: &Installation) -> Vec<Writer> {
     run(&mut installation.connect().await, "CREATE TABLE written (n bigint PRIMARY KEY)").await;
     let mut writers = Vec::new();
     for number in 0..4 {
-        writers.push(Writer::start(installation, number * 1_000_000, number % 2 == 0).await);
+        let client = match installation.facts.proxies.is_empty() || number < 2 {
+            true => installation.connect().await,
+            false => installation.connect_elsewhere().await,
+        };
+        writers.push(Writer::start(client, number * 1_000_000, number % 2 == 0).await);
     }
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     writers

@@ -22,6 +22,7 @@ mod outlive;
 mod pins;
 mod policy;
 mod pools;
+mod proxies;
 mod relay;
 mod single;
 mod targets;

@@ -21,6 +21,8 @@ pub(crate) struct Facts {
     pub(crate) servers: BTreeMap<String, u16>,
     /// Pids, if there are agents.
     agents: BTreeMap<String, u32>,
+    /// Ports and pids of proxies of other processes.
+    pub(crate) proxies: Vec<(u16, u32)>,
 }
 
 /// An installation: servers `a` and `b`, proxy and control in one process.
@@ -80,6 +82,11 @@ impl Installation {
         Installation::start_on(name, &["--no-failover"], None)
     }
 
+    /// Clients are served by two proxies.
+    pub(crate) fn start_proxied(name: &str, args: &[&str]) -> Installation {
+        Installation::start_on(name, &[args, &["--proxies", "2"]].concat(), other_bin_dir())
+    }
+
     fn start_with(name: &str, args: &[&str]) -> Installation {
         Installation::start_on(name, &[args, &["--no-failover"]].concat(), other_bin_dir())
     }
@@ -101,8 +108,8 @@ impl Installation {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let (servers, agents) = (BTreeMap::new(), BTreeMap::new());
-        let facts = Facts { port: 0, api: String::new(), servers, agents };
+        let (servers, agents, proxies) = Default::default();
+        let facts = Facts { port: 0, api: String::new(), servers, agents, proxies };
         let mut installation = Installation { dir, facts, child, agents: BTreeMap::new() };
         let path = installation.dir.join("demo.json");
         wait_until("demo.json", || {
@@ -126,6 +133,15 @@ impl Installation {
                 .into_iter()
                 .zip(json["pids"]["agents"].as_array().unwrap())
                 .map(|(name, pid)| (name.to_owned(), u32::try_from(pid.as_u64().unwrap()).unwrap()))
+                .collect(),
+            proxies: json["proxies"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .zip(json["pids"]["proxies"].as_array().unwrap())
+                .map(|(dsn, pid)| {
+                    (port_of(&text(dsn)), u32::try_from(pid.as_u64().unwrap()).unwrap())
+                })
                 .collect(),
         };
         installation
@@ -178,6 +194,11 @@ impl Installation {
     /// Clients that connect through the proxy, as the superuser.
     pub(crate) async fn connect(&self) -> Connection {
         connect(self.facts.port, "postgres", None).await.unwrap()
+    }
+
+    /// Clients of the second proxy.
+    pub(crate) async fn connect_elsewhere(&self) -> Connection {
+        connect(self.facts.proxies[0].0, "postgres", None).await.unwrap()
     }
 
     pub(crate) async fn direct(&self, cell: &str) -> Connection {
@@ -301,9 +322,9 @@ impl Drop for Installation {
         signal(self.child.id(), "INT");
         let _ = self.child.wait();
         // After a crash agents are still there, each in a process that works for this directory.
-        let dir = format!("{}/agent-", self.dir.display());
+        let of_this = ["agent-", "proxy-"].map(|name| format!("{}/{name}", self.dir.display()));
         for (pid, command) in processes() {
-            if command.contains(&dir) {
+            if of_this.iter().any(|dir| command.contains(dir)) {
                 signal(pid, "KILL");
             }
         }

@@ -224,8 +224,13 @@ async fn check_history(
 
 pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
     let report = reported(control.order(Order::Cut { app: execution.app.clone() }).await)?;
+    control.note_late(&execution.app);
     let (sessions, told) = (report.sessions, report.told);
-    Ok(format!("{} of {sessions} sessions go on without it, {told} ended", report.done))
+    let mut text = format!("{} of {sessions} sessions go on without it, {told} ended", report.done);
+    if !report.missing.is_empty() {
+        text.push_str(&format!("; {}", report.missing.join(", ")));
+    }
+    Ok(text)
 }
 
 pub(super) async fn isolate(control: &Control, execution: &Execution, from: &CellServer) -> Done {

@@ -10,7 +10,7 @@ use model::persisted::Execution;
 use pg::admin::Admin;
 use tokio::time::timeout;
 
-use super::{Done, POLL, admin_at_once, again, chain, reported};
+use super::{Done, POLL, admin_at_once, again, chain, reported, taken_part};
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::hba;
@@ -56,14 +56,21 @@ pub(super) async fn fence(
     logins: Logins,
 ) -> Done {
     let mut old = admin_at_once(from).await?;
-    let report = control.order(Order::Backends { app: execution.app.clone() }).await;
-    let own: Vec<String> = reported(report)?.backends.iter().map(i32::to_string).collect();
+    let report = reported(control.order(Order::Backends { app: execution.app.clone() }).await)?;
+    taken_part(&report, execution.on_timeout)?;
+    let own: Vec<String> = report.backends.iter().map(i32::to_string).collect();
     let own = own.join(",");
     let login = match &from.member {
         Some(member) => {
             let proxies = match logins {
                 Logins::Closed => BTreeSet::new(),
-                Logins::OfProxy => addresses_of(&mut old, &own).await?,
+                Logins::OfProxy => {
+                    let mut all = addresses_of(&mut old, &own).await?;
+                    // One that has no session here at the moment.
+                    let elsewhere = control.holders(&execution.app);
+                    all.extend(elsewhere.into_iter().map(hba::Peer::Host));
+                    all
+                }
             };
             let admitted = hba::Admitted { admin: &from.admin.user, proxies: &proxies };
             close_hba(&mut old, member, &admitted).await?;
@@ -97,12 +104,22 @@ pub(super) async fn fence(
         }
         tokio::time::sleep(POLL).await;
     }
+    let mut waited = String::new();
+    if logins == Logins::OfProxy {
+        // Their clients could log in and lift the fence.
+        let late = control.outwait(&execution.app).await.map_err(chain)?;
+        if !late.is_empty() {
+            waited = format!(", waited for {}", late.join(", "));
+        }
+    } else {
+        control.note_late(&execution.app);
+    }
     // A record that is written and flushed: whatever was written before it is flushed, too.
     old.rows("SELECT pg_logical_emit_message(true, 'holdfast', 'fenced')").await.map_err(chain)?;
     let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
-    Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended"))
+    Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended{waited}"))
 }
 
 /// Where Holdfast's connections come from, as the server sees it: its own one, and those of the proxy.

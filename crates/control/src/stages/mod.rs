@@ -73,6 +73,11 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             if rejoining::is_done(from).await {
                 return Ok("streams as a standby already".into());
             }
+            // A standby takes logins: nobody is to come who takes it for what it was.
+            let late = control.outwait_late(&execution.app).await.map_err(chain)?;
+            if !late.is_empty() {
+                tracing::warn!(app = execution.app, ?late, "proxies were waited for");
+            }
             let kept = match rejoining::has_begun(from).await {
                 // What became of it since, nobody knows, so what is left of the directory is kept.
                 true => Err("an earlier try was broken off".to_owned()),
@@ -251,6 +256,7 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
     new.rows("CHECKPOINT").await.map_err(chain)?;
     let order = Order::Prepare { app: execution.app.clone(), to: execution.to.clone() };
     let report = reported(control.order(order).await)?;
+    taken_part(&report, execution.on_timeout)?;
     let pinned: Vec<Blocker> = report.blockers.iter().filter(|b| is_pinned(b)).cloned().collect();
     if execution.on_timeout == OnTimeout::Abort && !pinned.is_empty() {
         return Err(format!(
@@ -272,6 +278,21 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
     Ok(text)
 }
 
+/// A planned change that is not to end anybody goes by itself only if every proxy takes part.
+fn taken_part(report: &Report, on_timeout: OnTimeout) -> Result<(), String> {
+    if report.missing.is_empty() {
+        return Ok(());
+    }
+    let missing = report.missing.join(", ");
+    tracing::warn!(missing, "a proxy does not take part");
+    match on_timeout {
+        OnTimeout::Force => Ok(()),
+        OnTimeout::Abort => Err(format!(
+            "not every proxy takes part: {missing}; `--on-timeout force` goes on without"
+        )),
+    }
+}
+
 fn is_pinned(blocker: &Blocker) -> bool {
     // A busy session may be free by the time it is held; nothing else gets better by waiting.
     blocker.reasons.iter().any(|reason| !matches!(reason, model::barrier::Reason::Busy { .. }))
@@ -281,6 +302,7 @@ async fn hold(control: &Control, execution: &Execution) -> Done {
     let Execution { deadline_ms, on_timeout, .. } = *execution;
     let order = Order::Hold { app: execution.app.clone(), deadline_ms, on_timeout };
     let report = reported(control.order(order).await)?;
+    taken_part(&report, on_timeout)?;
     if execution.on_timeout == OnTimeout::Abort && report.done < report.sessions {
         let busy = report.sessions - report.done;
         let shown = describe_blockers(&report.blockers);
@@ -299,6 +321,7 @@ async fn capture(control: &Control, execution: &Execution) -> Done {
         on_timeout: execution.on_timeout,
     };
     let report = reported(control.order(order).await)?;
+    taken_part(&report, execution.on_timeout)?;
     if execution.on_timeout == OnTimeout::Abort && !report.blockers.is_empty() {
         let shown = describe_blockers(&report.blockers);
         return Err(format!("{} sessions cannot be moved: {shown}", report.blockers.len()));
@@ -370,11 +393,14 @@ async fn promote_server(
 }
 
 async fn attach(control: &Control, execution: &Execution) -> Done {
+    let (app, to) = (execution.app.clone(), execution.to.clone());
+    let first = reported(control.order(Order::AttachFirst { app, to }).await)?;
     let order = Order::Attach { app: execution.app.clone(), to: execution.to.clone() };
     let report = reported(control.order(order).await)?;
-    let mut text = format!("{} of {} sessions moved", report.done, report.sessions);
-    if !report.blockers.is_empty() {
-        text.push_str(&format!(", {} ended: {}", report.told, describe_blockers(&report.blockers)));
+    let (ended, blockers) = (first.told + report.told, [first.blockers, report.blockers].concat());
+    let mut text = format!("{} of {} sessions moved", report.done, report.sessions + first.told);
+    if !blockers.is_empty() {
+        text.push_str(&format!(", {ended} ended: {}", describe_blockers(&blockers)));
     }
     Ok(text)
 }

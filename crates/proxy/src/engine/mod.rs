@@ -9,13 +9,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use model::barrier::SessionView;
 use tokio::sync::{mpsc, oneshot};
 use wire::backend::Report;
 
 use crate::app::{App, Cell};
 use crate::pool::keeper::Job;
 use crate::pool::{NotOpened, Pool, Server};
-use crate::session::{Session, SessionView};
+use crate::session::Session;
 
 pub use lending::PoolView;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use model::barrier::{Blocker, Order, Pauses, Reason, Report};
+use model::barrier::{Blocker, Order, Pauses, Reason, Report, SessionView};
 use model::cell::{CellState, Epoch};
 use model::session::Facts;
 use model::session::capture::Captured;
@@ -20,13 +20,14 @@ use crate::app::{App, Cell};
 use crate::carry::{self, Carried};
 use crate::engine::{Command, Want};
 use crate::proxy::Shared;
-use crate::session::{Leg, Session, SessionView};
+use crate::session::{Leg, Session};
 
+mod attaching;
 mod held;
 mod moving;
 mod preparing;
 
-use held::{attach_one, capture_one, read_held};
+use held::{capture_one, read_held};
 use preparing::{PREPARE_WAITS, learn_all, prepare_one};
 
 /// How often counts are looked at while sessions come in.
@@ -79,6 +80,8 @@ type AtWork = JoinSet<(Held, Result<(), Reason>)>;
 #[derive(Default)]
 struct Holding {
     sessions: Vec<Held>,
+    /// Those that stand on the other server already.
+    attached: Vec<Held>,
     incoming: Option<mpsc::UnboundedReceiver<Box<Session>>>,
     /// The cell that they stand on, and their databases.
     from: Option<Arc<Cell>>,
@@ -127,11 +130,13 @@ impl Mover {
             Order::Backends { app } => self.backends(&app).await,
             Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
             Order::HearOut { app } => self.hear_out(&app),
+            Order::AttachFirst { app, to } => self.attach_first(&app, &to).await,
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to, state, epoch } => self.release(&app, &to, state, epoch).await,
             Order::Cut { app } => self.cut(&app).await,
             Order::GiveUp { app } => self.give_up(&app).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
+            Order::List { app } => Ok(self.list(&app).await),
             Order::Move { app, session, to, deadline_ms } => {
                 self.move_some(&app, session, &to, Duration::from_millis(deadline_ms)).await
             }
@@ -366,70 +371,10 @@ impl Mover {
         }
     }
 
-    /// Attaches every held session to `to`. One for which that fails cannot go back any more and is told.
-    async fn attach(&mut self, app: &str, to: &str) -> Result<Report, String> {
-        let app = self.app(app)?;
-        let cell = Mover::cell(&app, to)?;
-        let holding = self.holdings.entry(app.name.clone()).or_default();
-        let lost = holding.settle().await?;
-        let held = std::mem::take(&mut holding.sessions);
-        let mut report = Report { sessions: count(held.len() + lost.len()), ..Report::default() };
-        self.end_lost(lost, &mut report);
-        let holding = self.holdings.entry(app.name.clone()).or_default();
-        let attach = |held: Vec<Held>| {
-            each(held, self.shared.config.limits.moves_at_once, |mut held| {
-                let (app, cell) = (app.clone(), cell.clone());
-                async move {
-                    let result = attach_one(&mut held, &app, cell).await;
-                    (held, result)
-                }
-            })
-        };
-        let retired = self.retired.entry(app.name.clone()).or_default();
-        let (first, then): (Vec<Held>, Vec<Held>) =
-            held.into_iter().partition(|held| held.read.is_seen_by_others());
-        let mut failed = Vec::new();
-        for (held, result) in all(attach(first)).await? {
-            match result {
-                Ok(old) => {
-                    retired.push(old);
-                    holding.sessions.push(held);
-                }
-                Err(reason) => failed.push((held, reason)),
-            }
-        }
-        for engine in &self.shared.engines {
-            engine.send(Command::Unwant(Want::App(app.clone())));
-        }
-        report.done += count(holding.sessions.len());
-        for held in holding.sessions.drain(..) {
-            self.shared.go_on(held.session, &mut holding.pauses);
-        }
-        let mut attaching = attach(then);
-        while let Some(attached) = attaching.join_next().await {
-            let (held, result) =
-                attached.map_err(|error| format!("attaching a session broke off: {error}"))?;
-            match result {
-                Ok(old) => {
-                    retired.push(old);
-                    report.done += 1;
-                    self.shared.go_on(held.session, &mut holding.pauses);
-                }
-                Err(reason) => failed.push((held, reason)),
-            }
-        }
-        for _ in 0..report.done {
-            self.shared.metrics.count_move("moved", &[]);
-        }
-        for (held, reason) in failed {
-            report.told += 1;
-            let reasons = vec![reason];
-            self.shared.metrics.count_move("failed", &reasons);
-            let why = reasons.iter().map(Reason::to_string).collect::<Vec<_>>().join("; ");
-            report.blockers.push(Blocker { session: held.session.named(), reasons });
-            held.session.tell_and_end(&forced(&why));
-        }
-        Ok(report)
+    async fn list(&self, app: &str) -> Report {
+        let mut listed = self.shared.views().await;
+        listed.retain(|view| view.app == app);
+        Report { sessions: count(listed.len()), listed, ..Report::default() }
     }
 
     /// Takes every session from a server that is lost. Those that cannot go on without it are told by their engines.
@@ -466,9 +411,10 @@ impl Mover {
         }
         let lost = holding.settle().await?;
         self.take_in(&mut holding).await;
-        let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
+        let held = holding.sessions.len() + holding.attached.len();
+        let mut report = Report { sessions: count(held), ..Report::default() };
         self.end_lost(lost, &mut report);
-        for held in holding.sessions {
+        for held in holding.attached.into_iter().chain(holding.sessions) {
             report.told += 1;
             self.shared.metrics.count_move("gave_up", &[]);
             held.session.tell_and_end(&no_server());
@@ -565,7 +511,8 @@ impl Mover {
             engine.send(Command::Unwant(Want::App(app.clone())));
         }
         let lost = holding.settle().await?;
-        let mut report = Report { sessions: count(holding.sessions.len()), ..Report::default() };
+        let held = holding.sessions.len() + holding.attached.len();
+        let mut report = Report { sessions: count(held), ..Report::default() };
         self.end_lost(lost, &mut report);
         let mut databases = holding.databases.clone();
         let views = self.shared.views().await;
@@ -577,6 +524,9 @@ impl Mover {
         app.open(cell.clone());
         for engine in &self.shared.engines {
             engine.send(Command::Resume(app.clone()));
+        }
+        for held in std::mem::take(&mut holding.attached) {
+            self.shared.go_on(held.session, &mut holding.pauses);
         }
         // On a new server these would be lost ones.
         self.take_in(&mut holding).await;

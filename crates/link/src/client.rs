@@ -19,7 +19,7 @@ use crate::transport::connect;
 const ANSWER_LEN_MAX: usize = 4 * 1024 * 1024;
 
 #[derive(Debug, Error)]
-pub(crate) enum ClientError {
+pub enum ClientError {
     #[error("control at `{address}` cannot be reached")]
     Connect { address: Address, source: std::io::Error },
     #[error("control at `{address}` does not answer within {limit:?}")]
@@ -32,14 +32,14 @@ pub(crate) enum ClientError {
     Refused(String),
 }
 
-pub(crate) struct Client {
+pub struct Client {
     address: Address,
     tls: Option<Mutual>,
     sender: Option<SendRequest<Full<Bytes>>>,
 }
 
 impl Client {
-    pub(crate) fn new(address: Address, tls: Option<Mutual>) -> Client {
+    pub fn new(address: Address, tls: Option<Mutual>) -> Client {
         Client { address, tls, sender: None }
     }
 
@@ -81,7 +81,7 @@ impl Client {
     }
 
     /// Sends a question, on a new connection if the last one failed.
-    pub(crate) async fn post<Q: Serialize, A: DeserializeOwned>(
+    pub async fn post<Q: Serialize, A: DeserializeOwned>(
         &mut self,
         path: &str,
         question: &Q,

@@ -1,4 +1,4 @@
-//! Connections between agents and control: by TLS, on which both sides show who they are, or plain on this machine.
+//! Connections to control: by TLS, on which both sides show who they are, or plain on this machine.
 
 use std::io;
 use std::time::Duration;
@@ -29,18 +29,18 @@ pub enum Peer {
 }
 
 impl Peer {
-    /// It may speak for this cell.
-    pub fn is_agent_of(&self, app: &str, cell: &str) -> bool {
+    /// It may speak for whoever has this name.
+    pub fn is(&self, name: &str) -> bool {
         match self {
             Peer::Here => true,
-            Peer::Named(name) => *name == format!("{app}/{cell}"),
+            Peer::Named(shown) => shown == name,
         }
     }
 }
 
 /// # Errors
 /// Nobody is there, or it is not who it should be.
-pub(crate) async fn connect(address: &Address, tls: Option<&Mutual>) -> io::Result<Stream> {
+pub async fn connect(address: &Address, tls: Option<&Mutual>) -> io::Result<Stream> {
     let socket = TcpStream::connect((address.host.as_str(), address.port)).await?;
     socket.set_nodelay(true)?;
     let Some(tls) = tls else { return Ok(Box::new(socket)) };

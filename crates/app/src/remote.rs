@@ -1,0 +1,504 @@
+//! A proxy whose control is in another process: asks what to serve, obeys, and holds where nothing is proven.
+//! What it makes of what it is told is said by `model::proxies`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State as Extract;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use link::Client;
+use model::barrier::{Order as Barrier, Report};
+use model::cell::CellState;
+use model::lease::{Moment, Terms};
+use model::proxies::{
+    Action, Bye, Contact, Fetch, Fetched, Finished, Follower, Order, Renew, Renewed,
+    SESSIONS_OF_ONE, Sender,
+};
+use pg::Address;
+use pg::admin::Admin;
+use pg::clock;
+use proxy::mover::Mover;
+use proxy::{Proxy, ProxyConfig};
+use serde::Deserialize;
+use tls::mutual::Mutual;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{sleep, timeout};
+
+use crate::run::{GRACE, RunError};
+
+/// Between two looks at what is proven.
+const TICK: Duration = Duration::from_millis(50);
+/// Until control has said how long a lease is.
+const FIRST_MAX: Duration = Duration::from_secs(2);
+const FETCH_MAX: Duration = Duration::from_secs(15);
+const REPORT_MAX: Duration = Duration::from_secs(5);
+/// How often what became of an order is offered.
+const REPORT_TRIES: u32 = 20;
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// Between two words that control is not heard.
+const SAY_EVERY: Duration = Duration::from_secs(10);
+/// Orders and actions that may wait.
+const JOBS_MAX: usize = 256;
+
+/// A proxy whose control is elsewhere, by its configuration.
+#[derive(Debug, Clone)]
+pub(crate) struct RemoteConfig {
+    pub(crate) name: String,
+    pub(crate) control: Address,
+    pub(crate) tls: Option<Mutual>,
+    /// For load balancers and Prometheus.
+    pub(crate) health: Option<SocketAddr>,
+    pub(crate) proxy: ProxyConfig,
+}
+
+/// A running proxy whose control is elsewhere.
+pub(crate) struct Remote {
+    pub(crate) proxy: Arc<Proxy>,
+    following: Arc<Following>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+struct Following {
+    control: Address,
+    tls: Option<Mutual>,
+    sender: Sender,
+    proxy: Arc<Proxy>,
+    state: Mutex<State>,
+    /// Control is to be asked at once.
+    hurry: Notify,
+    jobs: mpsc::Sender<Job>,
+}
+
+#[derive(Default)]
+struct State {
+    contact: Contact,
+    followers: BTreeMap<String, Follower>,
+    /// Applications for which an action of our own waits.
+    queued: BTreeSet<String>,
+}
+
+enum Job {
+    /// Of control, and when it was asked for.
+    Ordered(Order, Moment),
+    Own(String, Action),
+}
+
+/// Control has heard.
+#[derive(Deserialize)]
+struct Heard {}
+
+impl Remote {
+    /// Starts to serve once control has been heard.
+    ///
+    /// # Errors
+    /// An address is taken.
+    pub(crate) async fn start(config: RemoteConfig) -> Result<Remote, RunError> {
+        let RemoteConfig { name, control, tls, health, proxy } = config;
+        let run =
+            u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
+        let sender = Sender { name, run };
+        let number = first_number(&control, tls.as_ref(), &sender).await;
+        let first_id = number.saturating_mul(SESSIONS_OF_ONE).saturating_add(1);
+        let apps: Vec<String> = proxy.apps.iter().map(|app| app.name.clone()).collect();
+        let nobody = apps.iter().map(|app| (app.clone(), String::new())).collect();
+        let proxy = Proxy::start(ProxyConfig { first_id, ..proxy }, &nobody).await?;
+        let proxy = Arc::new(proxy);
+        let (jobs, incoming) = mpsc::channel(JOBS_MAX);
+        let followers = apps.into_iter().map(|app| (app, Follower::default())).collect();
+        let following = Arc::new(Following {
+            control,
+            tls,
+            sender,
+            proxy: proxy.clone(),
+            state: Mutex::new(State { followers, ..State::default() }),
+            hurry: Notify::new(),
+            jobs,
+        });
+        let mut tasks = vec![
+            tokio::spawn(following.clone().renew()),
+            tokio::spawn(following.clone().fetch()),
+            tokio::spawn(following.clone().obey(incoming)),
+            tokio::spawn(following.clone().watch()),
+            tokio::spawn(following.clone().ask_servers()),
+        ];
+        if let Some(address) = health {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.map_err(|source| RunError::Api { address, source })?;
+            let routes = routes(following.clone());
+            tasks.push(tokio::spawn(async move {
+                if let Err(error) = axum::serve(listener, routes).await {
+                    tracing::error!(%error, "health is told no more");
+                }
+            }));
+        }
+        Ok(Remote { proxy, following, tasks })
+    }
+
+    /// Lets running requests end, and tells control that nobody has to wait for this proxy.
+    pub(crate) async fn stop(self) {
+        self.proxy.stop(GRACE).await;
+        for task in &self.tasks {
+            task.abort();
+        }
+        let bye = Bye { sender: self.following.sender.clone() };
+        let told =
+            self.following.client().post::<_, Heard>("/v1/proxies/bye", &bye, REPORT_MAX).await;
+        if let Err(error) = told {
+            tracing::warn!(error = model::chain(&error), "control does not know that we end");
+        }
+    }
+}
+
+/// Asks control who we are, until it answers.
+async fn first_number(control: &Address, tls: Option<&Mutual>, sender: &Sender) -> u64 {
+    let mut client = Client::new(control.clone(), tls.cloned());
+    let mut said: Option<Moment> = None;
+    loop {
+        let asked =
+            Renew { sender: sender.clone(), sessions: BTreeMap::new(), holds: BTreeSet::new() };
+        match client.post::<_, Renewed>("/v1/proxies/renew", &asked, FIRST_MAX).await {
+            Ok(renewed) => return renewed.number,
+            Err(error) => {
+                let now = clock::now();
+                if said.is_none_or(|at| at.plus(SAY_EVERY).from(now).is_zero()) {
+                    said = Some(now);
+                    tracing::warn!(
+                        error = model::chain(&error),
+                        "nobody is served before control answers"
+                    );
+                }
+                sleep(RETRY_PAUSE).await;
+            }
+        }
+    }
+}
+
+impl Following {
+    fn client(&self) -> Client {
+        Client::new(self.control.clone(), self.tls.clone())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the proxy do something by itself, once.
+    fn queue(&self, state: &mut State, app: &str, action: Action) {
+        if state.queued.insert(app.to_owned())
+            && self.jobs.try_send(Job::Own(app.to_owned(), action)).is_err()
+        {
+            tracing::error!(app, "too much is to be done already");
+            state.queued.remove(app);
+        }
+    }
+
+    async fn renew(self: Arc<Self>) {
+        let mut client = self.client();
+        let mut is_heard = true;
+        loop {
+            let sent = clock::now();
+            let (sessions, holds) = {
+                let state = self.state();
+                let count = |app: &str| u64::try_from(self.proxy.session_count(app)).unwrap_or(0);
+                let sessions =
+                    state.followers.keys().map(|app| (app.clone(), count(app))).collect();
+                let holding = state.followers.iter().filter(|(_, follower)| follower.holds());
+                (sessions, holding.map(|(app, _)| app.clone()).collect())
+            };
+            let question = Renew { sender: self.sender.clone(), sessions, holds };
+            let terms = self.state().contact.terms();
+            let every = terms.map_or(FIRST_MAX, Terms::renew_every);
+            match client.post::<_, Renewed>("/v1/proxies/renew", &question, every).await {
+                Ok(renewed) if !Terms::LENGTHS.contains(&renewed.terms.length) => {
+                    let length = renewed.terms.length;
+                    tracing::error!(?length, "control speaks of a lease that there is not");
+                    sleep(RETRY_PAUSE).await;
+                }
+                Ok(renewed) => {
+                    if !is_heard {
+                        tracing::info!("control answers again");
+                    }
+                    is_heard = true;
+                    self.told(&renewed, sent);
+                    let _ = timeout(renewed.terms.renew_every(), self.hurry.notified()).await;
+                }
+                Err(error) => {
+                    if is_heard {
+                        tracing::warn!(error = model::chain(&error), "control is not heard");
+                    }
+                    is_heard = false;
+                    sleep(RETRY_PAUSE.min(every / 4)).await;
+                }
+            }
+        }
+    }
+
+    fn told(&self, renewed: &Renewed, sent: Moment) {
+        let mut state = self.state();
+        state.contact.answered(sent, renewed.terms, clock::now());
+        for (app, route) in &renewed.routes {
+            let Some(follower) = state.followers.get_mut(app) else { continue };
+            if let Some(action) = follower.told(route, sent) {
+                self.queue(&mut state, app, action);
+            }
+        }
+    }
+
+    async fn fetch(self: Arc<Self>) {
+        let mut client = self.client();
+        loop {
+            let sent = clock::now();
+            if self.state().contact.held(sent).is_none() {
+                // An order that was asked for before control was heard would not be obeyed.
+                sleep(TICK).await;
+                continue;
+            }
+            let question = Fetch { sender: self.sender.clone() };
+            match client.post::<_, Fetched>("/v1/proxies/orders", &question, FETCH_MAX).await {
+                Ok(fetched) => {
+                    for order in fetched.orders {
+                        if self.jobs.send(Job::Ordered(order, sent)).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                // It is said where it is asked what to serve.
+                Err(_) => sleep(RETRY_PAUSE).await,
+            }
+        }
+    }
+
+    /// One thing after the other.
+    async fn obey(self: Arc<Self>, mut jobs: mpsc::Receiver<Job>) {
+        let mut mover = self.proxy.mover();
+        let mut client = self.client();
+        while let Some(job) = jobs.recv().await {
+            match job {
+                Job::Own(app, action) => self.act(&mut mover, &app, action).await,
+                Job::Ordered(order, sent) => {
+                    let id = order.id;
+                    let report = match self.carry_out(&mut mover, order, sent).await {
+                        Ok(report) => report,
+                        Err(error) => {
+                            tracing::warn!(order = id, error, "an order was not obeyed");
+                            Report { error: Some(error), ..Report::default() }
+                        }
+                    };
+                    self.hurry.notify_one();
+                    let finished = Finished { sender: self.sender.clone(), id, report };
+                    for _ in 0..REPORT_TRIES {
+                        let path = "/v1/proxies/finished";
+                        match client.post::<_, Heard>(path, &finished, REPORT_MAX).await {
+                            Ok(Heard {}) => break,
+                            Err(error) => {
+                                tracing::warn!(
+                                    error = model::chain(&error),
+                                    "control has not heard"
+                                );
+                                sleep(RETRY_PAUSE).await;
+                            }
+                        }
+                        if self.state().contact.held(clock::now()).is_none() {
+                            // It waits for it no longer.
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn carry_out(
+        &self,
+        mover: &mut Mover,
+        order: Order,
+        sent: Moment,
+    ) -> Result<Report, String> {
+        let app = order.what.app().to_owned();
+        let by = {
+            let mut state = self.state();
+            let now = clock::now();
+            state.contact.check(&order, sent, now)?;
+            let by = state.contact.held(now).ok_or("control is not heard any more")?;
+            let follower = state.followers.get_mut(&app);
+            let follower = follower.ok_or_else(|| format!("there is no application `{app}`"))?;
+            follower.check(&order.what)?;
+            if matches!(order.what, Barrier::Hold { .. } | Barrier::Cut { .. }) {
+                // From its begin on.
+                follower.obeyed(&order.what, by, now);
+            }
+            by
+        };
+        let report = mover.obey(order.what.clone()).await;
+        if report.error.is_none()
+            && let Some(follower) = self.state().followers.get_mut(&app)
+        {
+            follower.obeyed(&order.what, by, clock::now());
+        }
+        Ok(report)
+    }
+
+    async fn act(&self, mover: &mut Mover, app: &str, action: Action) {
+        let app_name = app.to_owned();
+        let report = match action {
+            Action::Cut => {
+                tracing::error!(app, "nobody is served: what is served is not proven any more");
+                mover.obey(Barrier::Cut { app: app_name }).await
+            }
+            Action::GiveUp => {
+                tracing::error!(app, "whoever is held is told: control is not heard");
+                mover.obey(Barrier::GiveUp { app: app_name }).await
+            }
+            Action::Release(open) => {
+                let order = Barrier::Release {
+                    app: app_name,
+                    to: open.cell.clone(),
+                    state: open.state,
+                    epoch: open.epoch,
+                };
+                let by = {
+                    let state = self.state();
+                    let is_current = state
+                        .followers
+                        .get(app)
+                        .is_some_and(|follower| follower.check(&order).is_ok());
+                    state.contact.held(clock::now()).filter(|_| is_current)
+                };
+                match by {
+                    Some(by) => {
+                        let report = mover.obey(order.clone()).await;
+                        let (cell, state, epoch) = (&open.cell, open.state, open.epoch);
+                        tracing::info!(app, cell, %state, %epoch, "application is served");
+                        if report.error.is_none()
+                            && let Some(follower) = self.state().followers.get_mut(app)
+                        {
+                            follower.obeyed(&order, by, clock::now());
+                        }
+                        report
+                    }
+                    None => Report::default(),
+                }
+            }
+        };
+        if let Some(error) = report.error {
+            tracing::error!(app, error, "application cannot be served");
+        }
+        self.state().queued.remove(app);
+    }
+
+    /// Looks whether what is served is still proven.
+    async fn watch(self: Arc<Self>) {
+        loop {
+            sleep(TICK).await;
+            let now = clock::now();
+            let mut state = self.state();
+            let contact = state.contact;
+            let acts: Vec<(String, Action)> = state
+                .followers
+                .iter_mut()
+                .filter_map(|(app, follower)| Some((app.clone(), follower.at(now, &contact)?)))
+                .collect();
+            for (app, action) in acts {
+                self.queue(&mut state, &app, action);
+            }
+        }
+    }
+
+    /// Asks servers whether they are what they were: once while control is heard, and again and again while it is not.
+    async fn ask_servers(self: Arc<Self>) {
+        let mut open: BTreeMap<(String, String), Admin> = BTreeMap::new();
+        loop {
+            let every = self.state().contact.terms().map_or(FIRST_MAX, Terms::renew_every);
+            sleep(every / 2).await;
+            let asked: Vec<(String, String)> = {
+                let state = self.state();
+                let is_doubtful = state.contact.is_doubtful(clock::now());
+                let ask = |(app, follower): (&String, &Follower)| {
+                    let cell = follower.open().map(|open| open.cell.clone())?;
+                    (is_doubtful || follower.is_new()).then(|| (app.clone(), cell))
+                };
+                state.followers.iter().filter_map(ask).collect()
+            };
+            for at in asked {
+                let sent = clock::now();
+                let answer = timeout(every, async {
+                    let mut admin = match open.remove(&at) {
+                        Some(admin) => admin,
+                        None => self.proxy.admin(&at.0, &at.1).await?,
+                    };
+                    let answer = admin.proof().await.map_err(|error| model::chain(&error))?;
+                    Ok::<_, String>((admin, answer))
+                });
+                match answer.await.unwrap_or_else(|_| Err(format!("no answer in {every:?}"))) {
+                    Ok((admin, answer)) => {
+                        open.insert(at.clone(), admin);
+                        let mut state = self.state();
+                        let is_heard = state.contact.held(clock::now()).is_some();
+                        if let Some(follower) = state.followers.get_mut(&at.0) {
+                            follower.answered(answer, sent, is_heard);
+                        }
+                    }
+                    Err(error) => {
+                        let (app, cell) = at;
+                        tracing::warn!(app, cell, error, "its server does not say what it is");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Health for load balancers, and metrics.
+fn routes(following: Arc<Following>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/liveness", get(|| async { "alive\n" }))
+        .route("/health", get(|| async { "healthy\n" }))
+        .route("/readiness", get(primary))
+        .route("/primary", get(primary))
+        .route("/read-write", get(primary))
+        .route("/read-only", get(read_only))
+        .with_state(following)
+}
+
+async fn metrics(Extract(following): Extract<Arc<Following>>) -> Response {
+    let mut out = String::new();
+    following.proxy.write_metrics(&mut out);
+    ([("content-type", "text/plain; version=0.0.4")], out).into_response()
+}
+
+async fn primary(Extract(following): Extract<Arc<Following>>) -> (StatusCode, String) {
+    served(&following, "primary", CellState::takes_writes)
+}
+
+async fn read_only(Extract(following): Extract<Arc<Following>>) -> (StatusCode, String) {
+    served(&following, "read-only", |state| state.takes_writes() || state == CellState::Fenced)
+}
+
+fn served(
+    following: &Following,
+    what: &str,
+    does: impl Fn(CellState) -> bool,
+) -> (StatusCode, String) {
+    let state = following.state();
+    let lacks = state
+        .followers
+        .iter()
+        .find(|(_, follower)| !follower.open().is_some_and(|open| does(open.state)));
+    match lacks {
+        None => (StatusCode::OK, format!("{what}\n")),
+        Some((app, follower)) => {
+            let text = match follower.open() {
+                Some(open) => format!("cell `{}` of `{app}` is {}\n", open.cell, open.state),
+                None => format!("application `{app}` is not served\n"),
+            };
+            (StatusCode::SERVICE_UNAVAILABLE, text)
+        }
+    }
+}

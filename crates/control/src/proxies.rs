@@ -1,0 +1,403 @@
+//! The proxies of an installation: the one of this process, and others that ask control what to do.
+//!
+//! A change is ordered of all of them. Who does not obey is waited for, before anything relies on it, until it goes by
+//! nothing that was (`model::proxies`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use model::barrier::{Order, Report};
+use model::lease::{Moment, Terms};
+use model::persisted::{Registered, proxy_key};
+use model::proxies::{
+    self, Bye, Fetch, Fetched, Finished, Open, PROXIES_MAX, Renew, Renewed, Route, Sender,
+};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use crate::control::Control;
+use crate::mailbox::{Identity, Mailbox, Posted};
+use crate::records;
+use crate::requests::ControlError;
+
+/// How long a proxy may take for what is done with all its sessions.
+const WORK_MAX: Duration = Duration::from_secs(120);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long it may take to let go of a lost server, which is all that others wait for.
+const CUT_MAX: Duration = Duration::from_secs(3);
+/// What it may take longer than the deadline that it is given.
+const LATE_MAX: Duration = Duration::from_secs(15);
+
+/// A proxy of another process.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    name: String,
+    mailbox: Mailbox<Order, Report>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    registered: Registered,
+    /// Where it was heard from last.
+    peer: Option<IpAddr>,
+    /// Sessions of each application, as it has said last.
+    sessions: BTreeMap<String, u64>,
+    /// Applications whose sessions it holds by order.
+    holds: BTreeSet<String>,
+    /// Applications of which it has not taken part in the last change.
+    is_late: BTreeSet<String>,
+}
+
+/// A proxy of another process, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyView {
+    pub name: String,
+    pub is_heard: bool,
+    /// It has ended, or was given up.
+    pub is_out: bool,
+    pub sessions: BTreeMap<String, u64>,
+}
+
+fn identity(sender: &Sender) -> Identity {
+    (0, sender.run)
+}
+
+impl Remote {
+    pub(crate) fn new(name: &str, terms: Terms, registered: Registered) -> Remote {
+        let (peer, sessions, holds, is_late) = Default::default();
+        Remote {
+            name: name.into(),
+            mailbox: Mailbox::new(format!("proxy `{name}`"), terms.length),
+            state: Mutex::new(State { registered, peer, sessions, holds, is_late }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has it obey, if it is there and this concerns it.
+    async fn obey(&self, order: Order) -> Option<Report> {
+        let app = order.app().to_owned();
+        {
+            let state = self.state();
+            let is_its = match &order {
+                Order::Move { session: Some(id), .. } => {
+                    proxies::number_of(*id) == state.registered.number
+                }
+                // Those that have not held were reported as missing then.
+                order => !order.needs_hold() || state.holds.contains(&app),
+            };
+            if state.registered.is_out || !is_its {
+                return None;
+            }
+        }
+        let limit = match &order {
+            Order::Hold { deadline_ms, .. } | Order::Move { deadline_ms, .. } => {
+                Duration::from_millis(*deadline_ms).saturating_add(LATE_MAX)
+            }
+            Order::Cut { .. } => CUT_MAX,
+            Order::List { .. } => LATE_MAX,
+            _ => WORK_MAX,
+        };
+        let answer = self.mailbox.ask(limit, || order.clone()).await.and_then(|mut report| {
+            let refused =
+                report.error.take().map(|error| format!("proxy `{}`: {error}", self.name));
+            refused.map_or(Ok(report), Err)
+        });
+        let mut state = self.state();
+        match (&order, &answer) {
+            (Order::Hold { .. } | Order::Cut { .. }, Ok(_)) => {
+                state.holds.insert(app);
+            }
+            (Order::Release { .. } | Order::GiveUp { .. }, _) => {
+                state.holds.remove(&app);
+            }
+            (order, Err(_)) if order.needs_hold() => {
+                state.holds.remove(&app);
+            }
+            _ => (),
+        }
+        drop(state);
+        Some(answer.unwrap_or_else(|why| Report { missing: vec![why], ..Report::default() }))
+    }
+
+    /// It may go by what was before the change that is under way.
+    fn lags(&self, app: &str) -> bool {
+        let state = self.state();
+        !state.registered.is_out && !state.holds.contains(app)
+    }
+}
+
+impl Control {
+    fn remotes(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Remote>>> {
+        self.remotes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends an order to every proxy and waits for their reports, which have their own deadlines.
+    pub async fn order(&self, order: Order) -> Report {
+        let mut elsewhere = JoinSet::new();
+        for remote in self.remotes().values() {
+            let (remote, order) = (remote.clone(), order.clone());
+            elsewhere.spawn(async move { remote.obey(order).await });
+        }
+        let is_elsewhere = match &order {
+            Order::Move { session: Some(id), .. } => proxies::number_of(*id) != 0,
+            _ => false,
+        };
+        let mut reports = match is_elsewhere {
+            true => Vec::new(),
+            false => vec![self.order_here(order).await],
+        };
+        while let Some(answered) = elsewhere.join_next().await {
+            reports.extend(answered.ok().flatten());
+        }
+        let merged = reports.into_iter().reduce(Report::and);
+        merged.unwrap_or_else(|| {
+            let error = Some("no proxy has this session; see `holdfast sessions`".into());
+            Report { error, ..Report::default() }
+        })
+    }
+
+    async fn order_here(&self, order: Order) -> Report {
+        let (tx, rx) = oneshot::channel();
+        let gone =
+            || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
+        if self.proxies.send((order, tx)).await.is_err() {
+            return gone();
+        }
+        rx.await.unwrap_or_else(|_| gone())
+    }
+
+    /// Proxies are told to wait for orders of an application, or what is so from now on.
+    pub(crate) fn set_changing(&self, app: &str, is_changing: bool) {
+        let mut changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_changing {
+            changing.insert(app.to_owned());
+        } else {
+            changing.remove(app);
+        }
+    }
+
+    /// What executions left behind is settled: proxies may serve.
+    pub fn settled(&self) {
+        self.config.apps.keys().for_each(|app| self.set_changing(app, false));
+    }
+
+    /// Waits a while until every proxy is heard that was before: it may have sessions of what is gone on with.
+    pub(crate) async fn wait_for_proxies(&self) {
+        let Some(terms) = self.config.terms else { return };
+        let silent = || {
+            let remotes = self.remotes();
+            let is_silent = |remote: &Arc<Remote>| {
+                !remote.state().registered.is_out && remote.mailbox.heard().is_none()
+            };
+            remotes.values().any(is_silent)
+        };
+        let wait = async {
+            while silent() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        // Whoever does not come is missing.
+        let _ = tokio::time::timeout(terms.length, wait).await;
+    }
+
+    /// Waits until no proxy goes by what was so far, after its server was fenced or lost. Gives the names of those that
+    /// were waited for.
+    pub(crate) async fn outwait(&self, app: &str) -> Result<Vec<String>, ControlError> {
+        let Some(terms) = self.config.terms else { return Ok(Vec::new()) };
+        let late: Vec<Arc<Remote>> =
+            self.remotes().values().filter(|remote| remote.lags(app)).cloned().collect();
+        self.outwait_these(terms, late).await
+    }
+
+    /// Remembers who does not take part in a change, for [`Control::outwait_late`].
+    pub(crate) fn note_late(&self, app: &str) {
+        for remote in self.remotes().values().filter(|remote| remote.lags(app)) {
+            remote.state().is_late.insert(app.to_owned());
+        }
+    }
+
+    /// As [`Control::outwait`], of those who did not take part.
+    pub(crate) async fn outwait_late(&self, app: &str) -> Result<Vec<String>, ControlError> {
+        let Some(terms) = self.config.terms else { return Ok(Vec::new()) };
+        let is_late = |remote: &Arc<Remote>| {
+            let mut state = remote.state();
+            let was_heard = state.peer.is_some();
+            !state.registered.is_out && (state.is_late.remove(app) || !was_heard)
+        };
+        let late = self.remotes().values().filter(|&remote| is_late(remote)).cloned().collect();
+        self.outwait_these(terms, late).await
+    }
+
+    async fn outwait_these(
+        &self,
+        terms: Terms,
+        late: Vec<Arc<Remote>>,
+    ) -> Result<Vec<String>, ControlError> {
+        if late.is_empty() {
+            return Ok(Vec::new());
+        }
+        tokio::time::sleep(terms.free_at(Moment(Duration::ZERO)).0).await;
+        for remote in &late {
+            if remote.mailbox.heard().is_none() {
+                self.register(remote, true)?;
+            }
+        }
+        Ok(late.iter().map(|remote| remote.name.clone()).collect())
+    }
+
+    /// Addresses of proxies that hold their sessions by order.
+    pub(crate) fn holders(&self, app: &str) -> BTreeSet<IpAddr> {
+        let holding = |remote: &Arc<Remote>| {
+            let state = remote.state();
+            state.peer.filter(|_| state.holds.contains(app))
+        };
+        self.remotes().values().filter_map(holding).collect()
+    }
+
+    pub fn proxies(&self) -> Vec<ProxyView> {
+        let view = |remote: &Arc<Remote>| {
+            let is_heard = remote.mailbox.heard().is_some();
+            let state = remote.state();
+            ProxyView {
+                name: remote.name.clone(),
+                is_heard,
+                is_out: state.registered.is_out,
+                sessions: if is_heard { state.sessions.clone() } else { BTreeMap::new() },
+            }
+        };
+        self.remotes().values().map(view).collect()
+    }
+
+    /// Records whether a proxy is counted on.
+    fn register(&self, remote: &Remote, is_out: bool) -> Result<(), ControlError> {
+        let mut state = remote.state();
+        let registered = Registered { is_out, ..state.registered };
+        records::put(&*self.store, &proxy_key(&remote.name), &registered)?;
+        state.registered = registered;
+        Ok(())
+    }
+
+    fn remote(&self, sender: &Sender) -> Result<Arc<Remote>, ControlError> {
+        let unknown =
+            || ControlError::Refused(format!("proxy `{}` has not said what it is", sender.name));
+        self.remotes().get(&sender.name).cloned().ok_or_else(unknown)
+    }
+
+    /// The proxy of this name, which may be new.
+    fn enrol(&self, sender: &Sender) -> Result<Arc<Remote>, ControlError> {
+        let refused = |text: String| Err(ControlError::Refused(text));
+        let Some(terms) = self.config.terms else {
+            return refused("control serves no other proxies".into());
+        };
+        if !proxies::is_name(&sender.name) {
+            return refused("the proxy's name is none: letters, digits, `-`, `_` and `.`".into());
+        }
+        let mut remotes = self.remotes();
+        if let Some(remote) = remotes.get(&sender.name) {
+            return Ok(remote.clone());
+        }
+        if remotes.len() >= PROXIES_MAX {
+            return refused(format!("there are {PROXIES_MAX} proxies already"));
+        }
+        let numbers = remotes.values().map(|remote| remote.state().registered.number);
+        let number = numbers.max().unwrap_or(0) + 1;
+        let registered = Registered { number, is_out: false };
+        // What is not recorded is not counted on after a crash.
+        records::put(&*self.store, &proxy_key(&sender.name), &registered)?;
+        let remote = Arc::new(Remote::new(&sender.name, terms, registered));
+        remotes.insert(sender.name.clone(), remote.clone());
+        tracing::info!(proxy = sender.name, number, "a proxy is new");
+        Ok(remote)
+    }
+
+    /// Answers a proxy that asks what is to be served.
+    ///
+    /// # Errors
+    /// Another process goes by its name, there are too many, or the store cannot be read or written.
+    pub fn renew_proxy(&self, asked: Renew, peer: IpAddr) -> Result<Renewed, ControlError> {
+        let Some(terms) = self.config.terms else {
+            return Err(ControlError::Refused("control serves no other proxies".into()));
+        };
+        let remote = self.enrol(&asked.sender)?;
+        let other = remote.mailbox.heard().filter(|other| *other != identity(&asked.sender));
+        if other.is_some() {
+            let name = &remote.name;
+            return Err(ControlError::Refused(format!(
+                "another process goes by the name of proxy `{name}`; it is heard at the moment"
+            )));
+        }
+        if remote.state().registered.is_out {
+            self.register(&remote, false)?;
+        }
+        remote.mailbox.hear(identity(&asked.sender));
+        let number = {
+            let mut state = remote.state();
+            if state.peer.replace(peer).is_none() {
+                state.holds = asked.holds;
+            }
+            state.sessions = asked.sessions;
+            state.registered.number
+        };
+        let mut routes = BTreeMap::new();
+        for app in self.config.apps.keys() {
+            routes.insert(app.clone(), self.route(app)?);
+        }
+        Ok(Renewed { number, terms, routes })
+    }
+
+    fn route(&self, app: &str) -> Result<Route, ControlError> {
+        // Whoever begins a change says so before it reads or writes anything.
+        let changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if changing.contains(app) {
+            return Ok(Route::Held);
+        }
+        let application = records::application(&*self.store, app)?.application;
+        let open = |(cell, state): (&str, _)| {
+            Route::Open(Open { cell: cell.to_owned(), state, epoch: application.epoch })
+        };
+        Ok(application.served().map_or(Route::Held, open))
+    }
+
+    /// Orders for a proxy, which waits for some a while.
+    ///
+    /// # Errors
+    /// There is no such proxy.
+    pub async fn fetch_for_proxy(&self, asked: &Fetch) -> Result<Fetched, ControlError> {
+        let remote = self.remote(&asked.sender)?;
+        // An answer is an order's word for the time of its question, which so is not long ago.
+        let wait_max = self.config.terms.map_or(Duration::ZERO, Terms::renew_every);
+        let posted = remote.mailbox.fetch(identity(&asked.sender), wait_max).await;
+        let order = |Posted { id, wait_max, what }| proxies::Order { id, wait_max, what };
+        Ok(Fetched { orders: posted.into_iter().map(order).collect() })
+    }
+
+    /// What a proxy says of an order.
+    ///
+    /// # Errors
+    /// There is no such proxy.
+    pub fn proxy_finished(&self, finished: Finished) -> Result<(), ControlError> {
+        let Finished { sender, id, report } = finished;
+        self.remote(&sender)?.mailbox.finished(identity(&sender), id, Ok(report));
+        Ok(())
+    }
+
+    /// A proxy ends, and nobody has to wait for it.
+    ///
+    /// # Errors
+    /// There is no such proxy, or the store cannot be written.
+    pub fn proxy_ends(&self, bye: &Bye) -> Result<(), ControlError> {
+        let remote = self.remote(&bye.sender)?;
+        if remote.mailbox.heard().is_none_or(|who| who == identity(&bye.sender)) {
+            self.register(&remote, true)?;
+            remote.mailbox.forget();
+        }
+        Ok(())
+    }
+}
