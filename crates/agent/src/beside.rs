@@ -37,6 +37,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a lease of a new epoch may take to arrive.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(5);
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// Between two tries to end a server that does not end.
+const END_PAUSE: Duration = Duration::from_millis(500);
 /// Between two starts of a standby that crashes.
 const STANDBY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -201,7 +203,7 @@ impl Beside {
 
     /// A server that does not run is started if it is a standby. Any other waits for control, and is a standby for whoever
     /// starts it.
-    async fn begin(&self) {
+    async fn begin(self: &Arc<Self>) {
         let instance = self.instance();
         if instance.is_running() {
             return;
@@ -214,17 +216,16 @@ impl Beside {
         if is_rejoining {
             return;
         }
-        // A copy that was never started says of itself what the other was.
-        let is_copy = instance.data_dir.join("backup_label").exists();
-        if !instance.is_standby() || (instance.may_take_writes() && !is_copy) {
+        if !instance.is_standby() || (instance.may_take_writes() && !instance.is_fresh_copy()) {
             if let Err(error) = instance.must_be_standby() {
                 tracing::error!(error = model::chain(&error), "`standby.signal` cannot be written");
             }
             return;
         }
-        let beside = self.local.clone();
+        let beside = self.clone();
         tokio::spawn(async move {
-            if let Err(error) = beside.instance.start(pg::member::START_MAX).await {
+            let _working = beside.working.lock().await;
+            if let Err(error) = beside.instance().start(pg::member::START_MAX).await {
                 tracing::error!(error = model::chain(&error), "the standby does not start");
             }
         });
@@ -270,6 +271,7 @@ impl Beside {
                 sender: self.sender.clone(),
                 seen: self.with_holder(|holder| holder.seen()),
                 process: self.process(),
+                is_in_hand: self.instance().is_in_hand().is_ok(),
             };
             let limit = terms.renew_every();
             match client.post::<_, Renewed>("/v1/agents/renew", &question, limit).await {
@@ -305,14 +307,20 @@ impl Beside {
     async fn answered(&self, sent: Moment, renewed: &Renewed) {
         if let Some(epoch) = renewed.granted {
             let kill_at = renewed.terms.kill_at(sent);
-            let noted = self.note_lease(kill_at);
-            let guarded = self.guard.lock().await.extend(kill_at).await;
-            match noted.and(guarded).and_then(|()| self.see(epoch)) {
+            match self.prepare_for(epoch, kill_at).await {
                 Ok(()) => self.with_holder(|holder| holder.granted(sent, renewed.terms, epoch)),
                 Err(error) => tracing::error!(error, "the lease cannot be held"),
             }
         }
         self.answered.send_replace(());
+    }
+
+    /// What must be so before the server may take writes until then.
+    async fn prepare_for(&self, epoch: Epoch, kill_at: Moment) -> Result<(), String> {
+        self.instance().is_in_hand().map_err(|error| model::chain(&error))?;
+        self.note_lease(kill_at)?;
+        self.guard.lock().await.extend(kill_at).await?;
+        self.see(epoch)
     }
 
     fn process(&self) -> Process {
@@ -349,6 +357,7 @@ impl Beside {
             tracing::error!("there is no lease: the server is ended");
             if let Err(error) = self.local.carry_out(&Work::Isolate).await {
                 tracing::error!(error, "the server does not end");
+                sleep(END_PAUSE).await;
             }
         }
     }
@@ -375,12 +384,14 @@ impl Beside {
 
     async fn fetch(self: Arc<Self>, orders: mpsc::Sender<(Moment, Order)>) {
         let mut client = self.client();
+        let mut last = 0;
         loop {
-            let question = Fetch { sender: self.sender.clone() };
+            let question = Fetch { sender: self.sender.clone(), last };
             match client.post::<_, Fetched>("/v1/agents/orders", &question, FETCH_MAX).await {
                 Ok(fetched) => {
                     let at = clock::now();
                     for order in fetched.orders {
+                        last = order.id;
                         if orders.send((at, order)).await.is_err() {
                             return;
                         }

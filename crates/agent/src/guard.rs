@@ -56,7 +56,12 @@ pub async fn run(instance: &Instance, state_dir: &Path, kill_at: Moment) -> std:
                     return Ok(());
                 }
                 kill_at = Moment(Duration::from_nanos(ns));
-                if let Some(from) = from.as_pathname() {
+                // Whoever could not end it does not say that he will.
+                let is_in_hand = instance.is_in_hand();
+                if let Err(error) = &is_in_hand {
+                    tracing::error!(error = model::chain(error), "the server is not in hand");
+                }
+                if let Some(from) = from.as_pathname().filter(|_| is_in_hand.is_ok()) {
                     // Whoever has asked and is gone needs no answer.
                     let _ = socket.try_send_to(&bytes, from);
                 }
@@ -81,11 +86,7 @@ pub async fn run(instance: &Instance, state_dir: &Path, kill_at: Moment) -> std:
 }
 
 async fn end(instance: &Instance) {
-    // Whoever starts it again starts a standby. That the file cannot be written does not save the server.
-    if let Err(error) = instance.must_be_standby() {
-        tracing::error!(error = model::chain(&error), "`standby.signal` cannot be written");
-    }
-    match instance.kill(KILL_MAX).await {
+    match instance.end_as_standby(KILL_MAX).await {
         Ok(0) => (),
         Ok(count) => tracing::error!(count, "the lease is over: the guard has ended the server"),
         Err(error) => tracing::error!(error = model::chain(&error), "the server does not end"),

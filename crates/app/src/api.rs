@@ -175,6 +175,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     }
     let mut problems = Vec::new();
     let proxies = proxies(state, name, &mut problems);
+    problems.extend(state.control.troubled_agents(name)?);
     let active = application.active().map(str::to_owned);
     let active_lsn = active
         .as_ref()

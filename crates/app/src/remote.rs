@@ -252,6 +252,7 @@ impl Following {
 
     async fn fetch(self: Arc<Self>) {
         let mut client = self.client();
+        let mut last = 0;
         loop {
             let sent = clock::now();
             if self.state().contact.held(sent).is_none() {
@@ -259,10 +260,11 @@ impl Following {
                 sleep(TICK).await;
                 continue;
             }
-            let question = Fetch { sender: self.sender.clone() };
+            let question = Fetch { sender: self.sender.clone(), last };
             match client.post::<_, Fetched>("/v1/proxies/orders", &question, FETCH_MAX).await {
                 Ok(fetched) => {
                     for order in fetched.orders {
+                        last = order.id;
                         if self.jobs.send(Job::Ordered(order, sent)).await.is_err() {
                             return;
                         }

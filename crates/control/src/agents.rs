@@ -12,6 +12,7 @@ use model::member::{Done, Work};
 use model::persisted::{Attended, attended_key};
 use tokio::sync::Notify;
 
+use crate::config::CellServer;
 use crate::control::Control;
 use crate::mailbox::{Identity, Mailbox, Posted};
 use crate::member::Member;
@@ -47,6 +48,7 @@ struct State {
     epoch: Epoch,
     /// What the agent has said last.
     process: Option<Process>,
+    is_in_hand: bool,
 }
 
 fn identity(sender: &Sender) -> Identity {
@@ -65,7 +67,7 @@ impl Link {
             app: app.into(),
             cell: cell.into(),
             mailbox: Mailbox::new(format!("the agent of `{cell}`"), terms.length),
-            state: Mutex::new(State { granter, epoch: Epoch(0), process: None }),
+            state: Mutex::new(State { granter, epoch: Epoch(0), process: None, is_in_hand: true }),
             changed: Notify::new(),
         }
     }
@@ -88,13 +90,17 @@ impl Link {
             state.granter.remember(host, length);
         }
         let host = asked.sender.host;
-        if self.mailbox.heard().is_some_and(|(other, _)| other != host) {
+        // What it says of a server is not said of the one that may be the primary.
+        let is_another = self.mailbox.heard().is_some_and(|(other, _)| other != host)
+            || state.granter.is_anothers(now(), host);
+        if is_another {
             let (app, cell) = (&self.app, &self.cell);
             tracing::error!(app, cell, host, "another agent speaks for the cell already");
             return Ok(Renewed { granted: None, terms: state.granter.terms() });
         }
         // What is not recorded is not given: a later control has to know of it.
         let mut granter = state.granter;
+        let has_it = has_it && asked.is_in_hand;
         let granted = granter.answer(now(), host, has_it.then_some(epoch));
         let mut length = granter.terms().length;
         if let Some(before) = before
@@ -112,6 +118,10 @@ impl Link {
         if state.process.replace(asked.process) != Some(asked.process) {
             self.changed.notify_waiters();
         }
+        if std::mem::replace(&mut state.is_in_hand, asked.is_in_hand) && !asked.is_in_hand {
+            let (app, cell) = (&self.app, &self.cell);
+            tracing::error!(app, cell, "the agent cannot see or end its server: it gets no lease");
+        }
         let terms = state.granter.terms();
         Ok(Renewed { granted, terms })
     }
@@ -122,8 +132,8 @@ impl Link {
     }
 
     /// Orders for an agent that asks for them.
-    pub(crate) async fn fetch(&self, sender: &Sender) -> Fetched {
-        let posted = self.mailbox.fetch(identity(sender), FETCH_MAX).await;
+    pub(crate) async fn fetch(&self, Fetch { sender, last }: &Fetch) -> Fetched {
+        let posted = self.mailbox.fetch(identity(sender), *last, FETCH_MAX).await;
         let order =
             |Posted { id, wait_max, what: (epoch, what) }| Order { id, epoch, wait_max, what };
         Fetched { orders: posted.into_iter().map(order).collect() }
@@ -139,6 +149,15 @@ impl Link {
         // Two renewals may be lost.
         let recent = state.granter.terms().length * 3 / 4;
         state.process.filter(|_| self.mailbox.heard_within(recent).is_some())
+    }
+
+    /// The agent is heard, and says that it cannot see or end its server.
+    pub(crate) fn is_out_of_hand(&self) -> bool {
+        !self.state().is_in_hand && self.mailbox.heard().is_some()
+    }
+
+    pub(crate) fn is_heard(&self) -> bool {
+        self.mailbox.heard().is_some()
     }
 
     /// Resolves when the agent says something else of the process.
@@ -206,12 +225,29 @@ impl Control {
         self.link(&asked.sender)?.renew(asked, read, attend)
     }
 
+    /// What is wrong with the agents of an application.
+    ///
+    /// # Errors
+    /// There is no such application.
+    pub fn troubled_agents(&self, app: &str) -> Result<Vec<String>, ControlError> {
+        let trouble = |(cell, server): (&String, &CellServer)| match &server.member {
+            Some(Member::Agent(link)) if !link.is_heard() => {
+                Some(format!("the agent of `{cell}` is not heard: start it, or look at its log"))
+            }
+            Some(Member::Agent(link)) if link.is_out_of_hand() => Some(format!(
+                "the agent of `{cell}` cannot see or end its server, and gets no lease: its log says why"
+            )),
+            _ => None,
+        };
+        Ok(self.servers(app)?.cells.iter().filter_map(trouble).collect())
+    }
+
     /// Orders for an agent, which waits for some a while.
     ///
     /// # Errors
     /// There is to be no such agent.
     pub async fn fetch(&self, asked: &Fetch) -> Result<Fetched, ControlError> {
-        Ok(self.link(&asked.sender)?.fetch(&asked.sender).await)
+        Ok(self.link(&asked.sender)?.fetch(asked).await)
     }
 
     /// What an agent says of an order.

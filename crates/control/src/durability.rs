@@ -41,7 +41,9 @@ pub(crate) async fn look(
     let others: BTreeSet<String> =
         servers.cells.keys().filter(|other| *other != cell).cloned().collect();
     let of_cell = |other: &String| {
-        let (_, flushed) = listed.iter().find(|(name, _)| *name == standby_name(other))?;
+        let mut named = listed.iter().filter(|(name, _)| *name == standby_name(other));
+        // Of two by one name nobody knows which it was that has acknowledged.
+        let (_, flushed) = named.next().filter(|_| named.next().is_none())?;
         let flushed = flushed.as_deref().and_then(Lsn::read).unwrap_or_default();
         Some(Follower { cell: other.clone(), flushed })
     };

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::agent::ORDERS_MAX;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
 /// Between two looks whether somebody who has an order is still there.
@@ -15,7 +15,7 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(crate) type Identity = (u64, u64);
 
 /// An order, and how long whoever has given it waits for what becomes of it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Posted<O> {
     pub(crate) id: u64,
     pub(crate) wait_max: Duration,
@@ -29,8 +29,8 @@ pub(crate) struct Mailbox<O, R> {
     /// Who is silent for longer is not there.
     silence_max: Duration,
     state: Mutex<State<O, R>>,
-    /// An order waits.
-    ordered: Notify,
+    /// Counts questions for orders, and orders: whoever waits looks again.
+    stirred: watch::Sender<u64>,
     /// No two orders are given at once.
     turn: tokio::sync::Mutex<()>,
 }
@@ -39,21 +39,25 @@ pub(crate) struct Mailbox<O, R> {
 struct State<O, R> {
     heard: Option<(Instant, Identity)>,
     next_id: u64,
-    waiting: VecDeque<Posted<O>>,
+    /// Questions for orders; the last one counts.
+    fetches: u64,
+    /// What was not finished, and whether somebody has fetched it.
+    orders: VecDeque<(Posted<O>, bool)>,
     under_way: BTreeMap<u64, oneshot::Sender<Result<R, String>>>,
 }
 
-impl<O, R> Mailbox<O, R> {
+impl<O: Clone, R> Mailbox<O, R> {
     pub(crate) fn new(whose: String, silence_max: Duration) -> Mailbox<O, R> {
         let state = State {
             heard: None,
             // What is said of an order of an earlier control is not taken for an answer to one of this.
             next_id: u64::try_from(pg::clock::now().0.as_nanos()).unwrap_or(1),
-            waiting: VecDeque::new(),
+            fetches: 0,
+            orders: VecDeque::new(),
             under_way: BTreeMap::new(),
         };
-        let (ordered, turn) = (Notify::new(), tokio::sync::Mutex::default());
-        Mailbox { whose, silence_max, state: Mutex::new(state), ordered, turn }
+        let (stirred, turn) = (watch::Sender::new(0), tokio::sync::Mutex::default());
+        Mailbox { whose, silence_max, state: Mutex::new(state), stirred, turn }
     }
 
     fn state(&self) -> MutexGuard<'_, State<O, R>> {
@@ -67,7 +71,7 @@ impl<O, R> Mailbox<O, R> {
         if before.is_some_and(|(_, before)| before != from) {
             tracing::warn!("{} was started again", self.whose);
             // What it was doing, nobody knows; it may be asked again.
-            state.waiting.clear();
+            state.orders.clear();
             for (_, asked) in std::mem::take(&mut state.under_way) {
                 let _ = asked.send(Err(format!("{} was started again", self.whose)));
             }
@@ -89,26 +93,58 @@ impl<O, R> Mailbox<O, R> {
         self.heard_within(self.silence_max)
     }
 
-    /// Orders, for whom asks for them; waits for one so long.
-    pub(crate) async fn fetch(&self, from: Identity, wait_max: Duration) -> Vec<Posted<O>> {
-        let take = || {
+    /// Orders, for whom asks for them and has those up to `last`; waits for one so long, or until it asks again: its question
+    /// may have come by a connection that is broken.
+    pub(crate) async fn fetch(
+        &self,
+        from: Identity,
+        last: u64,
+        wait_max: Duration,
+    ) -> Vec<Posted<O>> {
+        let mut stirred = self.stirred.subscribe();
+        let own = {
+            let mut state = self.state();
+            state.fetches += 1;
+            state.fetches
+        };
+        self.stirred.send_modify(|count| *count += 1);
+        let look = || {
             let mut state = self.state();
             // Of one that was started again meanwhile: the question is from before.
             let is_current = state.heard.is_some_and(|(_, who)| who == from);
-            if is_current { state.waiting.drain(..).collect() } else { Vec::new() }
+            if !is_current || state.fetches != own {
+                return Some(Vec::new());
+            }
+            let wanted =
+                |(order, is_fetched): &&mut (Posted<O>, bool)| !*is_fetched || order.id > last;
+            let orders: Vec<Posted<O>> = state
+                .orders
+                .iter_mut()
+                .filter(wanted)
+                .map(|(order, is_fetched)| {
+                    *is_fetched = true;
+                    order.clone()
+                })
+                .collect();
+            (!orders.is_empty()).then_some(orders)
         };
-        let ordered = self.ordered.notified();
-        let mut orders: Vec<Posted<O>> = take();
-        if orders.is_empty() && timeout(wait_max, ordered).await.is_ok() {
-            orders = take();
-        }
-        orders
+        let waited = timeout(wait_max, async {
+            loop {
+                if let Some(orders) = look() {
+                    return orders;
+                }
+                if stirred.changed().await.is_err() {
+                    return Vec::new();
+                }
+            }
+        });
+        waited.await.unwrap_or_default()
     }
 
     pub(crate) fn finished(&self, from: Identity, id: u64, result: Result<R, String>) {
         let mut state = self.state();
         let is_current = state.heard.is_some_and(|(_, who)| who == from);
-        if let Some(asked) = state.under_way.remove(&id).filter(|_| is_current) {
+        if is_current && let Some(asked) = state.under_way.remove(&id) {
             // Whoever has asked may wait no longer.
             let _ = asked.send(result);
         }
@@ -126,16 +162,16 @@ impl<O, R> Mailbox<O, R> {
         let what = what();
         let id = {
             let mut state = self.state();
-            if state.waiting.len() >= ORDERS_MAX {
+            if state.orders.len() >= ORDERS_MAX {
                 return Err(format!("{whose} fetches no orders"));
             }
             let id = state.next_id;
             state.next_id += 1;
-            state.waiting.push_back(Posted { id, wait_max: limit, what });
+            state.orders.push_back((Posted { id, wait_max: limit, what }, false));
             state.under_way.insert(id, tx);
             id
         };
-        self.ordered.notify_one();
+        self.stirred.send_modify(|count| *count += 1);
         let silent = async {
             // A long order is waited for only while whoever has it is there.
             while self.heard().is_some() {
@@ -152,7 +188,61 @@ impl<O, R> Mailbox<O, R> {
         };
         let mut state = self.state();
         state.under_way.remove(&id);
-        state.waiting.retain(|order| order.id != id);
+        state.orders.retain(|(order, _)| order.id != id);
         answer
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(5);
+    const WHO: Identity = (1, 2);
+
+    #[tokio::test]
+    async fn an_order_is_not_lost_to_a_broken_connection() {
+        let mailbox = Arc::new(Mailbox::<&str, u8>::new("the agent of `a`".into(), LONG));
+        mailbox.hear(WHO);
+        let broken = tokio::spawn({
+            let mailbox = mailbox.clone();
+            async move { mailbox.fetch(WHO, 0, LONG).await }
+        });
+        tokio::task::yield_now().await;
+        let asked = tokio::spawn({
+            let mailbox = mailbox.clone();
+            async move {
+                // Whoever asks again ends the question before.
+                assert!(broken.await.unwrap().is_empty());
+                mailbox.ask(LONG, || "isolate").await
+            }
+        });
+        let orders = mailbox.fetch(WHO, 0, LONG).await;
+        let [order] = orders.as_slice() else { panic!("{orders:?}") };
+        assert_eq!(order.what, "isolate");
+        // The answer has not arrived, so it is given again; once it has, it is not.
+        assert_eq!(mailbox.fetch(WHO, 0, LONG).await.len(), 1);
+        assert!(mailbox.fetch(WHO, order.id, Duration::from_millis(10)).await.is_empty());
+        mailbox.finished((1, 3), order.id, Ok(0));
+        mailbox.finished(WHO, order.id, Ok(7));
+        assert_eq!(asked.await.unwrap(), Ok(7));
+        assert!(mailbox.fetch(WHO, 0, Duration::from_millis(10)).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn nobody_is_asked_who_is_silent_or_was_started_again() {
+        let mailbox = Arc::new(Mailbox::<&str, u8>::new("proxy `p2`".into(), LONG));
+        assert_eq!(mailbox.ask(LONG, || "hold").await, Err("proxy `p2` is not heard".into()));
+        mailbox.hear(WHO);
+        let asked = tokio::spawn({
+            let mailbox = mailbox.clone();
+            async move { mailbox.ask(LONG, || "hold").await }
+        });
+        assert_eq!(mailbox.fetch(WHO, 0, LONG).await.len(), 1);
+        mailbox.hear((1, 3));
+        assert_eq!(asked.await.unwrap(), Err("proxy `p2` was started again".into()));
+        assert!(mailbox.fetch(WHO, 0, LONG).await.is_empty());
     }
 }

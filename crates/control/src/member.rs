@@ -114,7 +114,15 @@ impl Member {
             },
             () = &mut over => "its agent has not answered".to_owned(),
         };
+        if link.is_out_of_hand() {
+            return Err(why);
+        }
         Ok(format!("{why}; its lease is over, so its guard has ended it"))
+    }
+
+    /// Whoever is beside the server says that he cannot end it.
+    pub(crate) fn is_out_of_hand(&self) -> bool {
+        matches!(self, Member::Agent(link) if link.is_out_of_hand())
     }
 
     /// Somebody is there who could work on it.

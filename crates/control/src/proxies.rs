@@ -373,7 +373,7 @@ impl Control {
         let remote = self.remote(&asked.sender)?;
         // An answer is an order's word for the time of its question, which so is not long ago.
         let wait_max = self.config.terms.map_or(Duration::ZERO, Terms::renew_every);
-        let posted = remote.mailbox.fetch(identity(&asked.sender), wait_max).await;
+        let posted = remote.mailbox.fetch(identity(&asked.sender), asked.last, wait_max).await;
         let order = |Posted { id, wait_max, what }| proxies::Order { id, wait_max, what };
         Ok(Fetched { orders: posted.into_iter().map(order).collect() })
     }

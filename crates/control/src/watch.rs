@@ -104,7 +104,8 @@ pub async fn run(control: Arc<Control>, app: String) {
         tried = Some(Instant::now());
         tracing::error!(app, cell, %analysis, "{}", analysis.says());
         if !servers.failover.automatic {
-            start_again(&control, servers, &app, &cell).await;
+            let started = start_again(&control, servers, &app, &cell).await;
+            control.note_seen(&app, |seen| seen.blocked = started.err());
             continue;
         }
         let blocked = match begin(&control, servers, &app, &cell).await {
@@ -112,10 +113,17 @@ pub async fn run(control: Arc<Control>, app: String) {
             Ok(_) => None,
             Err(why) => Some(why),
         };
-        if let Some(why) = &blocked {
-            tracing::error!(app, cell, reason = why, "no failover");
-            start_again(&control, servers, &app, &cell).await;
-        }
+        let blocked = match blocked {
+            Some(why) => {
+                tracing::error!(app, cell, reason = why, "no failover");
+                let started = start_again(&control, servers, &app, &cell).await;
+                Some(match started {
+                    Ok(()) => why,
+                    Err(error) => format!("{why}; {error}"),
+                })
+            }
+            None => None,
+        };
         control.note_seen(&app, |seen| seen.blocked = blocked);
     }
 }
@@ -189,16 +197,30 @@ fn is_supervised(servers: &AppServers, cell: &str) -> bool {
 }
 
 /// The server whose place nobody takes is started again by its agent, if it is one that has one.
-async fn start_again(control: &Control, servers: &AppServers, app: &str, cell: &str) {
+///
+/// # Errors
+/// Why it is not, for people.
+async fn start_again(
+    control: &Control,
+    servers: &AppServers,
+    app: &str,
+    cell: &str,
+) -> Result<(), String> {
     let Some(member) = servers.cells.get(cell).and_then(|server| server.member.as_ref()) else {
-        return;
+        return Ok(());
     };
     if !is_supervised(servers, cell) || member.process().await != Some(Process::Crashed) {
-        return;
+        return Ok(());
     }
     match control.start_again(app, cell, member).await {
-        Ok(()) => tracing::warn!(app, cell, "the server was started again"),
-        Err(error) => tracing::error!(app, cell, error, "the server is not started again"),
+        Ok(()) => {
+            tracing::warn!(app, cell, "the server was started again");
+            Ok(())
+        }
+        Err(error) => {
+            tracing::error!(app, cell, error, "the server is not started again");
+            Err(format!("its server is not started again: {error}"))
+        }
     }
 }
 
@@ -336,6 +358,8 @@ impl Control {
         if application.active() != Some(cell) || application.execution.is_some() {
             return Err(format!("`{cell}` is not the active cell any more"));
         }
+        let servers = self.servers(app).map_err(|error| model::chain(&error))?;
+        stages::check_is_newest(self, servers, (app, cell), member).await?;
         member.start_again(application.epoch).await
     }
 }

@@ -31,6 +31,8 @@ pub struct Renew {
     /// The highest epoch that this host has seen.
     pub seen: Epoch,
     pub process: Process,
+    /// The agent could see and end the server's processes, if there are any. Without it, it gets no lease.
+    pub is_in_hand: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +46,8 @@ pub struct Renewed {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fetch {
     pub sender: Sender,
+    /// The last order that has arrived, or 0; later ones are given again.
+    pub last: u64,
 }
 
 /// What an agent is to do, and in which epoch: one that has seen a higher one refuses.

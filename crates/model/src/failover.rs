@@ -222,6 +222,8 @@ pub struct Candidate {
     pub timeline: u64,
     /// The end of the WAL that it has, replayed or not.
     pub received: Lsn,
+    /// It has come to the end of its own log since its start, so that it knows what it has.
+    pub is_sure: bool,
 }
 
 /// The one that has most; of several, the first by name.
@@ -345,6 +347,7 @@ mod tests {
             cell: cell.into(),
             timeline,
             received: Lsn(received),
+            is_sure: true,
         };
         let all = [one("b", 1, 900), one("c", 2, 10), one("d", 2, 10)];
         assert_eq!(most_advanced(&all).unwrap().cell, "c");

@@ -163,11 +163,15 @@ impl Granter {
         self.terms
     }
 
+    /// Somebody else may hold it still.
+    pub fn is_anothers(&self, now: Moment, holder: u64) -> bool {
+        self.holder.is_some_and(|last| last != holder) && now < self.free_at
+    }
+
     /// Answers a holder; `granted` is what the store says. Two that take themselves for the same do not hold it together.
     pub fn answer(&mut self, now: Moment, holder: u64, granted: Option<Epoch>) -> Option<Epoch> {
         let granted = granted.filter(|_| !self.is_revoked)?;
-        let is_other = self.holder.is_some_and(|last| last != holder);
-        if is_other && now < self.free_at {
+        if self.is_anothers(now, holder) {
             return None;
         }
         self.free_at = self.free_at.max(self.terms.free_at(now));

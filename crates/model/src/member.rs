@@ -33,6 +33,23 @@ pub struct WalTail {
     pub commits: u64,
 }
 
+impl WalTail {
+    /// The log goes up to `seen`, which a server had written out, or had received.
+    pub fn reaches(&self, seen: Lsn) -> bool {
+        /// Whole pages are written out and sent, also of a record that has not ended (`XLOG_BLCKSZ`, `XLogSendPhysical`).
+        const PAGE: u64 = 8 * 1024;
+        const RECORD_MAX: u64 = 1024 * 1024;
+        /// Of a last record of which it is not told where it ends.
+        const RECORD: u64 = 64 * 1024;
+        match (self.end, self.last) {
+            (Some(end), _) if seen.0.is_multiple_of(PAGE) => seen.bytes_since(end) <= RECORD_MAX,
+            (Some(end), _) => end >= seen,
+            (None, Some(last)) => seen.bytes_since(last) <= RECORD,
+            (None, None) => false,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Work {
@@ -50,7 +67,15 @@ pub enum Work {
     OpenLogins { hba_file: PathBuf },
     /// Makes the server a standby of another, which is on `timeline`. What only it has may go if that `is_kept`. Answered by
     /// [`Done::Text`].
-    Rejoin { conninfo: String, timeline: Option<u64>, hba_file: Option<PathBuf>, is_kept: bool },
+    ///
+    /// `standby_conninfo` names the cell, so that commits can wait for it: whoever only copies must not have that name.
+    Rejoin {
+        conninfo: String,
+        standby_conninfo: String,
+        timeline: Option<u64>,
+        hba_file: Option<PathBuf>,
+        is_kept: bool,
+    },
     /// What the log of the server, which has ended, holds. Answered by [`Done::Tail`].
     ReadTail { timeline: u64, from: Lsn },
     /// Copies that for people, under a name. Answered by [`Done::Text`]: where.
@@ -66,4 +91,23 @@ pub enum Done {
     Flag(bool),
     Text(String),
     Tail(WalTail),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_copy_does_not_reach_what_was_seen() {
+        let tail = |last, end| WalTail { last: Some(Lsn(last)), end, commits: 0 };
+        let seen = Lsn(0x30_0100);
+        assert!(tail(0x30_00c0, Some(seen)).reaches(seen));
+        assert!(!tail(0x30_0080, Some(Lsn(0x30_00c0))).reaches(seen));
+        // Written out up to the end of a page, within a record.
+        assert!(tail(0x2f_ff00, Some(Lsn(0x2f_ff80))).reaches(Lsn(0x30_0000)));
+        assert!(!tail(0x1f_ff00, Some(Lsn(0x1f_ff80))).reaches(Lsn(0x30_0000)));
+        assert!(tail(0x30_00c0, None).reaches(seen));
+        assert!(!tail(0x20_00c0, None).reaches(seen));
+        assert!(!WalTail::default().reaches(seen));
+    }
 }

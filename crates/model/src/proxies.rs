@@ -79,6 +79,8 @@ pub struct Open {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fetch {
     pub sender: Sender,
+    /// The last order that has arrived, or 0; later ones are given again.
+    pub last: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

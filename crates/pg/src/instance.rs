@@ -3,16 +3,22 @@
 //! PostgreSQL refuses to run as root, so as root everything here runs as the owner of the data directory.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
 
+use rustix::fs::{AtFlags, Mode, OFlags};
 use thiserror::Error;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+/// Longest file of a server that is read whole.
+const FILE_LEN_MAX: u64 = 1024 * 1024;
 /// Output of a program that is kept for its error.
 const OUTPUT_LEN_MAX: u64 = 8_000;
 
@@ -27,7 +33,7 @@ pub enum InstanceError {
     #[error("`{program}` ended with {status}: {output}")]
     Failed { program: String, status: String, output: String },
     #[error(
-        "it cannot be seen whose process {pid} is; Holdfast has to run as the server's owner, or with the right to trace (CAP_SYS_PTRACE)"
+        "process {pid} cannot be seen or ended; Holdfast has to run in the server's PID namespace, as its owner or with the rights to trace and kill (CAP_SYS_PTRACE, CAP_KILL)"
     )]
     Unseen { pid: u32 },
     #[error("`{path}` cannot be {what}")]
@@ -61,18 +67,20 @@ pub struct Instance {
     pub run_as: Option<RunAs>,
     /// Further options of the server's command line.
     pub options: Vec<String>,
+    pub shared: Arc<Shared>,
+}
+
+/// What is known to all who speak of one server.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// Device and number of the data directory, when its path led there last.
+    pub(crate) place: Mutex<Option<(PathBuf, (u64, u64))>>,
+    /// Somebody writes `standby.signal`, and the disk may take its time.
+    pub(crate) is_writing: AtomicBool,
 }
 
 fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
-}
-
-fn same_dir(one: &Path, other: &Path) -> bool {
-    let id = |path: &Path| std::fs::metadata(path).map(|dir| (dir.dev(), dir.ino()));
-    match (id(one), id(other)) {
-        (Ok(one), Ok(other)) => one == other,
-        _ => one == other,
-    }
 }
 
 /// The directory of the newest server programs on this machine: Debian's layout, or what is on the PATH.
@@ -113,6 +121,7 @@ impl Instance {
             data_dir: data_dir.to_owned(),
             run_as,
             options: Vec::new(),
+            shared: Arc::default(),
         })
     }
 
@@ -187,8 +196,16 @@ impl Instance {
         if self.is_running() {
             return Ok(());
         }
-        if self.processes().is_ok_and(|pids| pids.is_empty()) {
-            self.remove_locks();
+        self.remove_stale_locks();
+        if self.is_standby() {
+            // Before the server's start, and not in the same second.
+            let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let path = self.data_dir.join("standby.signal");
+            let file = rustix::fs::open(path, flags, Mode::empty());
+            let before = SystemTime::now().checked_sub(Duration::from_secs(2));
+            if let (Ok(file), Some(before)) = (file, before) {
+                let _ = File::from(file).set_modified(before);
+            }
         }
         let log = self.data_dir.join("server.log");
         let seconds = limit.as_secs().max(1).to_string();
@@ -214,109 +231,23 @@ impl Instance {
         self.run("pg_ctl", &args, limit + Duration::from_secs(5)).await.map(drop)
     }
 
-    /// The postmaster's pid, while it lives.
-    pub fn pid(&self) -> Option<u32> {
-        let text = std::fs::read_to_string(self.data_dir.join("postmaster.pid")).ok()?;
-        let pid: u32 = text.lines().next()?.trim().parse().ok()?;
-        // What cannot be seen may be it.
-        self.owns(pid).unwrap_or(true).then_some(pid)
-    }
-
-    /// A process of this number lives and is of the server; None if that cannot be seen. One that has ended and was not
-    /// waited for works nowhere.
-    fn owns(&self, pid: u32) -> Option<bool> {
-        match std::fs::read_link(format!("/proc/{pid}/cwd")) {
-            Ok(dir) => Some(same_dir(&dir, &self.data_dir)),
-            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-                // A server's processes run as the owner of its data (`checkDataDir`).
-                let owner = |path: &Path| std::fs::metadata(path).map(|file| file.uid());
-                let process = owner(Path::new(&format!("/proc/{pid}"))).ok()?;
-                let data = owner(&self.data_dir).ok()?;
-                (process != data).then_some(false)
-            }
-            Err(_) => Some(false),
-        }
-    }
-
-    /// The server's processes that live, the postmaster's and all others. Each works in the data directory.
-    ///
-    /// # Errors
-    /// Of some it cannot be seen whose they are: which is no proof that there are none.
-    fn processes(&self) -> Result<Vec<u32>, InstanceError> {
-        let error = |source| InstanceError::File { path: "/proc".into(), what: "read", source };
-        let all = std::fs::read_dir("/proc").map_err(error)?;
-        let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let is_server = |pid: &u32| {
-            std::fs::read_to_string(format!("/proc/{pid}/comm"))
-                .is_ok_and(|name| matches!(name.trim_end(), "postgres" | "postmaster"))
-        };
-        let mut own = Vec::new();
-        for pid in pids.filter(is_server) {
-            match self.owns(pid) {
-                Some(true) => own.push(pid),
-                Some(false) => (),
-                None => return Err(InstanceError::Unseen { pid }),
-            }
-        }
-        Ok(own)
-    }
-
-    /// Ends every process of the server at once, whatever it is doing, also if it was stopped. Gives how many there were.
-    ///
-    /// # Errors
-    /// Some are still there after `limit`.
-    pub async fn kill(&self, limit: Duration) -> Result<usize, InstanceError> {
-        let deadline = std::time::Instant::now() + limit;
-        let mut ended = std::collections::BTreeSet::new();
-        // The postmaster first, so that it begins no more.
-        let is_own = |pid: &u32| self.owns(*pid) == Some(true);
-        let mut pids: Vec<u32> = self.pid().into_iter().filter(is_own).collect();
-        loop {
-            pids.extend(self.processes()?);
-            if pids.is_empty() {
-                self.remove_locks();
-                return Ok(ended.len());
-            }
-            if std::time::Instant::now() > deadline {
-                let program = format!("process {} of the server", pids[0]);
-                return Err(InstanceError::Timeout { program, limit });
-            }
-            for pid in pids.drain(..) {
-                let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-                if let Some(number) = number {
-                    // One that has ended meanwhile is not there any more.
-                    let _ = rustix::process::kill_process(number, rustix::process::Signal::KILL);
-                }
-                ended.insert(pid);
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    }
-
-    /// The server's lock files, once it is known that none of its processes lives. A process that nobody has waited for, or
-    /// another of the same number, would keep it from starting (`CreateLockFile`).
-    fn remove_locks(&self) {
-        let path = self.data_dir.join("postmaster.pid");
-        let Ok(text) = std::fs::read_to_string(&path) else { return };
-        let lines: Vec<&str> = text.lines().map(str::trim).collect();
-        if let [pid, _, _, port, sockets, ..] = lines.as_slice() {
-            let lock = Path::new(sockets).join(format!(".s.PGSQL.{port}.lock"));
-            let owner = std::fs::read_to_string(&lock).unwrap_or_default();
-            if owner.lines().next().map(str::trim) == Some(*pid) {
-                let _ = std::fs::remove_file(lock);
-            }
-        }
-        let _ = std::fs::remove_file(path);
-    }
-
     pub fn is_running(&self) -> bool {
         self.pid().is_some()
     }
 
     /// A standby whose process is gone, and which was not shut down.
     pub fn is_crashed_standby(&self) -> bool {
-        let is_recovering = self.state() == Some(IN_ARCHIVE_RECOVERY);
+        let is_recovering = self.state() == Some(IN_ARCHIVE_RECOVERY) || self.is_fresh_copy();
         is_recovering && self.is_standby() && !self.is_running()
+    }
+
+    /// A copy that was made to be a standby and has not come to recover: it says of itself what the other was.
+    pub fn is_fresh_copy(&self) -> bool {
+        let auto = std::fs::read_to_string(self.data_dir.join("postgresql.auto.conf"));
+        let is_told = auto.is_ok_and(|text| {
+            text.lines().any(|line| line.trim_start().starts_with("primary_conninfo"))
+        });
+        is_told && self.data_dir.join("backup_label").exists()
     }
 
     /// What the control file says, whose beginning is the same from 15 to 18 (`ControlFileData`, `DBState`).
@@ -333,18 +264,24 @@ impl Instance {
     pub fn may_take_writes(&self) -> bool {
         /// A standby that was copied from a primary, or was one, says so for a moment after its start.
         const STANDBY_START_MAX: Duration = Duration::from_secs(5);
-        if !self.data_dir.exists() {
-            return false;
+        if self.data_dir.metadata().is_err() {
+            // Moved away for a rejoin; else nobody knows what has become of it, and its server works on.
+            return crate::rejoin::what_is_left(&self.data_dir).is_none() && self.is_at_work();
         }
         if matches!(self.state(), Some(SHUT_DOWN_IN_RECOVERY | IN_ARCHIVE_RECOVERY)) {
             return false;
         }
-        let started = std::fs::metadata(self.data_dir.join("postmaster.pid"))
-            .and_then(|file| file.modified())
-            .ok();
-        let age = started.and_then(|started| started.elapsed().ok());
-        let is_starting = age.is_some_and(|age| age < STANDBY_START_MAX);
-        !(self.is_standby() && is_starting)
+        let changed =
+            |name: &str| self.data_dir.join(name).metadata().and_then(|file| file.modified()).ok();
+        let Some(signal) = changed("standby.signal") else { return true };
+        // One that was there when the server was started is taken away before it takes writes (`StartupXLOG`); one that
+        // came later means nothing to it.
+        let started = self.lock_file().and_then(|lock| lock.started);
+        if started.is_some_and(|started| signal < started) {
+            return false;
+        }
+        let age = changed("postmaster.pid").and_then(|written| written.elapsed().ok());
+        age.is_none_or(|age| age >= STANDBY_START_MAX)
     }
 
     /// Makes a new data directory.
@@ -446,22 +383,81 @@ impl Instance {
         self.write(&self.data_dir.join("standby.signal"), b"")
     }
 
-    /// Replaces a file as a whole, durably, owned by the server's user.
+    /// Replaces a file as a whole, durably, owned by the server's user, where that user could do so.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), InstanceError> {
-        use std::io::Write;
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let error = |source| InstanceError::File { path: path.to_owned(), what: "written", source };
-        let temporary = path.with_extension("holdfast-new");
-        let mut file = File::create(&temporary).map_err(error)?;
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(error)?;
-        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o600))
-            .map_err(error)?;
-        if let Some(RunAs { uid, gid }) = self.run_as {
-            std::os::unix::fs::chown(&temporary, Some(uid), Some(gid)).map_err(error)?;
+        let io = |source: rustix::io::Errno| error(source.into());
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(error(std::io::ErrorKind::InvalidInput.into()));
+        };
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(parent, flags, Mode::empty()).map_err(io)?;
+        self.check_right(&dir, 2).map_err(error)?;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let temporary = format!(".{}.{}-{number}.new", name.to_string_lossy(), std::process::id());
+        // Of a crash, by somebody of the same number.
+        let _ = rustix::fs::unlinkat(&dir, &temporary, AtFlags::empty());
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&dir, &temporary, flags, Mode::RUSR | Mode::WUSR);
+        let mut file = File::from(file.map_err(io)?);
+        let written = file.write_all(bytes).and_then(|()| match self.run_as {
+            Some(RunAs { uid, gid }) => std::os::unix::fs::fchown(&file, Some(uid), Some(gid)),
+            None => Ok(()),
+        });
+        let written = written.and_then(|()| file.sync_all());
+        let named = written.and_then(|()| Ok(rustix::fs::renameat(&dir, &temporary, &dir, name)?));
+        if named.is_err() {
+            let _ = rustix::fs::unlinkat(&dir, &temporary, AtFlags::empty());
         }
-        std::fs::rename(&temporary, path).map_err(error)?;
-        File::open(&self.data_dir).and_then(|dir| dir.sync_all()).map_err(error)
+        named.and_then(|()| File::from(dir).sync_all()).map_err(error)
+    }
+
+    /// Reads a file that the server's user may read.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn read_own(&self, path: &Path) -> Result<Vec<u8>, InstanceError> {
+        let error = |source| InstanceError::File { path: path.to_owned(), what: "read", source };
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::empty());
+        let file = file.map_err(|source| error(source.into()))?;
+        self.check_right(&file, 4).map_err(error)?;
+        let mut bytes = Vec::new();
+        File::from(file).take(FILE_LEN_MAX).read_to_end(&mut bytes).map_err(error)?;
+        Ok(bytes)
+    }
+
+    /// Makes a directory of ours the server's user's.
+    ///
+    /// # Errors
+    /// It cannot be, or it is a link.
+    pub(crate) fn own_dir(&self, path: &Path) -> Result<(), InstanceError> {
+        let error = |source| InstanceError::File { path: path.to_owned(), what: "owned", source };
+        let Some(RunAs { uid, gid }) = self.run_as else { return Ok(()) };
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(path, flags, Mode::empty());
+        let dir = dir.map_err(|source| error(source.into()))?;
+        std::os::unix::fs::fchown(&dir, Some(uid), Some(gid)).map_err(error)
+    }
+
+    /// The server's user may do so himself: our rights are not lent to him. `right` is 4 to read and 2 to write.
+    fn check_right(&self, fd: &OwnedFd, right: u32) -> std::io::Result<()> {
+        let Some(RunAs { uid, gid }) = self.run_as else { return Ok(()) };
+        let found = rustix::fs::fstat(fd)?;
+        let bits = match (found.st_uid == uid, found.st_gid == gid) {
+            (true, _) => found.st_mode >> 6,
+            (false, true) => found.st_mode >> 3,
+            (false, false) => found.st_mode,
+        };
+        if bits & right != 0 {
+            return Ok(());
+        }
+        let text = format!("the server's user, {uid}, may not do so");
+        Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, text))
     }
 }

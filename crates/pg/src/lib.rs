@@ -23,6 +23,7 @@ pub mod connect;
 pub mod connection;
 pub mod instance;
 pub mod member;
+mod processes;
 mod rejoin;
 pub mod stream;
 pub mod wal;

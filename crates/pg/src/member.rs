@@ -39,11 +39,7 @@ impl Local {
         let instance = &self.instance;
         Ok(match work {
             Work::Look => Done::Condition(self.condition().await),
-            Work::Isolate => {
-                // Whoever starts it again, such as the system, starts a standby.
-                instance.must_be_standby().map_err(chain)?;
-                Done::Ended(instance.kill(KILL_MAX).await.map_err(chain)?)
-            }
+            Work::Isolate => Done::Ended(instance.end_as_standby(KILL_MAX).await.map_err(chain)?),
             Work::StartAgain => {
                 if instance.is_running() && instance.is_standby() {
                     // Somebody has started it while it was to be none but a standby.
@@ -53,11 +49,10 @@ impl Local {
                 instance.start(START_MAX).await.map_err(chain)?;
                 Done::Nothing
             }
-            Work::AreLoginsClosed { hba_file } => Done::Flag(is_closed(hba_file)),
+            Work::AreLoginsClosed { hba_file } => Done::Flag(self.is_closed(hba_file)),
             Work::CloseLogins { hba_file, rules } => {
-                if !is_closed(hba_file) {
-                    let text = std::fs::read(hba_file)
-                        .map_err(|error| format!("`{}`: {error}", hba_file.display()))?;
+                if !self.is_closed(hba_file) {
+                    let text = instance.read_own(hba_file).map_err(chain)?;
                     instance.write(&saved_beside(hba_file), &text).map_err(chain)?;
                     instance.write(hba_file, rules.as_bytes()).map_err(chain)?;
                 }
@@ -67,7 +62,7 @@ impl Local {
                 self.open_logins(hba_file)?;
                 Done::Nothing
             }
-            Work::Rejoin { conninfo, timeline, hba_file, is_kept } => {
+            Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept } => {
                 // Rewound in part, it would be taken for a server of the new history (`pg_rewind`, "Warnings").
                 if !Aside::of(instance).is_there() {
                     // It is no fence any more: whoever starts the server starts a standby.
@@ -76,7 +71,8 @@ impl Local {
                     let default = instance.data_dir.join("pg_hba.conf");
                     self.open_logins(hba_file.as_deref().unwrap_or(&default))?;
                 }
-                Done::Text(rejoin(instance, conninfo, *timeline, *is_kept).await?)
+                let ways = (&**conninfo, &**standby_conninfo);
+                Done::Text(rejoin(instance, ways, *timeline, *is_kept).await?)
             }
             Work::ReadTail { timeline, from } => {
                 Done::Tail(instance.wal_tail(*timeline, *from).await.map_err(chain)?.0)
@@ -107,16 +103,15 @@ impl Local {
     }
 
     fn open_logins(&self, hba_file: &Path) -> Result<(), String> {
-        if !is_closed(hba_file) {
+        if !self.is_closed(hba_file) {
             return Ok(());
         }
         let saved = saved_beside(hba_file);
-        let text =
-            std::fs::read(&saved).map_err(|error| format!("`{}`: {error}", saved.display()))?;
+        let text = self.instance.read_own(&saved).map_err(chain)?;
         self.instance.write(hba_file, &text).map_err(chain)
     }
-}
 
-fn is_closed(hba_file: &Path) -> bool {
-    std::fs::read(hba_file).is_ok_and(|text| text.starts_with(HBA_MARK.as_bytes()))
+    fn is_closed(&self, hba_file: &Path) -> bool {
+        self.instance.read_own(hba_file).is_ok_and(|text| text.starts_with(HBA_MARK.as_bytes()))
+    }
 }

@@ -47,9 +47,12 @@ impl<'a> Aside<'a> {
     fn put(&self) -> Result<(), String> {
         let io = |error: std::io::Error| format!("`{}`: {error}", self.dir.display());
         std::fs::create_dir_all(&self.dir).map_err(io)?;
+        self.instance.own_dir(&self.dir).map_err(chain)?;
         for name in OWN_FILES {
-            match std::fs::read(self.instance.data_dir.join(name)) {
-                Ok(bytes) => {
+            let path = self.instance.data_dir.join(name);
+            match path.metadata() {
+                Ok(_) => {
+                    let bytes = self.instance.read_own(&path).map_err(chain)?;
                     self.instance.write(&self.dir.join(name), &bytes).map_err(chain)?;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => (),
@@ -62,7 +65,7 @@ impl<'a> Aside<'a> {
     /// Into what is to become the data directory, and is whole by now.
     fn put_back(&self, made: &Instance) -> Result<(), String> {
         for name in OWN_FILES {
-            if let Ok(bytes) = std::fs::read(self.dir.join(name)) {
+            if let Ok(bytes) = self.instance.read_own(&self.dir.join(name)) {
                 made.write(&made.data_dir.join(name), &bytes).map_err(chain)?;
             }
         }
@@ -83,7 +86,7 @@ impl<'a> Aside<'a> {
 /// In words; asked again, it goes on.
 pub(crate) async fn rejoin(
     instance: &Instance,
-    conninfo: &str,
+    (conninfo, standby_conninfo): (&str, &str),
     timeline: Option<u64>,
     is_kept: bool,
 ) -> Result<String, String> {
@@ -103,29 +106,31 @@ pub(crate) async fn rejoin(
     let how = match names.old.exists() && instance.data_dir.exists() {
         // The copy had taken its place already; the primary may be another by now.
         true => {
-            instance.make_standby(conninfo).map_err(chain)?;
+            instance.make_standby(standby_conninfo).map_err(chain)?;
             names.end(is_kept && !is_broken)?
         }
-        false => make(instance, &aside, &names, conninfo, timeline, is_kept && !is_broken).await?,
+        false => {
+            let ready = |made: &Instance| -> Result<(), String> {
+                aside.put_back(made)?;
+                made.make_standby(standby_conninfo).map_err(chain)
+            };
+            make(instance, &names, conninfo, timeline, is_kept && !is_broken, ready).await?
+        }
     };
     aside.forget()?;
     instance.start(START_MAX).await.map_err(chain)?;
     Ok(how)
 }
 
-/// Rewinds the server, or copies the other in its place.
+/// Rewinds the server, or copies the other in its place; what was made is made `ready` before it gets its name.
 async fn make(
     instance: &Instance,
-    aside: &Aside<'_>,
     names: &Names,
     conninfo: &str,
     timeline: Option<u64>,
     is_kept: bool,
+    ready: impl Fn(&Instance) -> Result<(), String>,
 ) -> Result<String, String> {
-    let ready = |made: &Instance| -> Result<(), String> {
-        aside.put_back(made)?;
-        made.make_standby(conninfo).map_err(chain)
-    };
     // On the new history already, it has nothing to come back from, and would write to that what nobody else has.
     let follows = instance.last_timeline().ok() == timeline;
     if is_kept && !follows && instance.data_dir.exists() {

@@ -169,6 +169,7 @@ impl Demo {
                 data_dir,
                 run_as,
                 options,
+                shared: std::sync::Arc::default(),
             });
         }
         let [primary, standby] = self.instances.as_slice() else {

@@ -439,3 +439,50 @@ async fn nobody_writes_to_two_servers_though_replication_is_asynchronous() {
         assert!(written < promoted, "{:?} too long", written.duration_since(promoted));
     }
 }
+
+/// A machine that was made anew from an older copy gets the lease of its cell, and is not started as its primary all the same:
+/// a standby has more.
+#[tokio::test]
+async fn an_older_copy_is_not_started_as_the_primary() {
+    let mut installation = Installation::start_with_agents("agents-copy");
+    let bin_dir = crate::support::other_bin_dir().or_else(pg::instance::find_bin_dir).unwrap();
+    if !bin_dir.join("pg_basebackup").exists() {
+        return;
+    }
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    let (data, copy) = (installation.dir.join("a"), installation.dir.join("copy"));
+    let instance = pg::instance::Instance::of(&bin_dir, &data).unwrap();
+    let copied = pg::instance::Instance { data_dir: copy.clone(), ..instance };
+    std::fs::create_dir(&copy).unwrap();
+    if let Some(run_as) = copied.run_as {
+        std::os::unix::fs::chown(&copy, Some(run_as.uid), Some(run_as.gid)).unwrap();
+    }
+    std::fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let port = installation.facts.servers["a"];
+    let conninfo = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres");
+    copied.clone_from(&conninfo).await.unwrap();
+    for _ in 0..100 {
+        run(&mut client, "INSERT INTO written SELECT generate_series(1, 100)").await;
+    }
+    let guard = installation.guard("a").unwrap();
+    signal(installation.agent("a"), "KILL");
+    signal(guard, "KILL");
+    installation.signal_server("a", "KILL");
+    wait_until("the end of the server", async || {
+        crate::support::connect(port, "postgres", None).await.is_err()
+    })
+    .await;
+    std::fs::rename(&data, installation.dir.join("gone")).unwrap();
+    // What makes a copy a standby is not in one that a person has taken.
+    let _ = std::fs::remove_file(copy.join("standby.signal"));
+    std::fs::rename(&copy, &data).unwrap();
+    installation.start_agent("a");
+    wait_until("the reason", async || {
+        shown(&installation.holdfast(&["status", "shop"])).contains("be an older copy")
+    })
+    .await;
+    let mut standby = installation.direct("b").await;
+    assert_eq!(value(&mut standby, "SELECT count(*) FROM written").await, "10000");
+    assert!(crate::support::connect(port, "postgres", None).await.is_err());
+}

@@ -73,23 +73,32 @@ pub(crate) async fn candidates(servers: &AppServers, from: &str) -> Vec<Candidat
             tracing::warn!(cell, ?system, "its server is of another system");
             continue;
         }
-        if let Ok((timeline, received)) = position(&mut admin).await {
-            found.push(Candidate { cell: cell.clone(), timeline, received });
+        if let Ok(Position { timeline, received, is_sure }) = position(&mut admin).await {
+            found.push(Candidate { cell: cell.clone(), timeline, received, is_sure });
         }
     }
     found
 }
 
-/// The timeline and the end of the WAL that a standby has.
-async fn position(admin: &mut Admin) -> Result<(u64, Lsn), String> {
+/// What a standby has.
+struct Position {
+    timeline: u64,
+    received: Lsn,
+    is_sure: bool,
+}
+
+/// What a standby has. Until it has asked for more since its start, which it does at the end of its own log, it may have
+/// more than it says (`pg_last_wal_receive_lsn` is null; `WaitForWALToBecomeAvailable`).
+async fn position(admin: &mut Admin) -> Result<Position, String> {
     let question = "SELECT GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), \
         GREATEST((SELECT received_tli FROM pg_stat_wal_receiver), timeline_id, \
-        (SELECT ('x' || max(left(name, 8)))::bit(32)::int FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$')) \
-        FROM pg_control_checkpoint()";
+        (SELECT ('x' || max(left(name, 8)))::bit(32)::int FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$')), \
+        pg_last_wal_receive_lsn() IS NOT NULL FROM pg_control_checkpoint()";
     let rows = admin.rows(question).await.map_err(chain)?;
     let cell = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
     let received = cell(0).and_then(Lsn::read).ok_or("it says no position")?;
-    Ok((cell(1).and_then(|text| text.parse().ok()).unwrap_or(0), received))
+    let timeline = cell(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+    Ok(Position { timeline, received, is_sure: cell(2) == Some("t") })
 }
 
 /// The standby that is to take the place, if nobody has said which.
@@ -152,6 +161,11 @@ pub(super) async fn assess(
             "nobody can say that the server of `{from_name}` is dead, as it has no data_dir; if you know it, `holdfast failover {app} --to {to_name} --allow-data-loss` says so"
         ));
     }
+    if from.member.as_ref().is_some_and(Member::is_out_of_hand) && !execution.allow_data_loss {
+        return Err(format!(
+            "the agent of `{from_name}` cannot see or end its server; if you know that it is dead, `holdfast failover {app} --to {to_name} --allow-data-loss` says so"
+        ));
+    }
     let all = candidates(servers, from_name).await;
     let chosen = check_chosen(&all, to_name)
         .map_err(|why| format!("`{to_name}` cannot take its place: {why}"))?;
@@ -193,9 +207,10 @@ fn beyond(control: &Control, app: &str, received: Lsn) -> String {
 fn covers(control: &Control, app: &str, all: &[Candidate]) -> Result<Option<String>, String> {
     let application = control.application(app).map_err(chain)?;
     let Some(protection) = application.protected else { return Ok(None) };
-    let is_covered = protection.is_covered_by(all.iter().map(|one| one.cell.as_str()));
+    let sure: Vec<&Candidate> = all.iter().filter(|one| one.is_sure).collect();
+    let is_covered = protection.is_covered_by(sure.iter().map(|one| one.cell.as_str()));
     let Protection { acks, standbys } = &protection;
-    let (known, of) = (all.len(), standbys.len());
+    let (known, of) = (sure.len(), standbys.len());
     Ok(is_covered
         .then(|| format!("a commit had to be on {acks} of {of} standbys, and {known} are known")))
 }
@@ -239,7 +254,7 @@ pub(super) async fn isolate(control: &Control, execution: &Execution, from: &Cel
     };
     let is_attended = control.is_attended(&execution.app, &execution.from);
     match member.isolate(is_attended).await {
-        Err(why) if !is_attended && execution.allow_data_loss => {
+        Err(why) if (!is_attended || member.is_out_of_hand()) && execution.allow_data_loss => {
             Ok(format!("{why}; somebody has said that it is dead"))
         }
         isolated => isolated,
@@ -253,7 +268,7 @@ pub(super) async fn recruit(
     (from, to): (&CellServer, &CellServer),
 ) -> Done {
     let mut new = admin_at_once(to).await?;
-    let (_, received) = position(&mut new).await?;
+    let Position { received, .. } = position(&mut new).await?;
     let salvaged = match can_salvage(from, to) {
         Some((lost, dir)) => {
             let salvaged = salvage(lost, dir, &mut new, received).await;
@@ -354,6 +369,37 @@ async fn end_salvage(new: &mut Admin) -> Result<(), String> {
 
 /// What a lost server has around a position, of which some records before it are read as well: where none can be, the
 /// position is of another history, or beyond the end.
+/// What a server that has ended has on its disk is as much as was seen of it, and as others have: not that of a machine
+/// that was made from an older copy.
+pub(crate) async fn check_is_newest(
+    control: &Control,
+    servers: &AppServers,
+    (app, cell): (&str, &str),
+    member: &Member,
+) -> Result<(), String> {
+    let condition = member.look().await?;
+    let timeline = condition.timeline.ok_or("of its log nothing can be read")?;
+    let others = candidates(servers, cell).await;
+    if let Some(other) = others.iter().find(|other| other.timeline > timeline) {
+        let Candidate { cell: other, timeline: theirs, .. } = other;
+        return Err(format!("it is on timeline {timeline}, and `{other}` on {theirs}"));
+    }
+    let same = others.iter().filter(|other| other.timeline == timeline);
+    let seen = same.map(|other| other.received).chain(control.last_seen(app)).max();
+    let Some(seen) = seen.filter(|_| condition.reads_wal) else { return Ok(()) };
+    let ends = match tail_around(member, timeline, seen).await {
+        Ok(tail) if tail.reaches(seen) => return Ok(()),
+        Ok(tail) => match tail.end.max(tail.last) {
+            Some(end) => format!("ends at {end}"),
+            None => "ends before".to_owned(),
+        },
+        Err(error) => format!("cannot be read there ({error})"),
+    };
+    Err(format!(
+        "{seen} was seen, and its log {ends}: it may be an older copy; start it by hand, without `standby.signal`, if it is what you want"
+    ))
+}
+
 async fn tail_around(lost: &Member, timeline: u64, position: Lsn) -> Result<WalTail, String> {
     const BEFORE: u64 = 64 * 1024;
     // No segment is smaller; the one before may be gone.

@@ -34,7 +34,9 @@ mod rejoining;
 use fencing::{Logins, fence, hba_rules, regrant, unfence_in_time};
 use rejoining::rejoin;
 
-pub(crate) use failing_over::{choose, describe as describe_failover, probe, process_of};
+pub(crate) use failing_over::{
+    check_is_newest, choose, describe as describe_failover, probe, process_of,
+};
 pub(crate) use fencing::{check_alone, reload};
 
 /// Done with a line for the log, or failed with a reason.

@@ -50,8 +50,9 @@ pub(super) async fn rejoin(
     new.rows("CHECKPOINT").await.map_err(chain)?;
     let timeline = new.value("SELECT timeline_id::text FROM pg_control_checkpoint()").await;
     let timeline = timeline.map_err(chain)?.and_then(|text| text.parse().ok());
-    let conninfo = named(&to.conninfo, cell);
-    let how = member.rejoin(Work::Rejoin { conninfo, timeline, hba_file, is_kept }).await?;
+    let (conninfo, standby_conninfo) = (to.conninfo.clone(), named(&to.conninfo, cell));
+    let work = Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept };
+    let how = member.rejoin(work).await?;
     let mut old = admin(from).await?;
     let deadline = Instant::now() + STREAM_MAX;
     while !old.status().await.map_err(chain)?.streaming {
