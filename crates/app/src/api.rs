@@ -295,11 +295,17 @@ fn proxies(state: &State, app: &str, problems: &mut Vec<String>) -> Vec<ProxySta
     let sessions = u64::try_from(state.proxy.session_count(app)).unwrap_or(0);
     let mut all = vec![ProxyStatus { name: String::new(), state: "serves".into(), sessions }];
     for proxy in state.control.proxies() {
-        let shown = match (proxy.is_out, proxy.is_heard) {
+        let shown = match (proxy.is_out || proxy.out_of.contains(app), proxy.is_heard) {
             (true, _) => "out",
             (false, true) => "serves",
             (false, false) => "silent",
         };
+        if proxy.ghosts.contains(app) {
+            problems.push(format!(
+                "another process of proxy `{}`, on another host, may still serve: end it, and let the next change wait for it by `--on-timeout force`",
+                proxy.name
+            ));
+        }
         if shown == "silent" {
             problems.push(format!(
                 "proxy `{}` is silent: start it, or let a change go on without it by `--on-timeout force`",

@@ -2,7 +2,9 @@
 //! What it makes of what it is told is said by `model::proxies`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::SocketAddr as TcpAddr;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use model::barrier::{Order as Barrier, Report};
 use model::cell::CellState;
 use model::lease::{Moment, Terms};
 use model::proxies::{
-    Action, Bye, Contact, Fetch, Fetched, Finished, Follower, Order, Renew, Renewed,
+    Action, Bye, Contact, Fetch, Fetched, Finished, Follower, Open, Order, Renew, Renewed,
     SESSIONS_OF_ONE, Sender,
 };
 use pg::Address;
@@ -28,6 +30,7 @@ use serde::Deserialize;
 use tls::mutual::Mutual;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::run::{GRACE, RunError};
@@ -36,7 +39,6 @@ use crate::run::{GRACE, RunError};
 const TICK: Duration = Duration::from_millis(50);
 /// Until control has said how long a lease is.
 const FIRST_MAX: Duration = Duration::from_secs(2);
-const FETCH_MAX: Duration = Duration::from_secs(15);
 const REPORT_MAX: Duration = Duration::from_secs(5);
 /// How often what became of an order is offered.
 const REPORT_TRIES: u32 = 20;
@@ -45,6 +47,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 const SAY_EVERY: Duration = Duration::from_secs(10);
 /// Orders and actions that may wait.
 const JOBS_MAX: usize = 256;
+/// What became of orders, that may wait to be said.
+const FINISHED_MAX: usize = 64;
 
 /// A proxy whose control is elsewhere, by its configuration.
 #[derive(Debug, Clone)]
@@ -53,7 +57,7 @@ pub(crate) struct RemoteConfig {
     pub(crate) control: Address,
     pub(crate) tls: Option<Mutual>,
     /// For load balancers and Prometheus.
-    pub(crate) health: Option<SocketAddr>,
+    pub(crate) health: Option<TcpAddr>,
     pub(crate) proxy: ProxyConfig,
 }
 
@@ -61,7 +65,9 @@ pub(crate) struct RemoteConfig {
 pub(crate) struct Remote {
     pub(crate) proxy: Arc<Proxy>,
     following: Arc<Following>,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
+    tasks: JoinSet<()>,
+    /// So that no other process on this host goes by the same name.
+    _name: UnixListener,
 }
 
 struct Following {
@@ -97,12 +103,13 @@ impl Remote {
     /// Starts to serve once control has been heard.
     ///
     /// # Errors
-    /// An address is taken.
+    /// An address is taken, or the name.
     pub(crate) async fn start(config: RemoteConfig) -> Result<Remote, RunError> {
         let RemoteConfig { name, control, tls, health, proxy } = config;
+        let own = take_name(&name, &control).await?;
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
-        let sender = Sender { name, run };
+        let sender = Sender { name, host: clock::network_number(), run };
         let number = first_number(&control, tls.as_ref(), &sender).await;
         let first_id = number.saturating_mul(SESSIONS_OF_ONE).saturating_add(1);
         let apps: Vec<String> = proxy.apps.iter().map(|app| app.name.clone()).collect();
@@ -110,7 +117,8 @@ impl Remote {
         let proxy = Proxy::start(ProxyConfig { first_id, ..proxy }, &nobody).await?;
         let proxy = Arc::new(proxy);
         let (jobs, incoming) = mpsc::channel(JOBS_MAX);
-        let followers = apps.into_iter().map(|app| (app, Follower::default())).collect();
+        let (finished, to_say) = mpsc::channel(FINISHED_MAX);
+        let followers = apps.iter().map(|app| (app.clone(), Follower::default())).collect();
         let following = Arc::new(Following {
             control,
             tls,
@@ -120,38 +128,70 @@ impl Remote {
             hurry: Notify::new(),
             jobs,
         });
-        let mut tasks = vec![
-            tokio::spawn(following.clone().renew()),
-            tokio::spawn(following.clone().fetch()),
-            tokio::spawn(following.clone().obey(incoming)),
-            tokio::spawn(following.clone().watch()),
-            tokio::spawn(following.clone().ask_servers()),
-        ];
+        let mut tasks = JoinSet::new();
+        tasks.spawn(following.clone().renew());
+        tasks.spawn(following.clone().fetch());
+        tasks.spawn(following.clone().obey(incoming, finished));
+        tasks.spawn(following.clone().say(to_say));
+        tasks.spawn(following.clone().watch());
+        for app in apps {
+            tasks.spawn(following.clone().ask_server(app));
+        }
         if let Some(address) = health {
             let listener = TcpListener::bind(address).await;
             let listener = listener.map_err(|source| RunError::Api { address, source })?;
             let routes = routes(following.clone());
-            tasks.push(tokio::spawn(async move {
+            tasks.spawn(async move {
                 if let Err(error) = axum::serve(listener, routes).await {
                     tracing::error!(%error, "health is told no more");
                 }
-            }));
+            });
         }
-        Ok(Remote { proxy, following, tasks })
+        Ok(Remote { proxy, following, tasks, _name: own })
+    }
+
+    /// Resolves when something of it has ended that never should: what is left would serve and obey nothing.
+    pub(crate) async fn failed(&mut self) {
+        let _ = self.tasks.join_next().await;
     }
 
     /// Lets running requests end, and tells control that nobody has to wait for this proxy.
-    pub(crate) async fn stop(self) {
+    pub(crate) async fn stop(mut self) {
         self.proxy.stop(GRACE).await;
-        for task in &self.tasks {
-            task.abort();
-        }
+        self.tasks.shutdown().await;
         let bye = Bye { sender: self.following.sender.clone() };
         let told =
             self.following.client().post::<_, Heard>("/v1/proxies/bye", &bye, REPORT_MAX).await;
         if let Err(error) = told {
             tracing::warn!(error = model::chain(&error), "control does not know that we end");
         }
+    }
+}
+
+/// Takes the name on this host, once the last process of it has ended.
+async fn take_name(name: &str, control: &Address) -> Result<UnixListener, RunError> {
+    let mut said: Option<Moment> = None;
+    loop {
+        let own = SocketAddr::from_abstract_name(format!("holdfast-proxy-{control}-{name}"));
+        match own.and_then(|own| UnixListener::bind_addr(&own)) {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                say_now_and_then(&mut said, || {
+                    tracing::warn!(name, "another proxy of this name runs on this host");
+                });
+                sleep(RETRY_PAUSE).await;
+            }
+            taken => {
+                return taken.map_err(|source| RunError::Name { name: name.to_owned(), source });
+            }
+        }
+    }
+}
+
+fn say_now_and_then(said: &mut Option<Moment>, say: impl FnOnce()) {
+    let now = clock::now();
+    if said.is_none_or(|at| at.plus(SAY_EVERY).from(now).is_zero()) {
+        *said = Some(now);
+        say();
     }
 }
 
@@ -165,14 +205,12 @@ async fn first_number(control: &Address, tls: Option<&Mutual>, sender: &Sender) 
         match client.post::<_, Renewed>("/v1/proxies/renew", &asked, FIRST_MAX).await {
             Ok(renewed) => return renewed.number,
             Err(error) => {
-                let now = clock::now();
-                if said.is_none_or(|at| at.plus(SAY_EVERY).from(now).is_zero()) {
-                    said = Some(now);
+                say_now_and_then(&mut said, || {
                     tracing::warn!(
                         error = model::chain(&error),
                         "nobody is served before control answers"
                     );
-                }
+                });
                 sleep(RETRY_PAUSE).await;
             }
         }
@@ -188,12 +226,18 @@ impl Following {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the proxy do something by itself, once.
-    fn queue(&self, state: &mut State, app: &str, action: Action) {
+    /// Has the proxy do something by itself, once. What is not proven any more is not served any more, whatever is being
+    /// done just now.
+    fn act_on(&self, state: &mut State, app: &str, action: Action) {
+        if action == Action::Cut {
+            tracing::error!(app, "nobody is served: what is served is not proven any more");
+            self.proxy.cut(app);
+            return;
+        }
         if state.queued.insert(app.to_owned())
             && self.jobs.try_send(Job::Own(app.to_owned(), action)).is_err()
         {
-            tracing::error!(app, "too much is to be done already");
+            // It is asked for again.
             state.queued.remove(app);
         }
     }
@@ -245,7 +289,7 @@ impl Following {
         for (app, route) in &renewed.routes {
             let Some(follower) = state.followers.get_mut(app) else { continue };
             if let Some(action) = follower.told(route, sent) {
-                self.queue(&mut state, app, action);
+                self.act_on(&mut state, app, action);
             }
         }
     }
@@ -255,13 +299,16 @@ impl Following {
         let mut last = 0;
         loop {
             let sent = clock::now();
-            if self.state().contact.held(sent).is_none() {
+            let contact = self.state().contact;
+            let (Some(_), Some(terms)) = (contact.held(sent), contact.terms()) else {
                 // An order that was asked for before control was heard would not be obeyed.
                 sleep(TICK).await;
                 continue;
-            }
+            };
+            // Control answers within half of that.
+            let limit = terms.renew_every() * 2;
             let question = Fetch { sender: self.sender.clone(), last };
-            match client.post::<_, Fetched>("/v1/proxies/orders", &question, FETCH_MAX).await {
+            match client.post::<_, Fetched>("/v1/proxies/orders", &question, limit).await {
                 Ok(fetched) => {
                     for order in fetched.orders {
                         last = order.id;
@@ -277,9 +324,12 @@ impl Following {
     }
 
     /// One thing after the other.
-    async fn obey(self: Arc<Self>, mut jobs: mpsc::Receiver<Job>) {
+    async fn obey(
+        self: Arc<Self>,
+        mut jobs: mpsc::Receiver<Job>,
+        finished: mpsc::Sender<Finished>,
+    ) {
         let mut mover = self.proxy.mover();
-        let mut client = self.client();
         while let Some(job) = jobs.recv().await {
             match job {
                 Job::Own(app, action) => self.act(&mut mover, &app, action).await,
@@ -293,23 +343,26 @@ impl Following {
                         }
                     };
                     self.hurry.notify_one();
-                    let finished = Finished { sender: self.sender.clone(), id, report };
-                    for _ in 0..REPORT_TRIES {
-                        let path = "/v1/proxies/finished";
-                        match client.post::<_, Heard>(path, &finished, REPORT_MAX).await {
-                            Ok(Heard {}) => break,
-                            Err(error) => {
-                                tracing::warn!(
-                                    error = model::chain(&error),
-                                    "control has not heard"
-                                );
-                                sleep(RETRY_PAUSE).await;
-                            }
-                        }
-                        if self.state().contact.held(clock::now()).is_none() {
-                            // It waits for it no longer.
-                            break;
-                        }
+                    let done = Finished { sender: self.sender.clone(), id, report };
+                    if finished.send(done).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Says what became of orders, while control waits for that.
+    async fn say(self: Arc<Self>, mut finished: mpsc::Receiver<Finished>) {
+        let mut client = self.client();
+        while let Some(done) = finished.recv().await {
+            for _ in 0..REPORT_TRIES {
+                let limit = self.state().contact.terms().map_or(FIRST_MAX, Terms::renew_every);
+                match client.post::<_, Heard>("/v1/proxies/finished", &done, limit).await {
+                    Ok(Heard {}) => break,
+                    Err(error) => {
+                        tracing::warn!(error = model::chain(&error), "control has not heard");
+                        sleep(RETRY_PAUSE).await;
                     }
                 }
             }
@@ -347,49 +400,42 @@ impl Following {
     }
 
     async fn act(&self, mover: &mut Mover, app: &str, action: Action) {
-        let app_name = app.to_owned();
-        let report = match action {
-            Action::Cut => {
-                tracing::error!(app, "nobody is served: what is served is not proven any more");
-                mover.obey(Barrier::Cut { app: app_name }).await
-            }
-            Action::GiveUp => {
-                tracing::error!(app, "whoever is held is told: control is not heard");
-                mover.obey(Barrier::GiveUp { app: app_name }).await
-            }
-            Action::Release(open) => {
-                let order = Barrier::Release {
-                    app: app_name,
-                    to: open.cell.clone(),
-                    state: open.state,
-                    epoch: open.epoch,
-                };
-                let by = {
-                    let state = self.state();
-                    let is_current = state
-                        .followers
-                        .get(app)
-                        .is_some_and(|follower| follower.check(&order).is_ok());
-                    state.contact.held(clock::now()).filter(|_| is_current)
-                };
-                match by {
-                    Some(by) => {
-                        let report = mover.obey(order.clone()).await;
-                        let (cell, state, epoch) = (&open.cell, open.state, open.epoch);
-                        tracing::info!(app, cell, %state, %epoch, "application is served");
-                        if report.error.is_none()
-                            && let Some(follower) = self.state().followers.get_mut(app)
-                        {
-                            follower.obeyed(&order, by, clock::now());
-                        }
-                        report
+        // An order may have come between.
+        let by = {
+            let state = self.state();
+            let is_wanted =
+                state.followers.get(app).is_some_and(|follower| follower.wants(&action));
+            let now = clock::now();
+            let by = match &action {
+                // Only by what is still proven.
+                Action::Release(_) => state.contact.held(now),
+                Action::Cut | Action::GiveUp => Some(now),
+            };
+            by.filter(|_| is_wanted)
+        };
+        if let Some(by) = by {
+            let app = app.to_owned();
+            let order = match action {
+                Action::Cut => Barrier::Cut { app },
+                Action::GiveUp => {
+                    tracing::error!(app, "whoever is held is told: control is not heard");
+                    Barrier::GiveUp { app }
+                }
+                Action::Release(Open { cell, state, epoch }) => {
+                    tracing::info!(app, cell, %state, %epoch, "application is served");
+                    Barrier::Release { app, to: cell, state, epoch }
+                }
+            };
+            let report = mover.obey(order.clone()).await;
+            let app = order.app();
+            match report.error {
+                Some(error) => tracing::error!(app, error, "application cannot be served"),
+                None => {
+                    if let Some(follower) = self.state().followers.get_mut(app) {
+                        follower.obeyed(&order, by, clock::now());
                     }
-                    None => Report::default(),
                 }
             }
-        };
-        if let Some(error) = report.error {
-            tracing::error!(app, error, "application cannot be served");
         }
         self.state().queued.remove(app);
     }
@@ -407,49 +453,46 @@ impl Following {
                 .filter_map(|(app, follower)| Some((app.clone(), follower.at(now, &contact)?)))
                 .collect();
             for (app, action) in acts {
-                self.queue(&mut state, &app, action);
+                self.act_on(&mut state, &app, action);
             }
         }
     }
 
-    /// Asks servers whether they are what they were: once while control is heard, and again and again while it is not.
-    async fn ask_servers(self: Arc<Self>) {
-        let mut open: BTreeMap<(String, String), Admin> = BTreeMap::new();
+    /// Asks an application's server whether it is what it was: once while control is heard, and again and again while that
+    /// proves nothing.
+    async fn ask_server(self: Arc<Self>, app: String) {
+        let mut open: Option<(String, Admin)> = None;
         loop {
-            let every = self.state().contact.terms().map_or(FIRST_MAX, Terms::renew_every);
+            let terms = self.state().contact.terms();
+            let every = terms.map_or(FIRST_MAX, Terms::renew_every);
             sleep(every / 2).await;
-            let asked: Vec<(String, String)> = {
+            let sent = clock::now();
+            let cell = {
                 let state = self.state();
-                let is_doubtful = state.contact.is_doubtful(clock::now());
-                let ask = |(app, follower): (&String, &Follower)| {
-                    let cell = follower.open().map(|open| open.cell.clone())?;
-                    (is_doubtful || follower.is_new()).then(|| (app.clone(), cell))
-                };
-                state.followers.iter().filter_map(ask).collect()
+                let follower = state.followers.get(&app);
+                let asks = follower.zip(terms).and_then(|(follower, t)| follower.asks(sent, t));
+                asks.map(|open| open.cell.clone())
             };
-            for at in asked {
-                let sent = clock::now();
-                let answer = timeout(every, async {
-                    let mut admin = match open.remove(&at) {
-                        Some(admin) => admin,
-                        None => self.proxy.admin(&at.0, &at.1).await?,
-                    };
-                    let answer = admin.proof().await.map_err(|error| model::chain(&error))?;
-                    Ok::<_, String>((admin, answer))
-                });
-                match answer.await.unwrap_or_else(|_| Err(format!("no answer in {every:?}"))) {
-                    Ok((admin, answer)) => {
-                        open.insert(at.clone(), admin);
-                        let mut state = self.state();
-                        let is_heard = state.contact.held(clock::now()).is_some();
-                        if let Some(follower) = state.followers.get_mut(&at.0) {
-                            follower.answered(answer, sent, is_heard);
-                        }
+            let Some(cell) = cell else { continue };
+            let answer = timeout(every, async {
+                let mut admin = match open.take() {
+                    Some((of, admin)) if of == cell => admin,
+                    _ => self.proxy.admin(&app, &cell).await?,
+                };
+                let answer = admin.proof().await.map_err(|error| model::chain(&error))?;
+                Ok::<_, String>((admin, answer))
+            });
+            match answer.await.unwrap_or_else(|_| Err(format!("no answer in {every:?}"))) {
+                Ok((admin, answer)) => {
+                    open = Some((cell, admin));
+                    let mut state = self.state();
+                    let is_heard = state.contact.held(clock::now()).is_some();
+                    if let Some(follower) = state.followers.get_mut(&app) {
+                        follower.answered(answer, sent, is_heard);
                     }
-                    Err(error) => {
-                        let (app, cell) = at;
-                        tracing::warn!(app, cell, error, "its server does not say what it is");
-                    }
+                }
+                Err(error) => {
+                    tracing::warn!(app, cell, error, "its server does not say what it is");
                 }
             }
         }

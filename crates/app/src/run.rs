@@ -29,6 +29,8 @@ pub(crate) enum RunError {
     Proxy(#[from] StartError),
     #[error("cannot listen on `{address}` for agents")]
     Agents { address: std::net::SocketAddr, source: std::io::Error },
+    #[error("the name `{name}` cannot be taken on this host")]
+    Name { name: String, source: std::io::Error },
     #[error("cannot listen on `{address}` for the API")]
     Api { address: std::net::SocketAddr, source: std::io::Error },
 }
@@ -66,23 +68,11 @@ impl Running {
                 }
             }));
         }
-        control.recover().await?;
-        for (app, served) in control.served_cells()? {
-            let Some(control::Served { cell, state, epoch }) = served else {
-                tracing::error!(app, "application has no active cell; its clients wait");
-                continue;
-            };
-            if !state.takes_writes() {
-                tracing::warn!(app, cell, %state, "application takes no writes");
-            }
-            let to = cell.clone();
-            let order = model::barrier::Order::Release { app: app.clone(), to, state, epoch };
-            let report = control.order(order).await;
-            if let Some(error) = report.error {
-                tracing::error!(app, cell, error, "application cannot be served");
-            }
+        for app in control.in_order()? {
+            control.recover(&app).await?;
+            serve(&control, &app).await?;
+            control.settled(&app);
         }
-        control.settled();
         let address = config.api.listen;
         let listener =
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
@@ -106,6 +96,24 @@ impl Running {
             task.abort();
         }
     }
+}
+
+/// Lets clients of an application in.
+async fn serve(control: &Control, app: &str) -> Result<(), ControlError> {
+    let Some(control::Served { cell, state, epoch }) = control.served_cell(app)? else {
+        tracing::error!(app, "application has no active cell; its clients wait");
+        return Ok(());
+    };
+    if !state.takes_writes() {
+        tracing::warn!(app, cell, %state, "application takes no writes");
+    }
+    let (app, to) = (app.to_owned(), cell.clone());
+    let order = model::barrier::Order::Release { app: app.clone(), to, state, epoch };
+    let report = control.order(order).await;
+    if let Some(error) = report.error {
+        tracing::error!(app, cell, error, "application cannot be served");
+    }
+    Ok(())
 }
 
 async fn carry_orders(proxy: Arc<Proxy>, mut incoming: mpsc::Receiver<Ask>) {

@@ -89,22 +89,25 @@ impl Control {
         Ok(Arc::new(Control { config, store, proxies, remotes, changing, running, seen, writing }))
     }
 
-    /// The cell of each application that clients are attached to.
+    /// The cell of an application that clients are attached to.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn served_cell(&self, app: &str) -> Result<Option<Served>, ControlError> {
+        let application = records::application(&*self.store, app)?.application;
+        Ok(application.served().map(|(cell, state)| Served {
+            cell: cell.to_owned(),
+            state,
+            epoch: application.epoch,
+        }))
+    }
+
+    /// That of each application.
     ///
     /// # Errors
     /// The store cannot be read.
     pub fn served_cells(&self) -> Result<BTreeMap<String, Option<Served>>, ControlError> {
-        let mut all = BTreeMap::new();
-        for app in self.config.apps.keys() {
-            let application = records::application(&*self.store, app)?.application;
-            let served = application.served().map(|(cell, state)| Served {
-                cell: cell.to_owned(),
-                state,
-                epoch: application.epoch,
-            });
-            all.insert(app.clone(), served);
-        }
-        Ok(all)
+        self.config.apps.keys().map(|app| Ok((app.clone(), self.served_cell(app)?))).collect()
     }
 
     /// # Errors

@@ -83,6 +83,11 @@ impl<O: Clone, R> Mailbox<O, R> {
         self.state().heard = None;
     }
 
+    /// Who was heard last, however long ago.
+    pub(crate) fn heard_last(&self) -> Option<Identity> {
+        self.state().heard.map(|(_, who)| who)
+    }
+
     /// Who was heard last, if that is not longer ago than `silence_max`.
     pub(crate) fn heard_within(&self, silence_max: Duration) -> Option<Identity> {
         let heard = self.state().heard.filter(|(at, _)| at.elapsed() < silence_max);

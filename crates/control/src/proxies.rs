@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::barrier::{Order, Report};
 use model::lease::{Moment, Terms};
@@ -28,6 +28,8 @@ const WORK_MAX: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(20);
 /// How long it may take to let go of a lost server, which is all that others wait for.
 const CUT_MAX: Duration = Duration::from_secs(3);
+/// How long it may take to list its sessions, for people.
+const LIST_MAX: Duration = Duration::from_secs(5);
 /// What it may take longer than the deadline that it is given.
 const LATE_MAX: Duration = Duration::from_secs(15);
 
@@ -57,13 +59,17 @@ struct State {
 pub struct ProxyView {
     pub name: String,
     pub is_heard: bool,
-    /// It has ended, or was given up.
+    /// It has said that it ends.
     pub is_out: bool,
+    /// Applications in which nobody waits for it any more, as it was silent.
+    pub out_of: BTreeSet<String>,
+    /// Applications in which another process of its name may serve.
+    pub ghosts: BTreeSet<String>,
     pub sessions: BTreeMap<String, u64>,
 }
 
 fn identity(sender: &Sender) -> Identity {
-    (0, sender.run)
+    (sender.host, sender.run)
 }
 
 impl Remote {
@@ -80,10 +86,11 @@ impl Remote {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has it obey, if it is there and this concerns it.
-    async fn obey(&self, order: Order) -> Option<Report> {
+    /// Has it obey, if it is there and this concerns it. What cannot be taken back any more is asked for again for a while:
+    /// control, or the way to the proxy, may have stood still, and its sessions have nothing to lose.
+    async fn obey(&self, order: Order, patience: Duration) -> Option<Report> {
         let app = order.app().to_owned();
-        {
+        let patience = {
             let state = self.state();
             let is_its = match &order {
                 Order::Move { session: Some(id), .. } => {
@@ -92,23 +99,34 @@ impl Remote {
                 // Those that have not held were reported as missing then.
                 order => !order.needs_hold() || state.holds.contains(&app),
             };
-            if state.registered.is_out || !is_its {
+            if !state.registered.may_serve(&app) || !is_its {
                 return None;
             }
-        }
+            if state.holds.contains(&app) { patience } else { Duration::ZERO }
+        };
         let limit = match &order {
             Order::Hold { deadline_ms, .. } | Order::Move { deadline_ms, .. } => {
                 Duration::from_millis(*deadline_ms).saturating_add(LATE_MAX)
             }
             Order::Cut { .. } => CUT_MAX,
-            Order::List { .. } => LATE_MAX,
+            Order::List { .. } => LIST_MAX,
             _ => WORK_MAX,
         };
-        let answer = self.mailbox.ask(limit, || order.clone()).await.and_then(|mut report| {
-            let refused =
-                report.error.take().map(|error| format!("proxy `{}`: {error}", self.name));
-            refused.map_or(Ok(report), Err)
-        });
+        let deadline = Instant::now() + patience;
+        let answer = loop {
+            let answer = self.mailbox.ask(limit, || order.clone()).await.and_then(|mut report| {
+                let refused =
+                    report.error.take().map(|error| format!("proxy `{}`: {error}", self.name));
+                refused.map_or(Ok(report), Err)
+            });
+            match &answer {
+                Err(why) if order.is_past_return() && Instant::now() < deadline => {
+                    tracing::warn!(proxy = self.name, why, "asking again");
+                    tokio::time::sleep(LOOK).await;
+                }
+                _ => break answer,
+            }
+        };
         let mut state = self.state();
         match (&order, &answer) {
             (Order::Hold { .. } | Order::Cut { .. }, Ok(_)) => {
@@ -129,7 +147,19 @@ impl Remote {
     /// It may go by what was before the change that is under way.
     fn lags(&self, app: &str) -> bool {
         let state = self.state();
-        !state.registered.is_out && !state.holds.contains(app)
+        let Registered { ghosts, .. } = &state.registered;
+        let is_free = state.registered.may_serve(app) && !state.holds.contains(app);
+        is_free || ghosts.contains(app)
+    }
+
+    /// Why a change that is to end nobody cannot be made, whatever the proxy itself says.
+    fn haunts(&self, order: &Order) -> Option<String> {
+        let begins =
+            matches!(order, Order::Prepare { .. } | Order::Inspect { .. } | Order::Hold { .. });
+        let is_haunted = begins && self.state().registered.ghosts.contains(order.app());
+        is_haunted.then(|| {
+            format!("another process of proxy `{}`, on another host, may still serve", self.name)
+        })
     }
 }
 
@@ -141,9 +171,12 @@ impl Control {
     /// Sends an order to every proxy and waits for their reports, which have their own deadlines.
     pub async fn order(&self, order: Order) -> Report {
         let mut elsewhere = JoinSet::new();
+        let mut missing = Vec::new();
+        let patience = self.config.terms.map_or(Duration::ZERO, |terms| terms.length);
         for remote in self.remotes().values() {
+            missing.extend(remote.haunts(&order));
             let (remote, order) = (remote.clone(), order.clone());
-            elsewhere.spawn(async move { remote.obey(order).await });
+            elsewhere.spawn(async move { remote.obey(order, patience).await });
         }
         let is_elsewhere = match &order {
             Order::Move { session: Some(id), .. } => proxies::number_of(*id) != 0,
@@ -153,6 +186,9 @@ impl Control {
             true => Vec::new(),
             false => vec![self.order_here(order).await],
         };
+        if !missing.is_empty() {
+            reports.push(Report { missing, ..Report::default() });
+        }
         while let Some(answered) = elsewhere.join_next().await {
             reports.extend(answered.ok().flatten());
         }
@@ -183,18 +219,18 @@ impl Control {
         }
     }
 
-    /// What executions left behind is settled: proxies may serve.
-    pub fn settled(&self) {
-        self.config.apps.keys().for_each(|app| self.set_changing(app, false));
+    /// What an execution left behind of an application is settled: proxies may serve it.
+    pub fn settled(&self, app: &str) {
+        self.set_changing(app, false);
     }
 
     /// Waits a while until every proxy is heard that was before: it may have sessions of what is gone on with.
-    pub(crate) async fn wait_for_proxies(&self) {
+    pub(crate) async fn wait_for_proxies(&self, app: &str) {
         let Some(terms) = self.config.terms else { return };
         let silent = || {
             let remotes = self.remotes();
             let is_silent = |remote: &Arc<Remote>| {
-                !remote.state().registered.is_out && remote.mailbox.heard().is_none()
+                remote.state().registered.may_serve(app) && remote.mailbox.heard().is_none()
             };
             remotes.values().any(is_silent)
         };
@@ -213,7 +249,7 @@ impl Control {
         let Some(terms) = self.config.terms else { return Ok(Vec::new()) };
         let late: Vec<Arc<Remote>> =
             self.remotes().values().filter(|remote| remote.lags(app)).cloned().collect();
-        self.outwait_these(terms, late).await
+        self.outwait_these(app, terms, late).await
     }
 
     /// Remembers who does not take part in a change, for [`Control::outwait_late`].
@@ -229,14 +265,16 @@ impl Control {
         let is_late = |remote: &Arc<Remote>| {
             let mut state = remote.state();
             let was_heard = state.peer.is_some();
-            !state.registered.is_out && (state.is_late.remove(app) || !was_heard)
+            let is_late = state.is_late.remove(app) || state.registered.ghosts.contains(app);
+            is_late || (state.registered.may_serve(app) && !was_heard)
         };
         let late = self.remotes().values().filter(|&remote| is_late(remote)).cloned().collect();
-        self.outwait_these(terms, late).await
+        self.outwait_these(app, terms, late).await
     }
 
     async fn outwait_these(
         &self,
+        app: &str,
         terms: Terms,
         late: Vec<Arc<Remote>>,
     ) -> Result<Vec<String>, ControlError> {
@@ -245,9 +283,8 @@ impl Control {
         }
         tokio::time::sleep(terms.free_at(Moment(Duration::ZERO)).0).await;
         for remote in &late {
-            if remote.mailbox.heard().is_none() {
-                self.register(remote, true)?;
-            }
+            let is_silent = remote.mailbox.heard().is_none();
+            self.register(remote, |registered| registered.outwaited(app, is_silent))?;
         }
         Ok(late.iter().map(|remote| remote.name.clone()).collect())
     }
@@ -269,18 +306,27 @@ impl Control {
                 name: remote.name.clone(),
                 is_heard,
                 is_out: state.registered.is_out,
+                out_of: state.registered.out_of.clone(),
+                ghosts: state.registered.ghosts.clone(),
                 sessions: if is_heard { state.sessions.clone() } else { BTreeMap::new() },
             }
         };
         self.remotes().values().map(view).collect()
     }
 
-    /// Records whether a proxy is counted on.
-    fn register(&self, remote: &Remote, is_out: bool) -> Result<(), ControlError> {
+    /// Records what is counted on of a proxy, if that changes.
+    fn register(
+        &self,
+        remote: &Remote,
+        change: impl FnOnce(&mut Registered),
+    ) -> Result<(), ControlError> {
         let mut state = remote.state();
-        let registered = Registered { is_out, ..state.registered };
-        records::put(&*self.store, &proxy_key(&remote.name), &registered)?;
-        state.registered = registered;
+        let mut registered = state.registered.clone();
+        change(&mut registered);
+        if registered != state.registered {
+            records::put(&*self.store, &proxy_key(&remote.name), &registered)?;
+            state.registered = registered;
+        }
         Ok(())
     }
 
@@ -303,12 +349,21 @@ impl Control {
         if let Some(remote) = remotes.get(&sender.name) {
             return Ok(remote.clone());
         }
-        if remotes.len() >= PROXIES_MAX {
-            return refused(format!("there are {PROXIES_MAX} proxies already"));
-        }
         let numbers = remotes.values().map(|remote| remote.state().registered.number);
         let number = numbers.max().unwrap_or(0) + 1;
-        let registered = Registered { number, is_out: false };
+        if remotes.len() >= PROXIES_MAX {
+            // The name of one that has ended makes room.
+            let ended = remotes.iter().find(|(_, remote)| {
+                let state = remote.state();
+                state.registered.is_out && state.registered.ghosts.is_empty()
+            });
+            let Some(ended) = ended.map(|(name, _)| name.clone()) else {
+                return refused(format!("there are {PROXIES_MAX} proxies already"));
+            };
+            records::delete(&*self.store, &proxy_key(&ended))?;
+            remotes.remove(&ended);
+        }
+        let registered = Registered { number, host: sender.host, ..Registered::default() };
         // What is not recorded is not counted on after a crash.
         records::put(&*self.store, &proxy_key(&sender.name), &registered)?;
         let remote = Arc::new(Remote::new(&sender.name, terms, registered));
@@ -333,16 +388,19 @@ impl Control {
                 "another process goes by the name of proxy `{name}`; it is heard at the moment"
             )));
         }
-        if remote.state().registered.is_out {
-            self.register(&remote, false)?;
-        }
+        let host = asked.sender.host;
+        self.register(&remote, |registered| {
+            *registered = registered.heard(host, self.config.apps.keys().cloned());
+        })?;
         remote.mailbox.hear(identity(&asked.sender));
         let number = {
             let mut state = remote.state();
+            let is_known = |app: &String| self.config.apps.contains_key(app);
             if state.peer.replace(peer).is_none() {
-                state.holds = asked.holds;
+                state.holds = asked.holds.into_iter().filter(is_known).collect();
             }
             state.sessions = asked.sessions;
+            state.sessions.retain(|app, _| is_known(app));
             state.registered.number
         };
         let mut routes = BTreeMap::new();
@@ -394,8 +452,9 @@ impl Control {
     /// There is no such proxy, or the store cannot be written.
     pub fn proxy_ends(&self, bye: &Bye) -> Result<(), ControlError> {
         let remote = self.remote(&bye.sender)?;
-        if remote.mailbox.heard().is_none_or(|who| who == identity(&bye.sender)) {
-            self.register(&remote, true)?;
+        // Of another process of its name, or by hearsay, it says nothing.
+        if remote.mailbox.heard_last() == Some(identity(&bye.sender)) {
+            self.register(&remote, |registered| registered.is_out = true)?;
             remote.mailbox.forget();
         }
         Ok(())

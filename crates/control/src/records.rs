@@ -116,6 +116,15 @@ pub fn put<T: serde::Serialize>(
     Ok(())
 }
 
+/// Deletes a record that nobody else writes.
+///
+/// # Errors
+/// The store cannot be written.
+pub fn delete(store: &dyn Store, key: &str) -> Result<(), RecordError> {
+    store.commit(&Txn::default().delete(key))?;
+    Ok(())
+}
+
 /// Proxies of other processes that are remembered.
 ///
 /// # Errors

@@ -45,31 +45,42 @@ impl Control {
         self.run(execution, kind.first()).await
     }
 
-    /// Finds executions that a crash has left under way, and brings each to its end. To be called before
-    /// clients are served.
+    /// Applications, those first of which nothing was broken off.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn in_order(&self) -> Result<Vec<String>, ControlError> {
+        let mut all = Vec::new();
+        for app in self.config.apps.keys() {
+            let application = records::application(&*self.store, app)?.application;
+            all.push((application.execution.is_some(), app.clone()));
+        }
+        all.sort();
+        Ok(all.into_iter().map(|(_, app)| app).collect())
+    }
+
+    /// Brings an execution to its end that a crash has left under way. To be called before clients of the application are
+    /// served.
     ///
     /// # Errors
     /// The store cannot be read or written.
-    pub async fn recover(&self) -> Result<(), ControlError> {
-        for app in self.config.apps.keys() {
-            let _taken = self.take(app)?;
-            let application = records::application(&*self.store, app)?.application;
-            let Some(id) = application.execution else { continue };
-            let execution = self.execution(app, id)?;
-            if execution.ending.is_some() {
-                tracing::warn!(
-                    app,
-                    execution = id,
-                    "execution stands still; see `holdfast executions {id}`"
-                );
-                continue;
-            }
-            let stage = resume(execution.kind, execution.stage, application.is_past(&execution));
-            self.wait_for_proxies().await;
-            tracing::warn!(app, execution = id, found = %execution.stage, goes_on = %stage, "execution was cut off");
-            self.run(execution, stage).await?;
+    pub async fn recover(&self, app: &str) -> Result<(), ControlError> {
+        let _taken = self.take(app)?;
+        let application = records::application(&*self.store, app)?.application;
+        let Some(id) = application.execution else { return Ok(()) };
+        let execution = self.execution(app, id)?;
+        if execution.ending.is_some() {
+            tracing::warn!(
+                app,
+                execution = id,
+                "execution stands still; see `holdfast executions {id}`"
+            );
+            return Ok(());
         }
-        Ok(())
+        let stage = resume(execution.kind, execution.stage, application.is_past(&execution));
+        self.wait_for_proxies(app).await;
+        tracing::warn!(app, execution = id, found = %execution.stage, goes_on = %stage, "execution was cut off");
+        self.run(execution, stage).await.map(drop)
     }
 
     pub(crate) async fn run(

@@ -136,6 +136,20 @@ impl Order {
     }
 }
 
+impl Order {
+    /// It comes after the point of no return: there is nothing to go back to for sessions that it does not reach. Obeyed twice,
+    /// it is done once.
+    pub fn is_past_return(&self) -> bool {
+        matches!(
+            self,
+            Order::HearOut { .. }
+                | Order::AttachFirst { .. }
+                | Order::Attach { .. }
+                | Order::Release { .. }
+        )
+    }
+}
+
 /// A session, for tables and logs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionView {
@@ -203,9 +217,10 @@ pub struct Report {
 impl Report {
     /// What several proxies answer as one. An error of one is one of all; pauses are those of the slowest.
     pub fn and(mut self, other: Report) -> Report {
-        self.sessions += other.sessions;
-        self.done += other.done;
-        self.told += other.told;
+        // What others say is not to be relied on.
+        self.sessions = self.sessions.saturating_add(other.sessions);
+        self.done = self.done.saturating_add(other.done);
+        self.told = self.told.saturating_add(other.told);
         self.blockers.extend(other.blockers);
         self.backends.extend(other.backends);
         self.listed.extend(other.listed);

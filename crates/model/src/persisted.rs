@@ -1,5 +1,7 @@
 //! The shapes that the store keeps, and their keys. A field that is added later has a default.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::cell::{CellError, CellState, Epoch};
@@ -32,12 +34,43 @@ pub fn proxy_key(name: &str) -> String {
 }
 
 /// What is remembered of a proxy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registered {
     /// Ids of its sessions begin with this.
     pub number: u64,
-    /// It has ended, or was silent for so long that it goes by nothing that was.
+    /// Where it was heard from last.
+    pub host: u64,
+    /// It has said that it ends.
     pub is_out: bool,
+    /// Applications in which it goes by nothing that was, as that was waited for when it was silent.
+    pub out_of: BTreeSet<String>,
+    /// Applications in which another process of its name, on another host, may go by what was.
+    pub ghosts: BTreeSet<String>,
+}
+
+impl Registered {
+    /// It is heard, from `host`. One that was heard on another host, and has not said that it ends, may still serve there; on
+    /// the same host there are no two of a name.
+    pub fn heard(&self, host: u64, apps: impl Iterator<Item = String>) -> Registered {
+        let mut ghosts = self.ghosts.clone();
+        if host != self.host && !self.is_out {
+            ghosts.extend(apps.filter(|app| !self.out_of.contains(app)));
+        }
+        Registered { number: self.number, host, is_out: false, out_of: BTreeSet::new(), ghosts }
+    }
+
+    /// Nothing that was is gone by in `app` any more, by any process of this name that is silent.
+    pub fn outwaited(&mut self, app: &str, is_silent: bool) {
+        self.ghosts.remove(app);
+        if is_silent {
+            self.out_of.insert(app.to_owned());
+        }
+    }
+
+    /// Somebody of this name may go by what was in `app`, if he is not held by order.
+    pub fn may_serve(&self, app: &str) -> bool {
+        !self.is_out && !self.out_of.contains(app)
+    }
 }
 
 /// Executions sort by their number.
@@ -236,6 +269,23 @@ mod tests {
 
     fn application() -> Application {
         Application::new("a", ["a".into(), "b".into()])
+    }
+
+    #[test]
+    fn another_process_of_a_name_is_a_ghost_only_elsewhere() {
+        let apps = || ["shop".to_owned(), "other".to_owned()].into_iter();
+        let first = Registered { number: 1, host: 7, ..Registered::default() };
+        assert_eq!(first.heard(7, apps()), first);
+        let mut moved = first.heard(8, apps());
+        assert_eq!((moved.host, moved.ghosts.len()), (8, 2));
+        moved.outwaited("shop", false);
+        assert!(moved.may_serve("shop") && !moved.ghosts.contains("shop"));
+        moved.outwaited("other", true);
+        assert!(!moved.may_serve("other") && moved.may_serve("shop"));
+        // In what it was waited for while it was silent, nobody of its name is left.
+        assert_eq!(moved.heard(9, apps()).ghosts.into_iter().collect::<Vec<_>>(), ["shop"]);
+        let ended = Registered { is_out: true, ..first };
+        assert!(ended.heard(8, apps()).ghosts.is_empty() && !ended.may_serve("shop"));
     }
 
     #[test]

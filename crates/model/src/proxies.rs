@@ -36,6 +36,8 @@ pub fn number_of(session: u64) -> u64 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sender {
     pub name: String,
+    /// On which host, and in which network of it: there are no two of a name in one.
+    pub host: u64,
     /// Another number each time the proxy is started.
     pub run: u64,
 }
@@ -150,11 +152,6 @@ impl Contact {
         self.last.filter(|last| now < last.terms.stop_at(last.sent)).map(|last| last.sent)
     }
 
-    /// It is high time to ask the server, too.
-    pub fn is_doubtful(&self, now: Moment) -> bool {
-        self.last.is_none_or(|last| now >= last.sent.plus(last.terms.renew_every() * 2))
-    }
-
     pub fn terms(&self) -> Option<Terms> {
         self.last.map(|last| last.terms)
     }
@@ -217,12 +214,14 @@ pub struct Follower {
     since: Moment,
     /// The highest epoch that was told.
     seen: Epoch,
+    /// What is to be served, as soon as that is done.
+    wanted: Option<Open>,
 }
 
 impl Default for Follower {
     fn default() -> Follower {
         let since = Moment(Duration::ZERO);
-        Follower { standing: Standing::Shut, since, seen: Epoch(0) }
+        Follower { standing: Standing::Shut, since, seen: Epoch(0), wanted: None }
     }
 }
 
@@ -262,7 +261,19 @@ impl Follower {
                 Some(Action::Cut)
             }
             // Nothing is changed any more, and the order that lets them go was lost.
-            Standing::Shut | Standing::Ordered => Some(Action::Release(told.clone())),
+            Standing::Shut | Standing::Ordered => {
+                self.wanted = Some(told.clone());
+                Some(Action::Release(told.clone()))
+            }
+        }
+    }
+
+    /// What was to be done is still to be done: no order has come between.
+    pub fn wants(&self, action: &Action) -> bool {
+        match action {
+            Action::Release(open) => self.wanted.as_ref() == Some(open),
+            Action::GiveUp => self.standing == Standing::Ordered,
+            Action::Cut => self.standing == Standing::Shut,
         }
     }
 
@@ -278,9 +289,15 @@ impl Follower {
         }
     }
 
-    /// The server is to be asked, to know it again.
-    pub fn is_new(&self) -> bool {
-        matches!(self.standing, Standing::Open { timeline: None, .. })
+    /// The server is to be asked: to know it again, or as nobody else has proven anything for a while.
+    pub fn asks(&self, now: Moment, terms: Terms) -> Option<&Open> {
+        match &self.standing {
+            Standing::Open { open, proven, timeline } => {
+                let is_doubtful = now >= proven.plus(terms.renew_every() * 3 / 2);
+                (is_doubtful || timeline.is_none()).then_some(open)
+            }
+            Standing::Shut | Standing::Ordered => None,
+        }
     }
 
     /// An order was obeyed at `now`, by the answer of control to what was asked at `by`.
@@ -295,6 +312,7 @@ impl Follower {
             }
             _ => return,
         };
+        self.wanted = None;
         self.since = now;
     }
 
@@ -313,17 +331,17 @@ impl Follower {
 
     /// Time has passed.
     pub fn at(&mut self, now: Moment, contact: &Contact) -> Option<Action> {
-        let action = match &self.standing {
+        match &self.standing {
             Standing::Open { proven, .. }
                 if contact.terms().is_none_or(|terms| now >= terms.stop_at(*proven)) =>
             {
-                Action::Cut
+                self.standing = Standing::Shut;
+                Some(Action::Cut)
             }
-            Standing::Ordered if contact.is_lost(now) => Action::GiveUp,
-            Standing::Open { .. } | Standing::Ordered | Standing::Shut => return None,
-        };
-        self.standing = Standing::Shut;
-        Some(action)
+            // Until that is done.
+            Standing::Ordered if contact.is_lost(now) => Some(Action::GiveUp),
+            Standing::Open { .. } | Standing::Ordered | Standing::Shut => None,
+        }
     }
 }
 
@@ -382,8 +400,10 @@ mod tests {
         let (mut follower, contact) = serving(&open("a", CellState::Active, 3));
         // Of a server that was never asked while control was heard nothing is known.
         follower.answered(as_is, ms(2_000), false);
-        assert!(follower.is_new());
+        assert!(follower.asks(ms(0), TERMS).is_some());
         follower.answered(as_is, ms(100), true);
+        assert!(follower.asks(ms(1_037), TERMS).is_none());
+        assert!(follower.asks(ms(1_038), TERMS).is_some());
         follower.answered(as_is, ms(2_000), false);
         assert_eq!(follower.at(ms(4_249), &contact), None);
         for other in [
@@ -424,10 +444,12 @@ mod tests {
         assert_eq!(follower.open(), Some(&fenced));
         // The order to let sessions go was lost.
         follower.obeyed(&cut(), ms(600), ms(1_000));
-        assert_eq!(
-            follower.told(&Route::Open(active.clone()), ms(1_100)),
-            Some(Action::Release(active))
-        );
+        let freed = Action::Release(active.clone());
+        assert_eq!(follower.told(&Route::Open(active), ms(1_100)), Some(freed.clone()));
+        assert!(follower.wants(&freed));
+        // Before it was done, another order has come.
+        follower.obeyed(&cut(), ms(1_100), ms(1_101));
+        assert!(!follower.wants(&freed));
         // And here control.
         contact.answered(ms(1_100), TERMS, ms(1_101));
         assert_eq!(follower.at(ms(61_099), &contact), None);

@@ -18,6 +18,14 @@ pub fn boot_number() -> u64 {
     u64::from_str_radix(&digits, 16).unwrap_or(0)
 }
 
+/// A number of this boot of the host and of its network, as a process sees it: a container may have one of its own.
+pub fn network_number() -> u64 {
+    let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+    let digits: String =
+        network.to_string_lossy().chars().filter(char::is_ascii_digit).take(15).collect();
+    boot_number() ^ digits.parse::<u64>().unwrap_or(0)
+}
+
 /// The name of this boot of the host.
 pub fn boot() -> String {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();

@@ -151,6 +151,14 @@ impl Shared {
 }
 
 impl Shared {
+    /// Closes the gate and has every session taken from its server, which may take the engines a moment.
+    pub(crate) fn cut(&self, app: &Arc<App>) {
+        app.lose();
+        for engine in &self.engines {
+            engine.send(Command::Cut(app.clone()));
+        }
+    }
+
     pub(crate) async fn pools(&self) -> Vec<PoolView> {
         let mut pools = Vec::new();
         for engine in &self.engines {
@@ -268,6 +276,14 @@ impl Proxy {
 
     pub async fn sessions(&self) -> Vec<SessionView> {
         self.shared.views().await
+    }
+
+    /// Takes every session of an application from its server, whatever orders are being obeyed; new work waits. Whoever has
+    /// something there that is nowhere else is told and ended.
+    pub fn cut(&self, app: &str) {
+        if let Some(app) = self.shared.app(app) {
+            self.shared.cut(&app);
+        }
     }
 
     /// Holdfast's own connection to a cell's server.

@@ -333,14 +333,17 @@ fn run_remote(config: RemoteConfig) -> Result<ExitCode, String> {
     runtime()?.block_on(async {
         let stop = shutdown_signal();
         tokio::pin!(stop);
-        let remote = tokio::select! {
+        let mut remote = tokio::select! {
             remote = Box::pin(Remote::start(config)) => remote.map_err(|error| chain(&error))?,
             signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
         };
         for address in remote.proxy.addresses() {
             tracing::info!(%address, "clients are served");
         }
-        stop.await?;
+        tokio::select! {
+            stopped = &mut stop => stopped?,
+            () = remote.failed() => return Err("a part of the proxy has failed".into()),
+        }
         tracing::info!("shutting down");
         remote.stop().await;
         Ok(ExitCode::SUCCESS)

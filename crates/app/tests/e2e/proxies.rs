@@ -1,6 +1,12 @@
 //! Clients are served by several proxies, each a process of its own: they change over as one, and none goes by what was.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use pg::Connection;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::agents::{switch_to, wait_until};
 use crate::failover::{begin, end, wait_active};
@@ -254,4 +260,212 @@ async fn what_a_proxy_serves_is_told_to_load_balancers() {
     wait_until("the begin", async || says("/primary").contains("200 OK")).await;
     signal(next.id(), "TERM");
     next.wait().unwrap();
+}
+
+/// The way from the second proxy to control, which can be cut: bytes go nowhere, and nothing is closed.
+struct Way {
+    port: u16,
+    is_cut: Arc<AtomicBool>,
+}
+
+impl Way {
+    /// In a thread of its own, as tests wait for what they run.
+    fn to(port: u16) -> Way {
+        let near = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        near.set_nonblocking(true).unwrap();
+        let way = Way { port: near.local_addr().unwrap().port(), is_cut: Arc::default() };
+        let is_cut = way.is_cut.clone();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let listener = TcpListener::from_std(near).unwrap();
+                while let Ok((near, _)) = listener.accept().await {
+                    let far = TcpStream::connect(("127.0.0.1", port)).await;
+                    let Ok(far) = far else { continue };
+                    let ((near_in, near_out), (far_in, far_out)) =
+                        (near.into_split(), far.into_split());
+                    tokio::spawn(carry(near_in, far_out, is_cut.clone()));
+                    tokio::spawn(carry(far_in, near_out, is_cut.clone()));
+                }
+            });
+        });
+        way
+    }
+
+    fn cut(&self, is_cut: bool) {
+        self.is_cut.store(is_cut, Ordering::SeqCst);
+    }
+}
+
+async fn carry(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    is_cut: Arc<AtomicBool>,
+) {
+    let mut bytes = [0; 4096];
+    while let Ok(len) = from.read(&mut bytes).await {
+        if len == 0 {
+            return;
+        }
+        if !is_cut.load(Ordering::SeqCst) && to.write_all(&bytes[..len]).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Changes the configurations of both proxies, and starts the second one again by a way of its own to control.
+async fn reconfigure(
+    installation: &mut Installation,
+    change: impl Fn(String) -> String,
+) -> (Way, std::process::Child) {
+    signal(installation.facts.proxies[0].1, "KILL");
+    let path = installation.dir.join("proxy-2.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (_, port) = text.split_once("address = \"127.0.0.1:").unwrap();
+    let port: u16 = port.split('"').next().unwrap().parse().unwrap();
+    let way = Way::to(port);
+    let text = text.replace(&format!("127.0.0.1:{port}"), &format!("127.0.0.1:{}", way.port));
+    std::fs::write(&path, change(text)).unwrap();
+    installation.reconfigure(change);
+    let second = std::process::Command::new(HOLDFAST)
+        .args(["run", "-c"])
+        .arg(&path)
+        .env("HOLDFAST_LOG", "warn")
+        .spawn()
+        .unwrap();
+    wait_serves(installation).await;
+    (way, second)
+}
+
+/// A second application, on the same servers.
+fn with_another(text: String) -> String {
+    let (before, app) = text.split_once("[[app]]\n").unwrap();
+    let of = |name: &str, database: &str| {
+        app.replace(
+            "name = \"shop\"\n",
+            &format!("name = \"{name}\"\ndatabases = [\"{database}\"]\n"),
+        )
+    };
+    format!("{before}[[app]]\n{}\n[[app]]\n{}", of("shop", "postgres"), of("other", "other"))
+}
+
+/// Writes all the time, past what fences a session, and counts what was acknowledged.
+fn write_on(mut client: Connection) -> Arc<AtomicU64> {
+    let acknowledged = Arc::new(AtomicU64::new(0));
+    let count = acknowledged.clone();
+    tokio::spawn(async move {
+        loop {
+            let text = "BEGIN READ WRITE; INSERT INTO written VALUES (1); COMMIT";
+            match client.query(text).await {
+                Ok(_) => drop(count.fetch_add(1, Ordering::SeqCst)),
+                Err(error) if error.sqlstate().is_some() => {
+                    let _ = client.query("ROLLBACK").await;
+                }
+                Err(_) => return,
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    acknowledged
+}
+
+/// A proxy that obeys a long order of another application lets go of what is not proven all the same; and that it was waited
+/// for in one application says nothing of the other.
+#[tokio::test]
+async fn a_busy_proxy_lets_go_in_time() {
+    let mut installation =
+        Installation::start_proxied("proxies-busy", &["--no-failover", "--pool", "8"]);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE DATABASE other").await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    let (way, mut second) = reconfigure(&mut installation, with_another).await;
+    let port = installation.facts.proxies[0].0;
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let more = [("database", "other")];
+    let mut busy = crate::support::login(port, "postgres", None, tls, &more).await.unwrap();
+    run(&mut busy, "BEGIN").await;
+    run(&mut busy, "SELECT 1").await;
+    let acknowledged = write_on(installation.connect_elsewhere().await);
+    let sessions = shown(&installation.holdfast(&["sessions", "other"]));
+    let id = sessions.lines().find_map(|line| line.split(' ').next().filter(|id| id.len() > 12));
+    let id = id.unwrap_or_else(|| panic!("{sessions}")).to_owned();
+    let args = ["move", "other", "--session", &id, "--to", "a", "--deadline", "25s"];
+    let moving = installation.holdfast_in_background(&args);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(acknowledged.load(Ordering::SeqCst) > 0);
+    way.cut(true);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let args = ["fence", "shop", "a", "--on-timeout", "force", "--deadline", "1s"];
+    let fenced = installation.holdfast_in_background(&args).await.unwrap();
+    assert!(fenced.status.success(), "{}", shown(&fenced));
+    let before = acknowledged.load(Ordering::SeqCst);
+    tokio::time::sleep(LEASE_AND_MORE).await;
+    assert_eq!(acknowledged.load(Ordering::SeqCst), before, "{}", shown(&fenced));
+    let status = shown(&installation.holdfast(&["status", "other"]));
+    assert!(status.contains("p2     silent"), "{status}");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("p2     out"), "{status}");
+    drop(busy);
+    moving.await.unwrap();
+    let refused = installation.holdfast_in_background(&["fence", "other", "a"]).await.unwrap();
+    assert!(shown(&refused).contains("proxy `p2` is not heard"), "{}", shown(&refused));
+    signal(second.id(), "KILL");
+    second.wait().unwrap();
+}
+
+/// A server whose files Holdfast does not manage takes logins also while it is fenced.
+#[tokio::test]
+async fn a_server_of_somebody_elses_is_switched_over_without_losing_what_a_silent_proxy_writes() {
+    let mut installation =
+        Installation::start_proxied("proxies-others", &["--no-failover", "--pool", "8"]);
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    let unmanaged = |text: String| {
+        let is_kept = |line: &&str| {
+            !["data_dir", "bin_dir", "server_options"].iter().any(|key| line.starts_with(key))
+        };
+        text.lines().filter(is_kept).map(|line| format!("{line}\n")).collect()
+    };
+    let (way, mut second) = reconfigure(&mut installation, unmanaged).await;
+    let acknowledged = write_on(installation.connect_elsewhere().await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    way.cut(true);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let args = ["switchover", "shop", "--to", "b", "--on-timeout", "force", "--deadline", "1s"];
+    let switched = installation.holdfast_in_background(&args).await.unwrap();
+    assert!(shown(&switched).contains("waited for p2"), "{}", shown(&switched));
+    tokio::time::sleep(LEASE_AND_MORE).await;
+    let acknowledged = acknowledged.load(Ordering::SeqCst);
+    let mut client = installation.connect().await;
+    let there: u64 = value(&mut client, "SELECT count(*) FROM written").await.parse().unwrap();
+    assert!(acknowledged > 0 && there >= acknowledged, "{acknowledged} {there}");
+    signal(second.id(), "KILL");
+    second.wait().unwrap();
+}
+
+/// Control stands still for a while in a switchover, wherever it is in that.
+#[tokio::test]
+async fn a_control_that_stands_still_costs_nobody_his_session() {
+    let installation = Installation::start_proxied("proxies-still", &["--no-failover"]);
+    let mut there = installation.connect_elsewhere().await;
+    run(&mut there, "CREATE TEMP TABLE kept AS SELECT 42 AS n").await;
+    run(&mut there, "SELECT pg_advisory_lock(8)").await;
+    wait_serves(&installation).await;
+    for pause in [0, 40, 80, 120] {
+        let to = if installation.active() == "a" { "b" } else { "a" };
+        let switch = installation.holdfast_in_background(&["switchover", "shop", "--to", to]);
+        let began = Instant::now();
+        while !shown(&installation.holdfast(&["executions"])).contains("under way") {
+            assert!(began.elapsed() < Duration::from_secs(30));
+        }
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        signal(installation.pid(), "STOP");
+        tokio::time::sleep(LEASE_AND_MORE).await;
+        signal(installation.pid(), "CONT");
+        switch.await.unwrap();
+        assert_eq!(value(&mut there, "SELECT n FROM kept").await, "42");
+        assert_eq!(value(&mut there, "SELECT pg_is_in_recovery()").await, "f");
+        let mut here = installation.connect().await;
+        assert_eq!(value(&mut here, "SELECT pg_try_advisory_lock(8)").await, "f");
+        wait_active(&installation, &installation.active()).await;
+    }
 }

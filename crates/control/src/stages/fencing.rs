@@ -84,32 +84,15 @@ pub(super) async fn fence(
     };
     old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
     reload(&mut old).await?;
-    // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
-    // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
-    let outsiders = format!(
-        "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
-         AND NOT pid = ANY ('{{{own}}}'::int4[])"
-    );
-    let ended = old
-        .value(&format!("SELECT count(pg_terminate_backend(pid)) {outsiders}"))
-        .await
-        .map_err(chain)?
-        .unwrap_or_default();
-    let deadline = Instant::now() + TERMINATE_MAX;
-    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref()
-        != Some("0")
-    {
-        if Instant::now() > deadline {
-            return Err("connections beside the proxy's do not end".into());
-        }
-        tokio::time::sleep(POLL).await;
-    }
+    let mut ended = end_outsiders(&mut old, &own).await?;
     let mut waited = String::new();
-    if logins == Logins::OfProxy {
-        // Their clients could log in and lift the fence.
+    if logins == Logins::OfProxy || from.member.is_none() {
+        // Clients of those that do not take part could log in and lift the fence.
         let late = control.outwait(&execution.app).await.map_err(chain)?;
         if !late.is_empty() {
             waited = format!(", waited for {}", late.join(", "));
+            // What they have begun meanwhile would go on.
+            ended += end_outsiders(&mut old, &own).await?;
         }
     } else {
         control.note_late(&execution.app);
@@ -120,6 +103,31 @@ pub(super) async fn fence(
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended{waited}"))
+}
+
+/// Ends whoever is connected but for the backends `own` and ourselves, and waits until they have gone. Gives how many there
+/// were.
+async fn end_outsiders(old: &mut Admin, own: &str) -> Result<u64, String> {
+    // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
+    // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
+    let outsiders = format!(
+        "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
+         AND NOT pid = ANY ('{{{own}}}'::int4[])"
+    );
+    let ended = old
+        .value(&format!("SELECT count(pg_terminate_backend(pid)) {outsiders}"))
+        .await
+        .map_err(chain)?;
+    let deadline = Instant::now() + TERMINATE_MAX;
+    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref()
+        != Some("0")
+    {
+        if Instant::now() > deadline {
+            return Err("connections beside the proxy's do not end".into());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(ended.and_then(|count| count.parse().ok()).unwrap_or(0))
 }
 
 /// Where Holdfast's connections come from, as the server sees it: its own one, and those of the proxy.

@@ -404,6 +404,10 @@ async fn attach(control: &Control, execution: &Execution) -> Done {
     if !blockers.is_empty() {
         text.push_str(&format!(", {ended} ended: {}", describe_blockers(&blockers)));
     }
+    let missing = [first.missing, report.missing].concat();
+    if !missing.is_empty() {
+        text.push_str(&format!("; not those of {}", missing.join(", ")));
+    }
     Ok(text)
 }
 

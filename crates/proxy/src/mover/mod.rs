@@ -43,6 +43,8 @@ const CUT_MAX: Duration = Duration::from_secs(2);
 struct Held {
     session: Box<Session>,
     read: Read,
+    /// What its old server had for it has been heard.
+    is_heard_out: bool,
 }
 
 /// How far a held session is read.
@@ -129,7 +131,7 @@ impl Mover {
             }
             Order::Backends { app } => self.backends(&app).await,
             Order::Capture { app, to, on_timeout } => self.capture(&app, &to, on_timeout).await,
-            Order::HearOut { app } => self.hear_out(&app),
+            Order::HearOut { app } => self.hear_out(&app).await,
             Order::AttachFirst { app, to } => self.attach_first(&app, &to).await,
             Order::Attach { app, to } => self.attach(&app, &to).await,
             Order::Release { app, to, state, epoch } => self.release(&app, &to, state, epoch).await,
@@ -234,7 +236,7 @@ impl Mover {
                 at_work.spawn(async move {
                     let _place = places.acquire_owned().await;
                     let read = read_held(&mut session, &app).await;
-                    (Held { session, read }, Ok(()))
+                    (Held { session, read, is_heard_out: false }, Ok(()))
                 });
             }
         }
@@ -338,16 +340,21 @@ impl Mover {
 
     /// Begins to hear what the fenced server still has for held sessions: how often each holds its locks, and
     /// notifications that were sent since it was read. Meanwhile the target is promoted.
-    fn hear_out(&mut self, app: &str) -> Result<Report, String> {
+    async fn hear_out(&mut self, app: &str) -> Result<Report, String> {
         let app = self.app(app)?;
         let holding = self.holdings.entry(app.name.clone()).or_default();
+        // It may be ordered twice, where the first answer was lost.
+        let lost = holding.settle().await?;
         let (with, without): (Vec<Held>, Vec<Held>) = std::mem::take(&mut holding.sessions)
             .into_iter()
-            .partition(|held| held.read.has_last_words());
+            .partition(|held| held.read.has_last_words() && !held.is_heard_out);
         holding.sessions = without;
-        let report = Report { sessions: count(with.len()), ..Report::default() };
+        let mut report = Report { sessions: count(with.len()), ..Report::default() };
+        self.end_lost(lost, &mut report);
+        let holding = self.holdings.entry(app.name.clone()).or_default();
         let limits = &self.shared.config.limits;
         holding.at_work = each(with, limits.moves_at_once, async |mut held| {
+            held.is_heard_out = true;
             let result = match &mut held.read {
                 Read::Ready(carried) => {
                     carry::hear_out(&mut held.session, &mut carried.snapshot).await
@@ -381,10 +388,7 @@ impl Mover {
     async fn cut(&mut self, app: &str) -> Result<Report, String> {
         let app = self.app(app)?;
         let before = app.sessions.load(Ordering::SeqCst);
-        app.lose();
-        for engine in &self.shared.engines {
-            engine.send(Command::Cut(app.clone()));
-        }
+        self.shared.cut(&app);
         let deadline = Instant::now() + CUT_MAX;
         // An engine that has a lot to read from one may need several turns. Those that are looked at come later.
         while Instant::now() < deadline {
@@ -429,7 +433,7 @@ impl Mover {
         let _ = self.shared.views().await;
         incoming.close();
         while let Some(session) = incoming.recv().await {
-            holding.sessions.push(Held { session, read: Read::Not });
+            holding.sessions.push(Held { session, read: Read::Not, is_heard_out: false });
         }
     }
 
