@@ -10,16 +10,19 @@ use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Holder, Moment, Terms};
 use model::member::{Done, Work};
+use model::pledge::Neighbour;
 use pg::clock;
 use pg::instance::Instance;
 use pg::member::Local;
 use serde::Deserialize;
 use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio::sync::{Mutex, Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::config::AgentConfig;
 use crate::guard::Guard;
+use crate::pledging::Pledges;
 
 /// Between two looks at the server's process and at the lease.
 const TICK: Duration = Duration::from_millis(20);
@@ -42,8 +45,19 @@ const END_PAUSE: Duration = Duration::from_millis(500);
 /// Between two starts of a standby that crashes.
 const STANDBY_PAUSE: Duration = Duration::from_secs(5);
 
+/// What control has said last.
+#[derive(Debug, Default)]
+struct Heard {
+    /// When that was asked which was answered last; none if the last question was not.
+    sent: Option<Moment>,
+    every: Duration,
+    neighbours: Vec<Neighbour>,
+}
+
 #[derive(Debug, Error)]
 pub enum AgentError {
+    #[error("cannot listen on `{address}` for other agents")]
+    Listen { address: std::net::SocketAddr, source: std::io::Error },
     #[error("`{path}` cannot be {what}")]
     File { path: PathBuf, what: &'static str, source: std::io::Error },
     #[error(
@@ -62,9 +76,11 @@ pub struct Agent {
     _lock: std::fs::File,
 }
 
-struct Beside {
-    config: AgentConfig,
-    sender: Sender,
+pub(crate) struct Beside {
+    pub(crate) config: AgentConfig,
+    pub(crate) sender: Sender,
+    pub(crate) pledges: std::sync::Mutex<Pledges>,
+    heard: std::sync::Mutex<Heard>,
     local: Local,
     holder: std::sync::Mutex<Holder>,
     guard: Mutex<Guard>,
@@ -101,6 +117,7 @@ impl Agent {
         lock.try_lock().map_err(|_| AgentError::InUse(dir.clone()))?;
         let seen = read_epoch(&dir.join("epoch"))?;
         let guard = Guard::new(&dir, &config.guard).map_err(file("used"))?;
+        let pledges = Pledges::read(&dir).map_err(file("read"))?;
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
         // A copy of the directory, or of the whole machine, is another.
@@ -111,6 +128,8 @@ impl Agent {
             sender,
             local,
             holder: std::sync::Mutex::new(Holder::new(seen)),
+            pledges: std::sync::Mutex::new(pledges),
+            heard: std::sync::Mutex::default(),
             guard: Mutex::new(guard),
             working: Mutex::new(()),
             hurry: Notify::new(),
@@ -120,12 +139,18 @@ impl Agent {
         });
         beside.begin().await;
         let (orders, work) = mpsc::channel(model::agent::ORDERS_MAX);
-        let tasks = vec![
+        let mut tasks = Vec::new();
+        if let Some(address) = beside.config.listen {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.map_err(|source| AgentError::Listen { address, source })?;
+            tasks.push(tokio::spawn(beside.clone().answer_pleas(listener)));
+        }
+        tasks.extend([
             tokio::spawn(beside.clone().renew()),
             tokio::spawn(beside.clone().watch()),
             tokio::spawn(beside.clone().fetch(orders)),
             tokio::spawn(beside.clone().obey(work)),
-        ];
+        ]);
         Ok(Agent { beside, tasks, _lock: lock })
     }
 
@@ -193,11 +218,11 @@ impl Beside {
         &self.local.instance
     }
 
-    fn with_holder<T>(&self, act: impl FnOnce(&mut Holder) -> T) -> T {
+    pub(crate) fn with_holder<T>(&self, act: impl FnOnce(&mut Holder) -> T) -> T {
         act(&mut self.holder.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn lease(&self) -> Option<Epoch> {
+    pub(crate) fn lease(&self) -> Option<Epoch> {
         self.with_holder(|holder| holder.epoch(clock::now()))
     }
 
@@ -257,6 +282,17 @@ impl Beside {
             .map_err(|error| format!("`{}`: {error}", path.display()))
     }
 
+    /// Control has answered what was asked of it last, not long ago.
+    pub(crate) fn hears_control(&self, now: Moment) -> bool {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.sent.is_some_and(|sent| now < sent.plus(heard.every * 2))
+    }
+
+    /// All other agents, if control has said that it knows them all.
+    pub(crate) fn neighbours(&self) -> Vec<Neighbour> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).neighbours.clone()
+    }
+
     fn client(&self) -> Client {
         Client::new(self.config.control.clone(), self.config.tls.clone())
     }
@@ -272,6 +308,8 @@ impl Beside {
                 seen: self.with_holder(|holder| holder.seen()),
                 process: self.process(),
                 is_in_hand: self.instance().is_in_hand().is_ok(),
+                listens: self.config.listen.map(|address| address.to_string()),
+                neighbours: self.neighbours().into_iter().map(|one| one.cell).collect(),
             };
             let limit = terms.renew_every();
             match client.post::<_, Renewed>("/v1/agents/renew", &question, limit).await {
@@ -294,6 +332,8 @@ impl Beside {
                         tracing::warn!(error = model::chain(&error), "no lease was renewed");
                     }
                     is_heard = false;
+                    self.heard.lock().unwrap_or_else(PoisonError::into_inner).sent = None;
+                    self.plead().await;
                     // Sooner than usual, but not at once.
                     let pause = RETRY_PAUSE.min(terms.renew_every() / 4);
                     let _ = timeout(pause, self.hurry.notified()).await;
@@ -305,6 +345,11 @@ impl Beside {
     }
 
     async fn answered(&self, sent: Moment, renewed: &Renewed) {
+        {
+            let (every, neighbours) = (renewed.terms.renew_every(), renewed.neighbours.clone());
+            let heard = Heard { sent: Some(sent), every, neighbours };
+            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = heard;
+        }
         if let Some(epoch) = renewed.granted {
             let kill_at = renewed.terms.kill_at(sent);
             match self.prepare_for(epoch, kill_at).await {
@@ -316,7 +361,7 @@ impl Beside {
     }
 
     /// What must be so before the server may take writes until then.
-    async fn prepare_for(&self, epoch: Epoch, kill_at: Moment) -> Result<(), String> {
+    pub(crate) async fn prepare_for(&self, epoch: Epoch, kill_at: Moment) -> Result<(), String> {
         self.instance().is_in_hand().map_err(|error| model::chain(&error))?;
         self.note_lease(kill_at)?;
         self.guard.lock().await.extend(kill_at).await?;
@@ -421,8 +466,8 @@ impl Beside {
             let finished = Finished { sender: self.sender.clone(), id: order.id, result };
             for _ in 0..REPORT_TRIES {
                 let path = "/v1/agents/finished";
-                match client.post::<_, Heard>(path, &finished, REPORT_MAX).await {
-                    Ok(Heard {}) => break,
+                match client.post::<_, Noted>(path, &finished, REPORT_MAX).await {
+                    Ok(Noted {}) => break,
                     Err(error) => {
                         tracing::warn!(error = model::chain(&error), "control has not heard");
                         sleep(RETRY_PAUSE).await;
@@ -445,6 +490,7 @@ impl Beside {
                     _ => Err(format!("no lease of epoch {} in {LEASE_WAIT_MAX:?}", order.epoch)),
                 }
             }
+            Task::EndPledges => self.end_pledges(order.epoch).await.map(|()| Done::Nothing),
             Task::Work(Work::StartAgain) if self.lease().is_none() => {
                 Err("there is no lease, without which it cannot be a primary".into())
             }
@@ -461,9 +507,9 @@ impl Beside {
 
 /// Control has taken note.
 #[derive(Deserialize)]
-struct Heard {}
+struct Noted {}
 
-fn write_durably(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) fn write_durably(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     let temporary = path.with_extension("new");
     let mut file = std::fs::File::create(&temporary)?;

@@ -1,5 +1,6 @@
 //! Which server, and where control is.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use pg::Address;
@@ -13,7 +14,9 @@ pub struct AgentConfig {
     pub instance: Instance,
     /// Where control listens for agents.
     pub control: Address,
-    /// None: it is on this machine.
+    /// Where other agents of the application ask this one for pledges, and reach it.
+    pub listen: Option<SocketAddr>,
+    /// None: control is on this machine.
     pub tls: Option<Mutual>,
     /// Keeps the highest epoch that was seen, the guard's socket, and what a lost server alone had.
     pub state_dir: PathBuf,

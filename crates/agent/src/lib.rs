@@ -4,6 +4,7 @@
 //! # Layout, in reading order
 //! - [`config`]: which server, and where control is.
 //! - `beside`: the agent: renews, watches, obeys.
+//! - `pledging`: how the lease goes on while control is gone.
 //! - [`guard`]: another process that ends the server when the lease is over and the agent has not.
 //!
 //! **Architecture Invariant:** whatever becomes of the agent, a server that takes writes is ended before its lease could be
@@ -14,6 +15,7 @@
 mod beside;
 pub mod config;
 pub mod guard;
+mod pledging;
 
 pub use beside::{Agent, AgentError};
 pub use config::AgentConfig;

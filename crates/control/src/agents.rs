@@ -9,7 +9,8 @@ use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Granter, Moment, Terms};
 use model::member::{Done, Work};
-use model::persisted::{Attended, attended_key};
+use model::persisted::{Attended, Pleads, attended_key, pleads_key};
+use model::pledge::Neighbour;
 use tokio::sync::Notify;
 
 use crate::config::CellServer;
@@ -27,6 +28,8 @@ const SHORT_MAX: Duration = Duration::from_secs(15);
 const START_MAX: Duration = Duration::from_secs(150);
 /// How long reading a log may take.
 const READ_MAX: Duration = Duration::from_secs(150);
+/// What was pledged is over after the longest lease.
+const PLEDGE_MAX: Duration = Duration::from_secs(65);
 /// How long a copy of a server may take.
 const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
 
@@ -49,6 +52,10 @@ struct State {
     /// What the agent has said last.
     process: Option<Process>,
     is_in_hand: bool,
+    /// Where it answers other agents.
+    listens: Option<String>,
+    /// What is recorded of whom it may ask for pledges.
+    pleads: Option<Pleads>,
 }
 
 fn identity(sender: &Sender) -> Identity {
@@ -67,7 +74,14 @@ impl Link {
             app: app.into(),
             cell: cell.into(),
             mailbox: Mailbox::new(format!("the agent of `{cell}`"), terms.length),
-            state: Mutex::new(State { granter, epoch: Epoch(0), process: None, is_in_hand: true }),
+            state: Mutex::new(State {
+                granter,
+                epoch: Epoch(0),
+                process: None,
+                is_in_hand: true,
+                listens: None,
+                pleads: None,
+            }),
             changed: Notify::new(),
         }
     }
@@ -96,7 +110,8 @@ impl Link {
         if is_another {
             let (app, cell) = (&self.app, &self.cell);
             tracing::error!(app, cell, host, "another agent speaks for the cell already");
-            return Ok(Renewed { granted: None, terms: state.granter.terms() });
+            let terms = state.granter.terms();
+            return Ok(Renewed { granted: None, terms, neighbours: Vec::new() });
         }
         // What is not recorded is not given: a later control has to know of it.
         let mut granter = state.granter;
@@ -122,8 +137,23 @@ impl Link {
             let (app, cell) = (&self.app, &self.cell);
             tracing::error!(app, cell, "the agent cannot see or end its server: it gets no lease");
         }
+        state.listens.clone_from(&asked.listens);
         let terms = state.granter.terms();
-        Ok(Renewed { granted, terms })
+        Ok(Renewed { granted, terms, neighbours: Vec::new() })
+    }
+
+    /// Records whom the agent may ask for pledges from now on, before it knows, if that is not recorded yet.
+    fn pleads<E>(
+        &self,
+        pleads: Pleads,
+        record: impl FnOnce(&Pleads) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut state = self.state();
+        if state.pleads.as_ref() != Some(&pleads) {
+            record(&pleads)?;
+            state.pleads = Some(pleads);
+        }
+        Ok(())
     }
 
     /// What an earlier control has recorded.
@@ -188,6 +218,7 @@ impl Link {
     pub(crate) async fn ask(&self, what: Task) -> Result<Done, String> {
         let limit = match &what {
             Task::Work(Work::Rejoin { .. }) => COPY_MAX,
+            Task::EndPledges => PLEDGE_MAX,
             Task::Work(Work::StartAgain) => START_MAX,
             Task::Work(Work::ReadTail { .. } | Work::KeepTail { .. }) => READ_MAX,
             _ => SHORT_MAX,
@@ -209,7 +240,7 @@ impl Control {
     ///
     /// # Errors
     /// There is to be no such agent, or the store cannot be read, which says nothing of the lease.
-    pub fn renew(&self, asked: &Renew) -> Result<Renewed, ControlError> {
+    pub async fn renew(&self, asked: &Renew) -> Result<Renewed, ControlError> {
         let Sender { app, cell, .. } = &asked.sender;
         let read = || {
             let application = records::application(&*self.store, app)?.application;
@@ -222,7 +253,52 @@ impl Control {
         };
         let attend =
             |attended| Ok(records::put(&*self.store, &attended_key(app, cell), &attended)?);
-        self.link(&asked.sender)?.renew(asked, read, attend)
+        let link = self.link(&asked.sender)?;
+        self.end_ghost(link, asked).await?;
+        let renewed = link.renew::<ControlError>(asked, read, attend)?;
+        if link.mailbox.heard_last() != Some(identity(&asked.sender)) {
+            return Ok(renewed);
+        }
+        let neighbours = self.neighbours(app, cell)?;
+        let answered = neighbours.iter().map(|one| one.cell.clone()).collect();
+        let pleads = Pleads::of(asked.neighbours.clone(), answered);
+        link.pleads(pleads, |pleads| records::put(&*self.store, &pleads_key(app, cell), pleads))?;
+        Ok(Renewed { neighbours, ..renewed })
+    }
+
+    /// The lease that another host of the cell had may go on by pledges, though control has given none for long: it is ended
+    /// before this one gets it.
+    async fn end_ghost(&self, link: &Link, asked: &Renew) -> Result<(), ControlError> {
+        let Sender { app, cell, host, .. } = &asked.sender;
+        let attended = records::attended(&*self.store, app, cell)?;
+        let pleads = records::pleads(&*self.store, app, cell)?;
+        let is_same = attended.is_none_or(|attended| attended.host == *host);
+        let application = records::application(&*self.store, app)?.application;
+        let has_it = application.granted_to.as_ref() == Some(cell);
+        if is_same || !has_it || pleads.0.is_empty() || !link.is_over() {
+            return Ok(());
+        }
+        let servers = self.servers(app)?;
+        let one = servers.cells.iter().find(|(other, _)| *other != cell && pleads.all_need(other));
+        let member = one.and_then(|(_, server)| server.member.as_ref());
+        let refused = |why: String| {
+            ControlError::Refused(format!("the lease of another host may go on by pledges: {why}"))
+        };
+        let member = member.ok_or_else(|| refused("nobody is known who could end them".into()))?;
+        member.end_pledges().await.map_err(refused)
+    }
+
+    /// The agents of all other cells, if all are known: each of them could become the primary.
+    fn neighbours(&self, app: &str, cell: &str) -> Result<Vec<Neighbour>, ControlError> {
+        let others = self.servers(app)?.cells.iter().filter(|(other, _)| *other != cell);
+        let neighbour = |(other, server): (&String, &CellServer)| match &server.member {
+            Some(Member::Agent(link)) => {
+                let address = link.state().listens.clone()?;
+                Some(Neighbour { cell: other.clone(), address })
+            }
+            _ => None,
+        };
+        Ok(others.map(neighbour).collect::<Option<_>>().unwrap_or_default())
     }
 
     /// What is wrong with the agents of an application.

@@ -87,9 +87,13 @@ impl Member {
         }
     }
 
-    /// From here on nobody's write is acknowledged by the server any more: its processes are ended, or its lease is over, if
-    /// it `is_attended` by a guard. Gives how that is known.
-    pub(crate) async fn isolate(&self, is_attended: bool) -> Result<String, String> {
+    /// From here on nobody's write is acknowledged by the server any more: its processes are ended, or the lease that control
+    /// gave is over, if it `is_attended` by a guard, and what it goes on by is ended by `end_pledges`. Gives how that is known.
+    pub(crate) async fn isolate(
+        &self,
+        is_attended: bool,
+        end_pledges: impl Future<Output = Result<(), String>>,
+    ) -> Result<String, String> {
         let Member::Agent(link) = self else { return self.end().await };
         // It is not renewed from here on, whatever the agent answers.
         let over = async {
@@ -117,6 +121,7 @@ impl Member {
         if link.is_out_of_hand() {
             return Err(why);
         }
+        end_pledges.await?;
         Ok(format!("{why}; its lease is over, so its guard has ended it"))
     }
 
@@ -143,6 +148,14 @@ impl Member {
         match self {
             Member::Here(_) => false,
             Member::Agent(link) => link.is_over(),
+        }
+    }
+
+    /// Whoever is beside the server pledges nothing any more, so that no other's lease goes on.
+    pub(crate) async fn end_pledges(&self) -> Result<(), String> {
+        match self {
+            Member::Here(_) => Ok(()),
+            Member::Agent(link) => link.ask(Task::EndPledges).await.map(drop),
         }
     }
 

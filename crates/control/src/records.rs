@@ -2,8 +2,8 @@
 
 use model::cell::Epoch;
 use model::persisted::{
-    Application, Attended, Execution, Registered, application_key, attended_key, execution_key,
-    execution_prefix, proxy_key,
+    Application, Attended, Execution, Pleads, Registered, application_key, attended_key,
+    execution_key, execution_prefix, pleads_key, proxy_key,
 };
 use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
@@ -123,6 +123,16 @@ pub fn put<T: serde::Serialize>(
 pub fn delete(store: &dyn Store, key: &str) -> Result<(), RecordError> {
     store.commit(&Txn::default().delete(key))?;
     Ok(())
+}
+
+/// Whom the agent of a cell may ask for pledges.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn pleads(store: &dyn Store, app: &str, cell: &str) -> Result<Pleads, RecordError> {
+    let key = pleads_key(app, cell);
+    let found = store.get(&key)?.map(|found| decode(&key, &found.value)).transpose()?;
+    Ok(found.unwrap_or_default())
 }
 
 /// Proxies of other processes that are remembered.

@@ -3,16 +3,19 @@
 //! # Layout, in reading order
 //! - [`transport`]: connections, by TLS on which both sides show who they are, or plain on this machine.
 //! - [`client`]: questions, each with its deadline.
+//! - [`server`]: connections that others make, and answers.
 //!
 //! Whose certificate is which is said by its common name: [`agent_name`], [`proxy_name`].
 
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod server;
 pub mod transport;
 
 pub use client::{Client, ClientError};
-pub use transport::{Peer, Stream, accept};
+pub use server::Who;
+pub use transport::{Peer, Stream};
 
 /// What the certificate of a cell's agent is made out to.
 pub fn agent_name(app: &str, cell: &str) -> String {

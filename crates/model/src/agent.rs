@@ -1,6 +1,7 @@
 //! What an agent, which is beside a server, and control say to each other. The agent asks, control answers: an agent renews
 //! its lease, fetches orders and brings what became of them.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use crate::cell::Epoch;
 use crate::failover::Process;
 use crate::lease::Terms;
 use crate::member::{Done, Work};
+use crate::pledge::Neighbour;
 
 /// Orders that an agent may be given at once.
 pub const ORDERS_MAX: usize = 16;
@@ -33,6 +35,10 @@ pub struct Renew {
     pub process: Process,
     /// The agent could see and end the server's processes, if there are any. Without it, it gets no lease.
     pub is_in_hand: bool,
+    /// Where others ask it for pledges.
+    pub listens: Option<String>,
+    /// Whom it would ask for pledges, as it was told last.
+    pub neighbours: BTreeSet<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +46,8 @@ pub struct Renewed {
     /// None: another may have it.
     pub granted: Option<Epoch>,
     pub terms: Terms,
+    /// All other agents of the application. None of them if not all are known: a lease cannot go on by pledges then.
+    pub neighbours: Vec<Neighbour>,
 }
 
 /// Asks for orders, and waits a while for one.
@@ -66,6 +74,8 @@ pub enum Task {
     Work(Work),
     /// Renews the lease until it is of the order's epoch, so that the server may become a primary.
     HoldLease,
+    /// Pledges nothing any more for leases of the order's epoch, and waits until what it has pledged is over.
+    EndPledges,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

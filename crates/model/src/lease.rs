@@ -123,6 +123,11 @@ impl Holder {
         self.held.as_ref().filter(is_valid).map(|held| held.epoch)
     }
 
+    /// The terms of the lease, if there was one.
+    pub fn terms(&self) -> Option<Terms> {
+        self.held.map(|held| held.terms)
+    }
+
     /// When the guard is to end the server, if there is a lease.
     pub fn kill_at(&self) -> Option<Moment> {
         self.held.map(|held| held.terms.kill_at(held.sent))

@@ -12,6 +12,7 @@
 //! - [`failover`]: whether a server is lost, and whether another may take its place.
 //! - [`member`]: what control asks of whoever has a server's files at hand.
 //! - [`lease`]: the right to be the primary, for a time.
+//! - [`pledge`]: how that goes on while control is gone.
 //! - [`agent`]: what an agent and control say to each other.
 //! - [`durability`]: on how many servers a commit is before it is acknowledged.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
@@ -31,6 +32,7 @@ pub mod lease;
 pub mod lsn;
 pub mod member;
 pub mod persisted;
+pub mod pledge;
 pub mod policy;
 pub mod proxies;
 pub mod session;

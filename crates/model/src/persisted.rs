@@ -28,6 +28,27 @@ pub struct Attended {
     pub length: std::time::Duration,
 }
 
+/// Whom the agent of a cell may ask for pledges.
+pub fn pleads_key(app: &str, cell: &str) -> String {
+    format!("pleads/{app}/{cell}")
+}
+
+/// Sets of cells: the agent goes by one of them, and its lease goes on only if all of that pledge.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pleads(pub BTreeSet<BTreeSet<String>>);
+
+impl Pleads {
+    /// What it has said that it goes by, and what it is answered.
+    pub fn of(said: BTreeSet<String>, answered: BTreeSet<String>) -> Pleads {
+        Pleads([said, answered].into_iter().filter(|cells| !cells.is_empty()).collect())
+    }
+
+    /// That `cell` pledges no more is enough: no lease goes on without it.
+    pub fn all_need(&self, cell: &str) -> bool {
+        self.0.iter().all(|cells| cells.contains(cell))
+    }
+}
+
 /// A proxy of another process.
 pub fn proxy_key(name: &str) -> String {
     format!("proxy/{name}")

@@ -33,7 +33,7 @@ async fn renew(
     Json(asked): Json<Renew>,
 ) -> Result<Json<Renewed>, ApiError> {
     check(&who, &asked.sender)?;
-    Ok(Json(control.renew_proxy(asked, who.address.ip())?))
+    Ok(Json(control.renew_proxy(asked, who.0.address.ip())?))
 }
 
 async fn orders(

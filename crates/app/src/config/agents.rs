@@ -126,6 +126,32 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option
     let app = table.required_text(mistakes, "app");
     let cell = table.required_text(mistakes, "cell");
     let (control, tls) = read_way(table, mistakes, "agent.control");
+    let span = table.span_of("listen");
+    let listen = match table.text(mistakes, "listen").map(|text| text.parse::<SocketAddr>()) {
+        Some(Ok(address)) if address.ip().is_unspecified() => {
+            mistakes.add(
+                span,
+                "`agent.listen` is where other agents reach this one, so it must be one address",
+            );
+            None
+        }
+        Some(Ok(address)) if tls.is_none() && !address.ip().is_loopback() => {
+            mistakes.add(
+                span,
+                "`agent.listen` is not on this machine only, so `cert`, `key` and `ca` are needed",
+            );
+            None
+        }
+        Some(Ok(address)) => Some(Some(address)),
+        Some(Err(_)) => {
+            mistakes.add(
+                span,
+                format!("`agent.listen` must be an address such as \"10.0.0.1:{PORT}\""),
+            );
+            None
+        }
+        None => Some(None),
+    };
     let state_dir =
         table.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast-agent".into());
     if !table.has("data_dir") {
@@ -133,5 +159,6 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option
     }
     let instance = read_instance(table, mistakes);
     let (instance, control) = (instance?, control?);
-    Some(AgentConfig { app, cell, instance, control, tls, state_dir, guard: Vec::new() })
+    let listen = listen?;
+    Some(AgentConfig { app, cell, instance, control, listen, tls, state_dir, guard: Vec::new() })
 }

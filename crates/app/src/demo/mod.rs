@@ -267,8 +267,9 @@ impl Demo {
     fn start_agents(&mut self, control: u16, bin_dir: &Path) -> Result<(), String> {
         for (at, cell) in CELLS.iter().enumerate() {
             let text = format!(
-                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\n\
+                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\nlisten = \"127.0.0.1:{}\"\n\
                  state_dir = \"{}\"\n{}",
+                free_port()?,
                 self.dir.join(format!("agent-{cell}")).display(),
                 self.instance_text(at, bin_dir),
             );

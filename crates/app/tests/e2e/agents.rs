@@ -486,3 +486,50 @@ async fn an_older_copy_is_not_started_as_the_primary() {
     assert_eq!(value(&mut standby, "SELECT count(*) FROM written").await, "10000");
     assert!(crate::support::connect(port, "postgres", None).await.is_err());
 }
+
+/// Control is gone for longer than a lease: agents promise each other that nothing changes, and clients of another proxy notice
+/// nothing.
+#[tokio::test]
+async fn without_control_servers_go_on_by_pledges() {
+    let mut installation =
+        Installation::start_proxied("agents-pledge", &["--pool", "8", "--agents"]);
+    installation.reconfigure(synchronous);
+    let mut client = installation.connect_elsewhere().await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    wait_protected(&installation).await;
+    // What was defined is known, and its server is asked in time.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    let mut written = 0;
+    let until = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < until {
+        run(&mut client, "INSERT INTO written VALUES (1)").await;
+        written += 1;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Then the primary's host is lost as well. Control comes back, and is told when the lease is over, whoever has promised what.
+    signal(installation.agent("a"), "KILL");
+    installation.restart(&[]);
+    wait_active_on(&installation, "b").await;
+    run(&mut client, "INSERT INTO written VALUES (1)").await;
+    let there = value(&mut client, "SELECT count(*) FROM written").await;
+    assert_eq!(there, (written + 1).to_string());
+}
+
+/// Nobody promises anything: the server is ended, as another may be the primary.
+#[tokio::test]
+async fn without_control_and_pledges_a_server_is_ended() {
+    let installation = Installation::start_with_agents("agents-alone");
+    let port = installation.facts.servers["a"];
+    wait_until("the guard", async || installation.guard("a").is_some()).await;
+    signal(installation.pid(), "STOP");
+    signal(installation.agent("b"), "STOP");
+    wait_until("the end of the server", async || {
+        crate::support::connect(port, "postgres", None).await.is_err()
+    })
+    .await;
+    signal(installation.agent("b"), "CONT");
+    signal(installation.pid(), "CONT");
+    wait_active(&installation, "a").await;
+}

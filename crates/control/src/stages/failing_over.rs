@@ -23,6 +23,7 @@ use super::{Done, POLL, admin, admin_at_once, chain, release, reported};
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::member::Member;
+use crate::records;
 
 /// A server that answers does so at once.
 const PROBE_MAX: Duration = Duration::from_secs(1);
@@ -248,12 +249,29 @@ pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
     Ok(text)
 }
 
-pub(super) async fn isolate(control: &Control, execution: &Execution, from: &CellServer) -> Done {
+pub(super) async fn isolate(
+    control: &Control,
+    execution: &Execution,
+    (from, to): (&CellServer, &CellServer),
+) -> Done {
     let Some(member) = &from.member else {
         return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
     };
     let is_attended = control.is_attended(&execution.app, &execution.from);
-    match member.isolate(is_attended).await {
+    let end_pledges = async {
+        let Execution { app, from: lost, to: next, .. } = execution;
+        let pleads = records::pleads(&*control.store, app, lost).map_err(chain)?;
+        if !pleads.all_need(next) {
+            return Err(format!(
+                "its lease may go on by the pledges of others, as its agent has not heard of `{next}` yet"
+            ));
+        }
+        match &to.member {
+            Some(member) if !pleads.0.is_empty() => member.end_pledges().await,
+            _ => Ok(()),
+        }
+    };
+    match member.isolate(is_attended, end_pledges).await {
         Err(why) if (!is_attended || member.is_out_of_hand()) && execution.allow_data_loss => {
             Ok(format!("{why}; somebody has said that it is dead"))
         }

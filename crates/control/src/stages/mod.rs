@@ -101,7 +101,7 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         }
         Stage::Assess => failing_over::assess(control, execution, servers, (from, to)).await,
         Stage::Cut => failing_over::cut(control, execution).await,
-        Stage::Isolate => failing_over::isolate(control, execution, from).await,
+        Stage::Isolate => failing_over::isolate(control, execution, (from, to)).await,
         Stage::Recruit => failing_over::recruit(control, execution, servers, (from, to)).await,
         Stage::Revert => revert(control, execution, from).await,
         // The record of its begin has made the cell what it is now.
