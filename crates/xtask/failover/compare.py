@@ -27,6 +27,7 @@ BIN = "/usr/lib/postgresql/15/bin"
 CLIENTS = 4
 SETTLE_S = 3.0
 AFTER_S = 5.0
+STORE_DOWN_S = 60.0
 LONGEST_S = 75.0
 
 
@@ -92,7 +93,7 @@ def value(port, sql):
 class Patroni:
     """Two members, one etcd, HAProxy. Times as short as Patroni takes them, checks every 100 ms."""
 
-    def __init__(self, directory, is_sync):
+    def __init__(self, directory, is_sync, scenario):
         self.dir = directory
         self.processes = []
         self.members = {}
@@ -108,7 +109,8 @@ class Patroni:
             "--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
             "--initial-cluster", f"one=http://127.0.0.1:{peer}",
         ]
-        self.processes.append(spawn(etcd, directory / "etcd.log", **who))
+        self.etcd = etcd
+        self.store_up()
         wait("etcd", lambda: urllib.request.urlopen(f"http://127.0.0.1:{client}/health").status == 200)
         for name in ("a", "b"):
             api, port = free_port(), free_port()
@@ -121,6 +123,8 @@ class Patroni:
                     "dcs": {
                         "ttl": 20, "loop_wait": 1, "retry_timeout": 3, "maximum_lag_on_failover": 1048576,
                         "primary_start_timeout": 0, "synchronous_mode": is_sync,
+                        # Off by default; at its best where the store is down.
+                        "failsafe_mode": scenario == "store",
                         "postgresql": {"use_pg_rewind": True, "parameters": {
                             "wal_log_hints": "on", "wal_keep_size": "512MB", "wal_retrieve_retry_interval": "100ms",
                             "max_connections": 200, "shared_buffers": "128MB",
@@ -165,6 +169,14 @@ class Patroni:
         what = "sync" if is_sync else "async"
         wait("a standby", lambda: value(leader, "SELECT max(sync_state) FROM pg_stat_replication WHERE state = 'streaming'") == what)
 
+    def store_up(self):
+        self.store = spawn(self.etcd, self.dir / "etcd.log", **unprivileged())
+        self.processes.append(self.store)
+
+    def store_down(self):
+        send([self.store.pid], signal.SIGKILL)
+        self.store.wait()
+
     def start(self, name):
         program = str(pathlib.Path(sys.executable).parent / "patroni")
         member = self.members[name]
@@ -206,23 +218,32 @@ class Patroni:
 
 
 class Holdfast:
-    """Two cells with an agent each, proxy and control in one process."""
+    """Two cells with an agent each, proxy and control in one process; another proxy where that is to be killed."""
 
-    def __init__(self, directory, is_sync):
+    def __init__(self, directory, is_sync, scenario):
         self.dir = directory
         shutil.rmtree(directory, ignore_errors=True)
         args = [HOLDFAST, "demo", "--no-tour", "--sessions", "0", "--pool", "8", "--agents", "--dir", str(directory)]
         args += ["--acks", "1"] if is_sync else []
+        args += ["--proxies", "2"] if scenario == "store" else []
         log = directory.parent / f"{directory.name}.log"
         self.process = spawn(args, log, env={**os.environ, "HOLDFAST_LOG": "info"})
         path = directory / "demo.json"
         wait("the demo", lambda: path.exists() and json.loads(path.read_text()))
         self.facts = json.loads(path.read_text())
         port = lambda dsn: int(dsn.split("port=")[1].split()[0])
-        self.port = port(self.facts["dsn"])
+        self.port = port([self.facts["dsn"], *self.facts["proxies"]][-1])
         self.ports = {name: port(dsn) for name, dsn in self.facts["servers"].items()}
         self.agents = dict(zip(("a", "b"), self.facts["pids"]["agents"]))
         wait("all in order", lambda: "!" not in self.command("status"))
+
+    def store_down(self):
+        send([self.process.pid], signal.SIGKILL)
+        self.process.wait()
+
+    def store_up(self):
+        args = [HOLDFAST, "run", "-c", str(self.dir / "holdfast.toml")]
+        self.process = spawn(args, self.dir / "control.log")
 
     def command(self, *args):
         args = [HOLDFAST, "--api", self.facts["api"], *args]
@@ -248,7 +269,7 @@ class Holdfast:
         return [int(pid) for pid in out.split()]
 
     def stop(self):
-        pids = tree(self.process.pid) + list(self.agents.values())
+        pids = tree(self.process.pid) + list(self.agents.values()) + self.facts["pids"]["proxies"]
         for name in self.ports:
             pids += self.guard(name)
             try:
@@ -313,8 +334,8 @@ class Intruder:
             time.sleep(0.01)
             try:
                 client = client or psycopg.connect(self.dsn, autocommit=True)
-                client.execute("INSERT INTO intruded DEFAULT VALUES", prepare=False)
-                self.acknowledged.append(time.monotonic())
+                row = client.execute("INSERT INTO intruded DEFAULT VALUES RETURNING n", prepare=False).fetchone()
+                self.acknowledged.append((time.monotonic(), row[0]))
             except psycopg.Error:
                 if client is not None and client.closed:
                     client = None
@@ -325,7 +346,7 @@ class Intruder:
 
 
 def trial(contestant, scenario, directory, is_sync):
-    cluster = contestant(directory, is_sync)
+    cluster = contestant(directory, is_sync, scenario)
     try:
         with psycopg.connect(f"host=127.0.0.1 port={cluster.port} user=postgres dbname=postgres", autocommit=True) as client:
             client.execute("CREATE TABLE compared (n bigint PRIMARY KEY)")
@@ -334,7 +355,7 @@ def trial(contestant, scenario, directory, is_sync):
         new = "b" if old == "a" else "a"
         writers = Writers(cluster.port)
         time.sleep(SETTLE_S)
-        intruder = Intruder(cluster.server_port(old)) if scenario != "switchover" else None
+        intruder = Intruder(cluster.server_port(old)) if scenario not in ("switchover", "store") else None
         time.sleep(0.2)
         began = time.monotonic()
         frozen = []
@@ -349,7 +370,11 @@ def trial(contestant, scenario, directory, is_sync):
         elif scenario == "frozen":
             frozen = cluster.agent(old) + cluster.guard(old) + cluster.server(old)
             send(frozen, signal.SIGSTOP)
-        deadline = began + LONGEST_S
+        elif scenario == "store":
+            cluster.store_down()
+            time.sleep(STORE_DOWN_S)
+            cluster.store_up()
+        deadline = time.monotonic() + LONGEST_S
         # Until clients have written for a while again, after an outage if there is to be one.
         while time.monotonic() < deadline:
             time.sleep(0.1)
@@ -365,7 +390,7 @@ def trial(contestant, scenario, directory, is_sync):
             send(frozen, signal.SIGCONT)
             time.sleep(10)
         writers.stop()
-        zombies = 0
+        zombies, late = 0, 0
         with writers.lock:
             times = [at for at, _ in writers.acknowledged if at > began - 0.5]
         gaps = [(after - before, after) for before, after in zip(times, times[1:])]
@@ -375,7 +400,12 @@ def trial(contestant, scenario, directory, is_sync):
             if moved:
                 time.sleep(max(0.0, ended + 30.0 - time.monotonic()))
             intruder.stop()
-            zombies = sum(1 for at in intruder.acknowledged if moved and at > ended)
+            past = [number for at, number in intruder.acknowledged if moved and at > ended]
+            with psycopg.connect(f"host=127.0.0.1 port={cluster.port} user=postgres dbname=postgres") as client:
+                kept = {row[0] for row in client.execute("SELECT n FROM intruded")}
+            # One that was replicated before, and is acknowledged when its server wakes up, is not written past anybody.
+            late = sum(1 for number in past if number in kept)
+            zombies = len(past) - late
         lost = 0
         numbers = [number for _, number in writers.acknowledged]
         with psycopg.connect(f"host=127.0.0.1 port={cluster.port} user=postgres dbname=postgres", autocommit=True) as client:
@@ -383,7 +413,8 @@ def trial(contestant, scenario, directory, is_sync):
         lost = sum(1 for number in numbers if number not in there)
         errors = sum(1 for at, _ in writers.errors if at > began)
         after = ended - longest - began
-        return {"outage": longest, "after": after, "errors": errors, "lost": lost, "zombies": zombies, "moved": moved}
+        found = {"outage": longest, "after": after, "errors": errors, "lost": lost}
+        return {**found, "zombies": zombies, "late": late, "moved": moved}
     finally:
         cluster.stop()
 
@@ -391,7 +422,7 @@ def trial(contestant, scenario, directory, is_sync):
 def main():
     global HOLDFAST
     HOLDFAST, base, rounds = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
-    scenarios = sys.argv[4:] or ["switchover", "postgres", "host", "agent", "frozen"]
+    scenarios = sys.argv[4:] or ["switchover", "postgres", "host", "agent", "frozen", "store"]
     base.mkdir(parents=True, exist_ok=True)
     base.chmod(0o755)
     contestants = [("Patroni", Patroni), ("Holdfast", Holdfast)]
