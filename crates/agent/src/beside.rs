@@ -121,8 +121,10 @@ impl Agent {
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
         // A copy of the directory, or of the whole machine, is another.
-        let host = read_host(&dir.join("host"))? ^ clock::boot_number();
-        let sender = Sender { app: config.app.clone(), cell: config.cell.clone(), host, run };
+        let directory = read_host(&dir.join("host"))?;
+        let host = directory ^ clock::boot_number();
+        let sender =
+            Sender { app: config.app.clone(), cell: config.cell.clone(), host, directory, run };
         let local = Local { instance: config.instance.clone(), lost_dir: dir.join("lost") };
         let beside = Arc::new(Beside {
             sender,
@@ -148,6 +150,7 @@ impl Agent {
         tasks.extend([
             tokio::spawn(beside.clone().renew()),
             tokio::spawn(beside.clone().watch()),
+            tokio::spawn(beside.clone().plead_on()),
             tokio::spawn(beside.clone().fetch(orders)),
             tokio::spawn(beside.clone().obey(work)),
         ]);
@@ -309,7 +312,9 @@ impl Beside {
                 process: self.process(),
                 is_in_hand: self.instance().is_in_hand().is_ok(),
                 listens: self.config.listen.map(|address| address.to_string()),
-                neighbours: self.neighbours().into_iter().map(|one| one.cell).collect(),
+                neighbours: (self.neighbours().into_iter())
+                    .map(|one| (one.cell, one.directory))
+                    .collect(),
             };
             let limit = terms.renew_every();
             match client.post::<_, Renewed>("/v1/agents/renew", &question, limit).await {
@@ -333,7 +338,6 @@ impl Beside {
                     }
                     is_heard = false;
                     self.heard.lock().unwrap_or_else(PoisonError::into_inner).sent = None;
-                    self.plead().await;
                     // Sooner than usual, but not at once.
                     let pause = RETRY_PAUSE.min(terms.renew_every() / 4);
                     let _ = timeout(pause, self.hurry.notified()).await;
@@ -490,7 +494,7 @@ impl Beside {
                     _ => Err(format!("no lease of epoch {} in {LEASE_WAIT_MAX:?}", order.epoch)),
                 }
             }
-            Task::EndPledges => self.end_pledges(order.epoch).await.map(|()| Done::Nothing),
+            Task::EndPledges => self.end_pledges(order.epoch).await.map(Done::PledgesOver),
             Task::Work(Work::StartAgain) if self.lease().is_none() => {
                 Err("there is no lease, without which it cannot be a primary".into())
             }

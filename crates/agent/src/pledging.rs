@@ -17,14 +17,16 @@ use tokio::time::sleep;
 
 use crate::beside::{Beside, write_durably};
 
-pub(crate) const PATH: &str = "/v1/pledge";
+const PATH: &str = "/v1/pledge";
+/// Between two looks whether the lease is renewed, and two pleas.
+const PLEAD_PAUSE: Duration = Duration::from_millis(50);
 
-/// What was pledged, on disk.
+/// What has to be known of pledges after a restart, on disk. The pledges themselves are not: who starts takes it that it has
+/// pledged a moment ago, and a disk that is slow delays none.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
     pledger: Pledger,
-    /// The boot by whose clock, and the longest that it may last from any moment.
-    boot: String,
+    /// The longest that a pledge may last.
     terms: Terms,
 }
 
@@ -48,31 +50,29 @@ impl Pledges {
             }
             Err(error) => return Err(error),
             Ok(bytes) => {
-                let Kept { pledger, boot, terms } = serde_json::from_slice(&bytes)?;
-                let is_same = boot == clock::boot();
-                (if is_same { pledger } else { pledger.after_boot(clock::now(), terms) }, terms)
+                let Kept { pledger, terms } = serde_json::from_slice(&bytes)?;
+                (pledger.after_start(clock::now(), terms), terms)
             }
         };
         Ok(Pledges { path, pledger, terms })
     }
 
     fn keep(&self) -> std::io::Result<()> {
-        let kept = Kept { pledger: self.pledger, boot: clock::boot(), terms: self.terms };
+        let kept = Kept { pledger: self.pledger, terms: self.terms };
         write_durably(&self.path, &serde_json::to_vec(&kept)?)
     }
 
-    /// Pledges, if that may be, and remembers it before it is said.
+    /// Pledges, if that may be. That it may last longer than any before is remembered first.
     fn pledge(&mut self, epoch: Epoch, at: Situation) -> std::io::Result<bool> {
-        let (before, terms) = (self.pledger, self.terms);
-        let is_pledged = self.pledger.pledge(epoch, at);
-        if is_pledged {
-            self.terms.length = terms.length.max(at.terms.length);
+        let before = self.terms;
+        if at.terms.length > before.length {
+            self.terms = at.terms;
             if let Err(error) = self.keep() {
-                (self.pledger, self.terms) = (before, terms);
+                self.terms = before;
                 return Err(error);
             }
         }
-        Ok(is_pledged)
+        Ok(self.pledger.pledge(epoch, at))
     }
 
     fn refuse(&mut self, epoch: Epoch) -> std::io::Result<Moment> {
@@ -102,10 +102,13 @@ impl Beside {
     }
 
     fn hear(&self, who: &Who, plea: &Plea) -> Result<Pledged, String> {
-        let Plea { sender, epoch, terms } = plea;
+        let Plea { sender, directory, epoch, terms } = plea;
         who.check(&agent_name(&sender.app, &sender.cell))?;
         if sender.app != self.config.app || sender.cell == self.config.cell {
             return Err(format!("`{}/{}` is no neighbour", sender.app, sender.cell));
+        }
+        if *directory != self.sender.directory {
+            return Err("it is for another agent of this cell".into());
         }
         if !Terms::LENGTHS.contains(&terms.length) {
             return Err(format!("{:?} is no length of a lease", terms.length));
@@ -123,15 +126,32 @@ impl Beside {
         Ok(Pledged { is_pledged })
     }
 
+    /// Sees to it that the lease goes on while it is not renewed, until the task is dropped.
+    pub(crate) async fn plead_on(self: Arc<Self>) {
+        loop {
+            sleep(PLEAD_PAUSE).await;
+            let now = clock::now();
+            let sent = self.with_holder(|holder| holder.epoch(now).and(holder.sent()));
+            let terms = self.with_holder(|holder| holder.terms());
+            // A renewal that is on time needs no pledge.
+            let is_late = |terms: Terms| {
+                sent.is_some_and(|sent| now >= sent.plus(terms.renew_every() * 5 / 4))
+            };
+            if terms.is_some_and(is_late) {
+                self.plead().await;
+            }
+        }
+    }
+
     /// Asks all other agents for their pledges, so that the lease, which still lasts, goes on.
-    pub(crate) async fn plead(&self) {
+    async fn plead(&self) {
         let (neighbours, sent) = (self.neighbours(), clock::now());
         let lease = self.with_holder(|holder| holder.epoch(sent).zip(holder.terms()));
         let Some((epoch, terms)) = lease.filter(|_| !neighbours.is_empty()) else { return };
-        let plea = Plea { sender: self.sender.clone(), epoch, terms };
         let mut asked = JoinSet::new();
-        for Neighbour { cell, address } in neighbours {
-            let (plea, tls) = (plea.clone(), self.config.tls.clone());
+        for Neighbour { cell, directory, address } in neighbours {
+            let plea = Plea { sender: self.sender.clone(), directory, epoch, terms };
+            let tls = self.config.tls.clone();
             asked.spawn(async move {
                 let Some(address) = Address::read(&address) else {
                     return Err(format!("`{cell}`: `{address}` is no address"));
@@ -147,7 +167,7 @@ impl Beside {
         }
         while let Some(answer) = asked.join_next().await {
             if let Err(why) = answer.map_err(|error| error.to_string()).flatten() {
-                tracing::warn!(why, "the lease does not go on by pledges");
+                tracing::debug!(why, "the lease does not go on by pledges yet");
                 return;
             }
         }
@@ -157,16 +177,16 @@ impl Beside {
         }
     }
 
-    /// Pledges nothing any more for leases up to `epoch`, and waits until all that was pledged is over.
-    pub(crate) async fn end_pledges(&self, epoch: Epoch) -> Result<(), String> {
+    /// Pledges nothing any more for leases up to `epoch`, and waits until all that was pledged is over. Gives since when it is.
+    pub(crate) async fn end_pledges(&self, epoch: Epoch) -> Result<Duration, String> {
         let until = self.with_pledges(|pledges| pledges.refuse(epoch));
         let until = until.map_err(|error| format!("the refusal cannot be kept: {error}"))?;
         loop {
-            let left = until.from(clock::now());
-            if left.is_zero() {
-                return Ok(());
+            let now = clock::now();
+            if let Some(ago) = self.with_pledges(|pledges| pledges.pledger.over_since(now)) {
+                return Ok(ago);
             }
-            sleep(left).await;
+            sleep(until.from(now)).await;
         }
     }
 }

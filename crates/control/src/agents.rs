@@ -54,6 +54,7 @@ struct State {
     is_in_hand: bool,
     /// Where it answers other agents.
     listens: Option<String>,
+    directory: Option<u64>,
     /// What is recorded of whom it may ask for pledges.
     pleads: Option<Pleads>,
 }
@@ -80,6 +81,7 @@ impl Link {
                 process: None,
                 is_in_hand: true,
                 listens: None,
+                directory: None,
                 pleads: None,
             }),
             changed: Notify::new(),
@@ -100,7 +102,7 @@ impl Link {
     ) -> Result<Renewed, E> {
         let mut state = self.state();
         let (epoch, has_it, before) = read()?;
-        if let Some(Attended { host, length }) = before {
+        if let Some(Attended { host, length, .. }) = before {
             state.granter.remember(host, length);
         }
         let host = asked.sender.host;
@@ -123,7 +125,8 @@ impl Link {
         {
             length = length.max(before.length);
         }
-        let attended = Attended { host, length };
+        let directory = asked.sender.directory;
+        let attended = Attended { host, directory, epoch, length };
         if granted.is_some() && before != Some(attended) {
             attend(attended)?;
         }
@@ -138,6 +141,7 @@ impl Link {
             tracing::error!(app, cell, "the agent cannot see or end its server: it gets no lease");
         }
         state.listens.clone_from(&asked.listens);
+        state.directory = Some(asked.sender.directory);
         let terms = state.granter.terms();
         Ok(Renewed { granted, terms, neighbours: Vec::new() })
     }
@@ -157,7 +161,7 @@ impl Link {
     }
 
     /// What an earlier control has recorded.
-    pub(crate) fn remember(&self, Attended { host, length }: Attended) {
+    pub(crate) fn remember(&self, Attended { host, length, .. }: Attended) {
         self.state().granter.remember(host, length);
     }
 
@@ -184,6 +188,11 @@ impl Link {
     /// The agent is heard, and says that it cannot see or end its server.
     pub(crate) fn is_out_of_hand(&self) -> bool {
         !self.state().is_in_hand && self.mailbox.heard().is_some()
+    }
+
+    /// That of the agent which is heard.
+    pub(crate) fn directory(&self) -> Option<u64> {
+        self.state().directory.filter(|_| self.is_heard())
     }
 
     pub(crate) fn is_heard(&self) -> bool {
@@ -260,32 +269,38 @@ impl Control {
             return Ok(renewed);
         }
         let neighbours = self.neighbours(app, cell)?;
-        let answered = neighbours.iter().map(|one| one.cell.clone()).collect();
+        let answered = neighbours.iter().map(|one| (one.cell.clone(), one.directory)).collect();
         let pleads = Pleads::of(asked.neighbours.clone(), answered);
         link.pleads(pleads, |pleads| records::put(&*self.store, &pleads_key(app, cell), pleads))?;
         Ok(Renewed { neighbours, ..renewed })
     }
 
-    /// The lease that another host of the cell had may go on by pledges, though control has given none for long: it is ended
-    /// before this one gets it.
+    /// The lease that another host of the cell had in this epoch may go on by pledges, though control has given none for long:
+    /// it is ended before this one gets it. A host that was booted again has ended its server, and nobody is isolated twice.
     async fn end_ghost(&self, link: &Link, asked: &Renew) -> Result<(), ControlError> {
-        let Sender { app, cell, host, .. } = &asked.sender;
+        let Sender { app, cell, directory, .. } = &asked.sender;
         let attended = records::attended(&*self.store, app, cell)?;
         let pleads = records::pleads(&*self.store, app, cell)?;
-        let is_same = attended.is_none_or(|attended| attended.host == *host);
         let application = records::application(&*self.store, app)?.application;
+        let is_ghost = attended.is_some_and(|attended| {
+            attended.directory != *directory && attended.epoch == application.epoch
+        });
         let has_it = application.granted_to.as_ref() == Some(cell);
-        if is_same || !has_it || pleads.0.is_empty() || !link.is_over() {
+        if !is_ghost || !has_it || pleads.0.is_empty() || !link.is_over() {
             return Ok(());
         }
         let servers = self.servers(app)?;
-        let one = servers.cells.iter().find(|(other, _)| *other != cell && pleads.all_need(other));
-        let member = one.and_then(|(_, server)| server.member.as_ref());
+        let others = servers.cells.iter().filter(|(other, _)| *other != cell);
+        let mut members = others.filter_map(|(other, server)| {
+            let member = server.member.as_ref()?;
+            pleads.all_need(other, member.directory()).then_some(member)
+        });
+        let member = members.next();
         let refused = |why: String| {
             ControlError::Refused(format!("the lease of another host may go on by pledges: {why}"))
         };
         let member = member.ok_or_else(|| refused("nobody is known who could end them".into()))?;
-        member.end_pledges().await.map_err(refused)
+        member.end_pledges().await.map(drop).map_err(refused)
     }
 
     /// The agents of all other cells, if all are known: each of them could become the primary.
@@ -293,8 +308,9 @@ impl Control {
         let others = self.servers(app)?.cells.iter().filter(|(other, _)| *other != cell);
         let neighbour = |(other, server): (&String, &CellServer)| match &server.member {
             Some(Member::Agent(link)) => {
-                let address = link.state().listens.clone()?;
-                Some(Neighbour { cell: other.clone(), address })
+                let state = link.state();
+                let (address, directory) = (state.listens.clone()?, state.directory?);
+                Some(Neighbour { cell: other.clone(), directory, address })
             }
             _ => None,
         };

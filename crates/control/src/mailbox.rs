@@ -177,24 +177,36 @@ impl<O: Clone, R> Mailbox<O, R> {
             id
         };
         self.stirred.send_modify(|count| *count += 1);
+        // Also if whoever asks is gone before there is an answer.
+        let _given_up = GivenUp { mailbox: self, id };
         let silent = async {
             // A long order is waited for only while whoever has it is there.
             while self.heard().is_some() {
                 tokio::time::sleep(LOOK).await;
             }
         };
-        let answer = tokio::select! {
+        tokio::select! {
             answer = timeout(limit, rx) => match answer {
                 Ok(Ok(result)) => result,
                 Ok(Err(_)) => Err(format!("{whose} was lost")),
                 Err(_) => Err(format!("{whose} is not done within {limit:?}")),
             },
             () = silent => Err(format!("{whose} is not heard any more")),
-        };
-        let mut state = self.state();
-        state.under_way.remove(&id);
-        state.orders.retain(|(order, _)| order.id != id);
-        answer
+        }
+    }
+}
+
+/// Nobody waits for an order any more.
+struct GivenUp<'a, O: Clone, R> {
+    mailbox: &'a Mailbox<O, R>,
+    id: u64,
+}
+
+impl<O: Clone, R> Drop for GivenUp<'_, O, R> {
+    fn drop(&mut self) {
+        let mut state = self.mailbox.state();
+        state.under_way.remove(&self.id);
+        state.orders.retain(|(order, _)| order.id != self.id);
     }
 }
 

@@ -151,11 +151,22 @@ impl Member {
         }
     }
 
-    /// Whoever is beside the server pledges nothing any more, so that no other's lease goes on.
-    pub(crate) async fn end_pledges(&self) -> Result<(), String> {
+    /// Whoever is beside the server pledges nothing any more, so that no other's lease goes on. Gives since when.
+    pub(crate) async fn end_pledges(&self) -> Result<Duration, String> {
+        let Member::Agent(link) = self else {
+            return Err("there is no agent any more who could end its pledges".into());
+        };
+        match link.ask(Task::EndPledges).await? {
+            Done::PledgesOver(ago) => Ok(ago),
+            other => unexpected(other),
+        }
+    }
+
+    /// That of the agent which is heard beside the server.
+    pub(crate) fn directory(&self) -> Option<u64> {
         match self {
-            Member::Here(_) => Ok(()),
-            Member::Agent(link) => link.ask(Task::EndPledges).await.map(drop),
+            Member::Here(_) => None,
+            Member::Agent(link) => link.directory(),
         }
     }
 

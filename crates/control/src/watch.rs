@@ -34,8 +34,9 @@ const RETRY_PAUSE: Duration = Duration::from_secs(5);
 pub struct Seen {
     pub cell: String,
     pub analysis: Analysis,
-    /// The end of its WAL, when it has answered last.
+    /// The end of its WAL, when it has answered last, and when that was.
     pub lsn: Option<Lsn>,
+    pub answered: Option<Instant>,
     /// Why no failover came about.
     pub blocked: Option<String>,
 }
@@ -251,6 +252,9 @@ async fn look(
         cell.clone_into(&mut seen.cell);
         seen.analysis = analysis;
         seen.lsn = lsn.max(seen.lsn);
+        if lsn.is_some() {
+            seen.answered = Some(Instant::now());
+        }
         if analysis == Analysis::NoProblem {
             seen.blocked = None;
         }
@@ -300,6 +304,13 @@ impl Control {
         self.seen(app)?.lsn
     }
 
+    /// The same, unless it was before `over` ago: until then the server may have gone on unseen.
+    pub(crate) fn last_seen_since(&self, app: &str, over: Option<Duration>) -> Option<Lsn> {
+        let seen = self.seen(app)?;
+        let is_late = over.is_some_and(|over| seen.answered.is_none_or(|at| at.elapsed() > over));
+        seen.lsn.filter(|_| !is_late)
+    }
+
     /// What was seen last of the active cell's server.
     pub fn seen(&self, app: &str) -> Option<Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).get(app).cloned()
@@ -315,6 +326,7 @@ impl Control {
             cell: String::new(),
             analysis: Analysis::NoProblem,
             lsn: None,
+            answered: None,
             blocked: None,
         }));
     }

@@ -1,7 +1,7 @@
 //! What an agent, which is beside a server, and control say to each other. The agent asks, control answers: an agent renews
 //! its lease, fetches orders and brings what became of them.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,8 @@ pub struct Sender {
     pub cell: String,
     /// Which of several it is, by the number in its state directory: another one may not hold the lease at the same time.
     pub host: u64,
+    /// The number alone: what is in the directory outlives the boot of the host, which `host` does not.
+    pub directory: u64,
     /// Another number each time the agent is started.
     pub run: u64,
 }
@@ -38,7 +40,7 @@ pub struct Renew {
     /// Where others ask it for pledges.
     pub listens: Option<String>,
     /// Whom it would ask for pledges, as it was told last.
-    pub neighbours: BTreeSet<String>,
+    pub neighbours: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

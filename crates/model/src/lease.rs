@@ -123,6 +123,11 @@ impl Holder {
         self.held.as_ref().filter(is_valid).map(|held| held.epoch)
     }
 
+    /// When the lease was asked for, if there was one.
+    pub fn sent(&self) -> Option<Moment> {
+        self.held.map(|held| held.sent)
+    }
+
     /// The terms of the lease, if there was one.
     pub fn terms(&self) -> Option<Terms> {
         self.held.map(|held| held.terms)

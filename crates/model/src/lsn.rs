@@ -6,12 +6,26 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Lsn(pub u64);
 
+/// The smallest size of a segment.
+const SEGMENT_MIN: u64 = 1024 * 1024;
+
 impl Lsn {
     /// Reads the form of `pg_lsn`; none if it is another.
     pub fn read(text: &str) -> Option<Lsn> {
         let (high, low) = text.split_once('/')?;
         let part = |text: &str| u32::from_str_radix(text, 16).ok().map(u64::from);
         Some(Lsn(part(high)? << 32 | part(low)?))
+    }
+
+    /// Nothing but the header of a segment is before it there, whatever the segment's size (`XLogLongPageHeaderData`).
+    pub fn is_at_begin_of_segment(self) -> bool {
+        self.0 % SEGMENT_MIN <= 64
+    }
+
+    /// Within the segment before, or where that begins, for those of the usual size.
+    pub fn before_segment(self) -> Lsn {
+        const SEGMENT: u64 = 16 * 1024 * 1024;
+        Lsn((self.0 / SEGMENT_MIN * SEGMENT_MIN).saturating_sub(SEGMENT))
     }
 
     /// Bytes from `earlier` to here; 0 if this is the earlier one.
@@ -37,5 +51,14 @@ mod tests {
         }
         assert_eq!(Lsn::read("16"), None);
         assert_eq!(Lsn::read("16/1B374D848"), None);
+    }
+
+    #[test]
+    fn a_segment_begins_with_a_header() {
+        let at = |text: &str| Lsn::read(text).unwrap();
+        assert!(
+            at("0/4000028").is_at_begin_of_segment() && !at("0/4000060").is_at_begin_of_segment()
+        );
+        assert_eq!(at("0/4000028").before_segment(), at("0/3000000"));
     }
 }

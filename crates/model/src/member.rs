@@ -91,6 +91,8 @@ pub enum Done {
     Flag(bool),
     Text(String),
     Tail(WalTail),
+    /// No pledge holds any more; the last one has ended so long ago.
+    PledgesOver(std::time::Duration),
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The shapes that the store keeps, and their keys. A field that is added later has a default.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,10 @@ pub fn attended_key(app: &str, cell: &str) -> String {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attended {
     pub host: u64,
+    #[serde(default)]
+    pub directory: u64,
+    #[serde(default)]
+    pub epoch: Epoch,
     pub length: std::time::Duration,
 }
 
@@ -33,19 +37,21 @@ pub fn pleads_key(app: &str, cell: &str) -> String {
     format!("pleads/{app}/{cell}")
 }
 
-/// Sets of cells: the agent goes by one of them, and its lease goes on only if all of that pledge.
+/// Sets of cells, each with the directory of its agent: the agent goes by one of the sets, and its lease goes on only if all of
+/// that pledge.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pleads(pub BTreeSet<BTreeSet<String>>);
+pub struct Pleads(pub BTreeSet<BTreeMap<String, u64>>);
 
 impl Pleads {
     /// What it has said that it goes by, and what it is answered.
-    pub fn of(said: BTreeSet<String>, answered: BTreeSet<String>) -> Pleads {
+    pub fn of(said: BTreeMap<String, u64>, answered: BTreeMap<String, u64>) -> Pleads {
         Pleads([said, answered].into_iter().filter(|cells| !cells.is_empty()).collect())
     }
 
-    /// That `cell` pledges no more is enough: no lease goes on without it.
-    pub fn all_need(&self, cell: &str) -> bool {
-        self.0.iter().all(|cells| cells.contains(cell))
+    /// That the agent of `cell` with this directory pledges no more is enough: no lease goes on without it. Another one of the
+    /// cell knows nothing of what was pledged.
+    pub fn all_need(&self, cell: &str, directory: Option<u64>) -> bool {
+        self.0.iter().all(|cells| directory.is_some() && cells.get(cell).copied() == directory)
     }
 }
 
@@ -290,6 +296,19 @@ mod tests {
 
     fn application() -> Application {
         Application::new("a", ["a".into(), "b".into()])
+    }
+
+    #[test]
+    fn pledges_of_another_directory_say_nothing() {
+        let set = |cells: &[(&str, u64)]| {
+            cells.iter().map(|(cell, directory)| ((*cell).to_owned(), *directory)).collect()
+        };
+        let pleads = Pleads::of(set(&[("b", 1)]), set(&[("b", 2), ("c", 3)]));
+        assert!(!pleads.all_need("b", Some(2)) && !pleads.all_need("c", Some(3)));
+        let pleads = Pleads::of(set(&[("b", 2)]), set(&[("b", 2), ("c", 3)]));
+        assert!(pleads.all_need("b", Some(2)) && !pleads.all_need("b", None));
+        // Where nobody may be asked, nothing goes on.
+        assert!(Pleads::of(set(&[]), set(&[])).all_need("b", None));
     }
 
     #[test]

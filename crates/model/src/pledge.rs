@@ -14,6 +14,8 @@ use crate::lease::{Moment, Terms};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Neighbour {
     pub cell: String,
+    /// That of the agent which is meant: another one of the cell knows nothing of what this one has promised.
+    pub directory: u64,
     pub address: String,
 }
 
@@ -21,6 +23,8 @@ pub struct Neighbour {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plea {
     pub sender: Sender,
+    /// Whom it is for.
+    pub directory: u64,
     /// The epoch of the lease that is to go on, and how long it goes on by one promise.
     pub epoch: Epoch,
     pub terms: Terms,
@@ -57,12 +61,12 @@ impl Default for Pledger {
 }
 
 impl Pledger {
-    /// What was promised before a restart of the host, or of what its clock counts from, still holds for `terms` at most.
-    pub fn after_boot(self, now: Moment, terms: Terms) -> Pledger {
+    /// What was promised before a restart holds for `terms` at most, which is the longest that was ever promised.
+    pub fn after_start(self, now: Moment, terms: Terms) -> Pledger {
         Pledger { until: terms.free_at(now), ..self }
     }
 
-    /// Answers a plea for a lease of `epoch`. What is promised is to be remembered before it is said.
+    /// Answers a plea for a lease of `epoch`.
     pub fn pledge(&mut self, epoch: Epoch, at: Situation) -> bool {
         let is_over = epoch < at.seen || self.refused.is_some_and(|refused| epoch <= refused);
         if at.hears_control || at.has_lease || is_over {
@@ -76,6 +80,11 @@ impl Pledger {
     pub fn refuse(&mut self, epoch: Epoch) -> Moment {
         self.refused = self.refused.max(Some(epoch));
         self.until
+    }
+
+    /// How long ago the last promise was over; none while it holds.
+    pub fn over_since(&self, now: Moment) -> Option<std::time::Duration> {
+        now.0.checked_sub(self.until.0)
     }
 }
 
@@ -115,7 +124,7 @@ mod tests {
         assert_eq!(pledger.refuse(Epoch(3)), ms(3_600));
         assert!(!pledger.pledge(Epoch(3), alone(1_001)));
         assert!(pledger.pledge(Epoch(4), alone(1_001)));
-        assert_eq!(Pledger::default().after_boot(ms(5), TERMS).refuse(Epoch(1)), ms(2_605));
+        assert_eq!(Pledger::default().after_start(ms(5), TERMS).refuse(Epoch(1)), ms(2_605));
     }
 
     proptest! {

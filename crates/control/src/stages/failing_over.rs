@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::Lsn;
@@ -249,6 +250,29 @@ pub(super) async fn cut(control: &Control, execution: &Execution) -> Done {
     Ok(text)
 }
 
+/// No lease of the lost cell goes on by pledges any more. Gives since when none does, if any could.
+async fn pledges_over(
+    control: &Control,
+    execution: &Execution,
+    to: &CellServer,
+) -> Result<Option<Duration>, String> {
+    let Execution { app, from: lost, to: next, .. } = execution;
+    let pleads = records::pleads(&*control.store, app, lost).map_err(chain)?;
+    if pleads.0.is_empty() {
+        return Ok(None);
+    }
+    let member = to.member.as_ref();
+    if !pleads.all_need(next, member.and_then(Member::directory)) {
+        return Err(format!(
+            "the lease of `{lost}` may go on by pledges of which the agent of `{next}` knows nothing: it is another than that of `{lost}` was told of; if you know that the server of `{lost}` is dead, `holdfast failover {app} --to {next} --allow-data-loss` says so"
+        ));
+    }
+    match member {
+        Some(member) => member.end_pledges().await.map(Some),
+        None => Ok(None),
+    }
+}
+
 pub(super) async fn isolate(
     control: &Control,
     execution: &Execution,
@@ -258,24 +282,25 @@ pub(super) async fn isolate(
         return Ok(format!("somebody has said that the server of `{}` is dead", execution.from));
     };
     let is_attended = control.is_attended(&execution.app, &execution.from);
+    let overruled = Mutex::new(None);
     let end_pledges = async {
-        let Execution { app, from: lost, to: next, .. } = execution;
-        let pleads = records::pleads(&*control.store, app, lost).map_err(chain)?;
-        if !pleads.all_need(next) {
-            return Err(format!(
-                "its lease may go on by the pledges of others, as its agent has not heard of `{next}` yet"
-            ));
-        }
-        match &to.member {
-            Some(member) if !pleads.0.is_empty() => member.end_pledges().await,
-            _ => Ok(()),
+        match pledges_over(control, execution, to).await {
+            // Whoever says so has seen to it.
+            Err(why) if execution.allow_data_loss => {
+                *overruled.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                Ok(())
+            }
+            over => over.map(drop),
         }
     };
-    match member.isolate(is_attended, end_pledges).await {
-        Err(why) if (!is_attended || member.is_out_of_hand()) && execution.allow_data_loss => {
+    let isolated = member.isolate(is_attended, end_pledges).await;
+    let overruled = overruled.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match (isolated, overruled) {
+        (Ok(_), Some(why)) => Ok(format!("{why}; somebody has said that it is dead")),
+        (Err(why), _) if (!is_attended || member.is_out_of_hand()) && execution.allow_data_loss => {
             Ok(format!("{why}; somebody has said that it is dead"))
         }
-        isolated => isolated,
+        (isolated, _) => isolated,
     }
 }
 
@@ -302,7 +327,12 @@ pub(super) async fn recruit(
     let (known, how) = match (salvaged, covers(control, &execution.app, &all)?) {
         (Ok(how), _) => (Known::All, how),
         (Err(_), Some(how)) => (Known::All, how + &beyond(control, &execution.app, received)),
-        (Err(why), None) => (Known::of(control.last_seen(&execution.app), received), why),
+        (Err(why), None) => {
+            // What it wrote by pledges, while control was not there, nobody has seen.
+            let over = pledges_over(control, execution, to).await.unwrap_or(Some(Duration::ZERO));
+            let seen = control.last_seen_since(&execution.app, over);
+            (Known::of(seen, received), why)
+        }
     };
     let chosen = check_chosen(&all, &execution.to)?;
     check_history(execution, from, &chosen).await?;
@@ -407,6 +437,13 @@ pub(crate) async fn check_is_newest(
     let Some(seen) = seen.filter(|_| condition.reads_wal) else { return Ok(()) };
     let ends = match tail_around(member, timeline, seen).await {
         Ok(tail) if tail.reaches(seen) => return Ok(()),
+        // Of a segment that has hardly begun there is no record: the one before has to be there.
+        Ok(WalTail { last: None, end: None, .. }) if seen.is_at_begin_of_segment() => {
+            match member.read_tail(timeline, seen.before_segment()).await {
+                Ok(tail) if tail.last.is_some() => return Ok(()),
+                _ => "ends before".to_owned(),
+            }
+        }
         Ok(tail) => match tail.end.max(tail.last) {
             Some(end) => format!("ends at {end}"),
             None => "ends before".to_owned(),
