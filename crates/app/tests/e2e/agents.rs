@@ -168,11 +168,13 @@ async fn whoever_starts_a_server_without_a_lease_starts_none_that_takes_writes()
     let mut installation = Installation::start_with_agents("agents-none");
     installation.reconfigure(|text| text.replace("automatic = true", "automatic = false"));
     run(&mut installation.connect().await, "CREATE TABLE intruded (n bigint)").await;
-    // Control is gone for longer than the lease.
+    // Control is gone for longer than the lease, and nobody pledges.
+    signal(installation.agent("b"), "STOP");
     signal(installation.pid(), "KILL");
     installation.wait_crashed();
     assert!(intrude(&installation, "a").await > 1);
     assert!(installation.dir.join("a/standby.signal").exists());
+    signal(installation.agent("b"), "CONT");
     // It is back, and the cell is the active one as before.
     installation.restart(&[]);
     wait_active(&installation, "a").await;
