@@ -173,7 +173,9 @@ async fn whoever_starts_a_server_without_a_lease_starts_none_that_takes_writes()
     signal(installation.pid(), "KILL");
     installation.wait_crashed();
     assert!(intrude(&installation, "a").await > 1);
-    assert!(installation.dir.join("a/standby.signal").exists());
+    // It is ended before anything is written.
+    let signal_file = installation.dir.join("a/standby.signal");
+    wait_until("the signal", async || signal_file.exists()).await;
     signal(installation.agent("b"), "CONT");
     // It is back, and the cell is the active one as before.
     installation.restart(&[]);

@@ -84,15 +84,16 @@ pub(super) async fn fence(
     };
     old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
     reload(&mut old).await?;
-    let mut ended = end_outsiders(&mut old, &own).await?;
+    let may_come = logins == Logins::OfProxy || from.member.is_none();
+    let mut ended = end_outsiders(&mut old, &own, may_come).await?;
     let mut waited = String::new();
-    if logins == Logins::OfProxy || from.member.is_none() {
+    if may_come {
         // Clients of those that do not take part could log in and lift the fence.
         let late = control.outwait(&execution.app).await.map_err(chain)?;
         if !late.is_empty() {
             waited = format!(", waited for {}", late.join(", "));
             // What they have begun meanwhile would go on.
-            ended += end_outsiders(&mut old, &own).await?;
+            ended += end_outsiders(&mut old, &own, may_come).await?;
         }
     } else {
         control.note_late(&execution.app);
@@ -107,7 +108,7 @@ pub(super) async fn fence(
 
 /// Ends whoever is connected but for the backends `own` and ourselves, and waits until they have gone. Gives how many there
 /// were.
-async fn end_outsiders(old: &mut Admin, own: &str) -> Result<u64, String> {
+async fn end_outsiders(old: &mut Admin, own: &str, may_come: bool) -> Result<usize, String> {
     // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
     // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
     let outsiders = format!(
@@ -115,11 +116,17 @@ async fn end_outsiders(old: &mut Admin, own: &str) -> Result<u64, String> {
          AND NOT pid = ANY ('{{{own}}}'::int4[])"
     );
     let ended = old
-        .value(&format!("SELECT count(pg_terminate_backend(pid)) {outsiders}"))
+        .rows(&format!("SELECT pid::text, pg_terminate_backend(pid)::text {outsiders}"))
         .await
         .map_err(chain)?;
+    let pids = ended.iter().filter_map(|row| row.first()?.clone()).collect::<Vec<_>>();
+    // Where others may still log in, those are not waited for who came after.
+    let left = match may_come {
+        true => format!("{outsiders} AND pid = ANY ('{{{}}}'::int4[])", pids.join(",")),
+        false => outsiders,
+    };
     let deadline = Instant::now() + TERMINATE_MAX;
-    while old.value(&format!("SELECT count(*) {outsiders}")).await.map_err(chain)?.as_deref()
+    while old.value(&format!("SELECT count(*) {left}")).await.map_err(chain)?.as_deref()
         != Some("0")
     {
         if Instant::now() > deadline {
@@ -127,7 +134,7 @@ async fn end_outsiders(old: &mut Admin, own: &str) -> Result<u64, String> {
         }
         tokio::time::sleep(POLL).await;
     }
-    Ok(ended.and_then(|count| count.parse().ok()).unwrap_or(0))
+    Ok(pids.len())
 }
 
 /// Where Holdfast's connections come from, as the server sees it: its own one, and those of the proxy.
