@@ -9,6 +9,7 @@
 //! - [`clock`]: the host's time, sleep included.
 //! - [`instance`]: a server's programs and its data directory on this machine.
 //! - [`member`]: what is asked of whoever has those at hand.
+//! - [`port`]: a port that is kept for a server that is started later.
 //! - [`wal`]: what a server that has ended has left in its log.
 //!
 //! Every wait has a deadline that the caller gives. SQL of ours names everything in full or runs with
@@ -23,6 +24,7 @@ pub mod connect;
 pub mod connection;
 pub mod instance;
 pub mod member;
+pub mod port;
 mod processes;
 mod rejoin;
 pub mod stream;
@@ -31,4 +33,5 @@ pub mod wal;
 pub use address::Address;
 pub use connect::{ConnectError, Login, Target};
 pub use connection::{Connection, QueryError};
+pub use port::Port;
 pub use stream::Stream;

@@ -5,10 +5,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use pg::Port;
 use pg::instance::{self, Instance, RunAs};
 
 mod tour;
@@ -100,6 +100,8 @@ pub(crate) struct Demo {
     remove: bool,
     instances: Vec<Instance>,
     ports: Vec<u16>,
+    /// All that are given out, kept from other demos until the end.
+    reserved: Vec<Port>,
     pool: Option<u16>,
     fails_over: bool,
     has_agents: bool,
@@ -127,6 +129,7 @@ impl Demo {
             remove,
             instances,
             ports,
+            reserved: Vec::new(),
             pool,
             fails_over,
             has_agents,
@@ -155,7 +158,7 @@ impl Demo {
         for cell in CELLS {
             let data_dir = self.dir.join(cell);
             make_directory(&data_dir, run_as)?;
-            let port = free_port()?;
+            let port = self.free_port()?;
             let sockets = self.dir.join("sockets");
             make_directory(&sockets, run_as)?;
             let options = vec![
@@ -203,8 +206,9 @@ impl Demo {
         step.end();
         let step = Progress::begin("starting proxy and control");
         let path = self.dir.join("holdfast.toml");
-        let agents = free_port()?;
-        let text = self.config_text(free_port()?, free_port()?, agents, bin_dir);
+        let agents = self.free_port()?;
+        let (port, api) = (self.free_port()?, self.free_port()?);
+        let text = self.config_text(port, api, agents, bin_dir);
         std::fs::write(&path, text).map_err(|e| e.to_string())?;
         if self.has_agents {
             self.start_agents(agents, bin_dir)?;
@@ -218,6 +222,13 @@ impl Demo {
         self.write_facts()?;
         step.end();
         Ok(())
+    }
+
+    fn free_port(&mut self) -> Result<u16, String> {
+        let port = Port::reserve().map_err(|e| format!("no port is free: {e}"))?;
+        let number = port.number();
+        self.reserved.push(port);
+        Ok(number)
     }
 
     /// Runs this program with a configuration in the demo's directory, in a process of its own.
@@ -245,7 +256,7 @@ impl Demo {
         bin_dir: &Path,
     ) -> Result<(), String> {
         const START_MAX: Duration = Duration::from_secs(30);
-        let port = free_port()?;
+        let port = self.free_port()?;
         let text = format!(
             "{}\n[proxy.control]\nname = \"p{number}\"\naddress = \"127.0.0.1:{control}\"\n\n{}",
             proxy_text(port),
@@ -266,10 +277,10 @@ impl Demo {
     /// Each in a process of its own, as on a machine of its own.
     fn start_agents(&mut self, control: u16, bin_dir: &Path) -> Result<(), String> {
         for (at, cell) in CELLS.iter().enumerate() {
+            let port = self.free_port()?;
             let text = format!(
-                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\nlisten = \"127.0.0.1:{}\"\n\
+                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\nlisten = \"127.0.0.1:{port}\"\n\
                  state_dir = \"{}\"\n{}",
-                free_port()?,
                 self.dir.join(format!("agent-{cell}")).display(),
                 self.instance_text(at, bin_dir),
             );
@@ -454,23 +465,6 @@ async fn copy_stopped(from: &Instance, to: &Instance, conninfo: &str) -> Result<
     }
     to.make_standby(conninfo).map_err(|e| chain(&e))?;
     from.start(LIMIT).await.map_err(|e| chain(&e))
-}
-
-/// A port that nobody listens on, and that no outgoing connection takes before the server does: below the range
-/// that the system gives those (`ip_local_port_range`). Demos that start together begin their search apart.
-fn free_port() -> Result<u16, String> {
-    const FIRST: u16 = 16_384;
-    const COUNT: u16 = 16_000;
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let begin = u16::try_from(std::process::id().wrapping_mul(97) % u32::from(COUNT)).unwrap_or(0);
-    for _ in 0..COUNT {
-        let next = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = FIRST + begin.wrapping_add(next) % COUNT;
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return Ok(port);
-        }
-    }
-    Err(format!("no port between {FIRST} and {} is free", FIRST + COUNT))
 }
 
 /// The directory to work in, and whether to remove it at the end.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pg::Connection;
+use pg::{Connection, Port};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -231,7 +231,8 @@ async fn a_killed_proxy_is_replaced_by_another_of_its_name() {
 #[tokio::test]
 async fn what_a_proxy_serves_is_told_to_load_balancers() {
     let mut installation = Installation::start_proxied("proxies-health", &["--no-failover"]);
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let reserved = Port::reserve().unwrap();
+    let free = std::net::SocketAddr::from(([127, 0, 0, 1], reserved.number()));
     let path = installation.dir.join("proxy-2.toml");
     let text = std::fs::read_to_string(&path).unwrap();
     let name = "[proxy.control]\n";

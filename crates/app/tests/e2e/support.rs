@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use pg::connect::Login;
 use pg::stream::Keepalive;
-use pg::{Address, ConnectError, Connection, Target};
+use pg::{Address, ConnectError, Connection, Port, Target};
 use tls::{ClientTls, SslMode};
 use wire::scram::{Credential, Secret};
 
@@ -421,15 +421,15 @@ pub(crate) struct Second {
     child: Child,
     pub(crate) port: u16,
     pub(crate) api: String,
+    _reserved: [Port; 2],
 }
 
 impl Second {
     /// `proxy` and `app` are lines of those sections of the configuration, `servers` the ports of cells `a`, which is active,
     /// and `b`.
     pub(crate) fn start(dir: &Path, proxy: &str, app: &str, [a, b]: [u16; 2]) -> Second {
-        let free =
-            || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let (port, api) = (free(), free());
+        let reserved = [Port::reserve().unwrap(), Port::reserve().unwrap()];
+        let [port, api] = reserved.each_ref().map(Port::number);
         std::fs::create_dir_all(dir).unwrap();
         let text = format!(
             "[proxy]\nlisten = [\"127.0.0.1:{port}\"]\n{proxy}\n[control]\nlisten = \"127.0.0.1:{api}\"\n\
@@ -447,7 +447,8 @@ impl Second {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let second = Second { child, port, api: format!("http://127.0.0.1:{api}") };
+        let api = format!("http://127.0.0.1:{api}");
+        let second = Second { child, port, api, _reserved: reserved };
         let deadline = Instant::now() + Duration::from_secs(30);
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
             assert!(Instant::now() < deadline, "the second proxy does not start");
