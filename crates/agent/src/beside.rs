@@ -501,7 +501,7 @@ impl Beside {
             Task::Work(work) => {
                 if *work == Work::Isolate {
                     // Nobody can start it as a primary any more.
-                    self.with_holder(Holder::give_up);
+                    self.with_holder(|holder| holder.give_up(clock::now()));
                 }
                 self.local.carry_out(work).await
             }

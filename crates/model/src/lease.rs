@@ -71,6 +71,8 @@ impl Terms {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Holder {
     held: Option<Held>,
+    /// When it was given up: what was asked for before is not held any more, whenever it is answered.
+    given_up: Option<Moment>,
     /// The highest epoch that was ever seen. It outlives the process.
     seen: Epoch,
 }
@@ -84,7 +86,7 @@ struct Held {
 
 impl Holder {
     pub fn new(seen: Epoch) -> Holder {
-        Holder { held: None, seen }
+        Holder { held: None, given_up: None, seen }
     }
 
     pub fn seen(&self) -> Epoch {
@@ -104,17 +106,19 @@ impl Holder {
     }
 
     /// The lease that was asked for at `sent`. Answers that come out of their order, or are of an epoch that is over, change
-    /// nothing. One that is not renewed lasts to its end: nobody is given it before that without a proof that it is not needed.
+    /// nothing. One that was asked for before it was given up is none. One that is not renewed lasts to its end: nobody is given it before that without a proof that it is not needed.
     pub fn granted(&mut self, sent: Moment, terms: Terms, epoch: Epoch) {
-        let is_old = self.held.is_some_and(|held| sent < held.sent);
+        let is_old = self.held.is_some_and(|held| sent < held.sent)
+            || self.given_up.is_some_and(|given_up| sent <= given_up);
         if !is_old && self.see(epoch).is_ok() {
             self.held = Some(Held { epoch, sent, terms });
         }
     }
 
-    /// Nothing of it is left.
-    pub fn give_up(&mut self) {
+    /// Nothing of it is left, nor of what is asked for by now.
+    pub fn give_up(&mut self, now: Moment) {
         self.held = None;
+        self.given_up = Some(now);
     }
 
     /// The epoch of the lease, while it lasts.
@@ -239,8 +243,13 @@ mod tests {
         // An answer that was overtaken.
         holder.granted(ms(0), TERMS, Epoch(6));
         assert_eq!(holder.epoch(ms(2_250)), Some(Epoch(6)));
-        holder.give_up();
+        holder.give_up(ms(3));
         assert_eq!(holder.epoch(ms(3)), None);
+        // Asked for before, answered since.
+        holder.granted(ms(2), TERMS, Epoch(6));
+        assert_eq!(holder.epoch(ms(4)), None);
+        holder.granted(ms(4), TERMS, Epoch(6));
+        assert_eq!(holder.epoch(ms(5)), Some(Epoch(6)));
     }
 
     #[test]
