@@ -2,14 +2,16 @@
 //!
 //! - [`memory`]: for tests and simulation.
 //! - [`embedded`]: one directory, no service; the default.
+//! - [`etcd`]: for several control nodes.
 //!
-//! Both pass one suite, `tests/it`.
+//! All pass one suite, `tests/it`.
 
 #![forbid(unsafe_code)]
 
 use thiserror::Error;
 
 pub mod embedded;
+pub mod etcd;
 pub mod memory;
 
 /// Largest value of a key.
@@ -63,6 +65,12 @@ pub enum StoreError {
     File { path: std::path::PathBuf, what: &'static str, source: std::io::Error },
     #[error("store `{path}` is damaged: {problem}")]
     Damaged { path: std::path::PathBuf, problem: String },
+    #[error("the store does not answer: {0}")]
+    Unreachable(String),
+    #[error("nobody knows whether the store was written: {0}")]
+    Unknown(String),
+    #[error("the store refuses: {0}")]
+    Refused(String),
     #[error("store cannot be used")]
     Sqlite(#[from] rusqlite::Error),
 }
@@ -80,7 +88,8 @@ pub trait Store: Send + Sync {
     fn list(&self, prefix: &str) -> Result<Vec<(String, Versioned)>, StoreError>;
 
     /// # Errors
-    /// A condition does not hold, and then nothing was written; or the store cannot be written.
+    /// A condition does not hold, and then nothing was written; or the store cannot be written. Only [`StoreError::Unknown`]
+    /// leaves open whether it was.
     fn commit(&self, txn: &Txn) -> Result<Revision, StoreError>;
 }
 

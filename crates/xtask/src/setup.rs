@@ -19,12 +19,14 @@ const SERVERS: [Need; 4] = [
     Need { path: "/usr/lib/postgresql/15/bin/pg_ctl", package: "postgresql" },
 ];
 
-const DRIVERS: [Need; 5] = [
+const DRIVERS: [Need; 6] = [
     Need { path: "/usr/lib/python3/dist-packages/psycopg", package: "python3-psycopg" },
     Need { path: "/usr/lib/python3/dist-packages/asyncpg", package: "python3-asyncpg" },
     Need { path: "/usr/share/java/postgresql.jar", package: "libpostgresql-jdbc-java" },
     Need { path: "/usr/bin/javac", package: "openjdk-17-jdk-headless" },
     Need { path: "/usr/bin/node", package: "nodejs" },
+    // What control nodes share.
+    Need { path: "/usr/bin/etcd", package: "etcd-server" },
 ];
 
 /// What node-pg is made of. It is unpacked, not installed: Debian's package wants Debian's node, and any will do.
@@ -52,7 +54,7 @@ fn has_postgresql() -> bool {
     majors.into_iter().any(|major| major.path().join("bin/initdb").exists())
 }
 
-/// What the tests need besides: the drivers that applications use.
+/// What the tests need besides: the drivers that applications use, and etcd.
 pub(crate) fn drivers() -> Done {
     let needs = DRIVERS.iter().filter(|need| !Path::new(need.path).exists());
     install(needs.map(|need| need.package).collect())?;

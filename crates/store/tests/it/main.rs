@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod etcd;
+
 use std::path::PathBuf;
 
 use store::embedded::EmbeddedStore;
