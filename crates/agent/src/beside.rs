@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use link::Client;
+use link::{Client, Controls};
 use model::agent::{Fetch, Fetched, Finished, Order, Renew, Renewed, Sender, Task};
 use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Holder, Moment, Terms};
 use model::member::{Done, Work};
 use model::pledge::Neighbour;
+use model::seat::Tenure;
 use pg::clock;
 use pg::instance::Instance;
 use pg::member::Local;
@@ -68,6 +69,15 @@ pub enum AgentError {
     InUse(PathBuf),
 }
 
+/// An order as it was fetched.
+#[derive(Debug)]
+struct Fresh {
+    at: Moment,
+    /// That of the control which gave it.
+    tenure: Tenure,
+    order: Order,
+}
+
 /// A running agent.
 pub struct Agent {
     beside: Arc<Beside>,
@@ -81,6 +91,7 @@ pub(crate) struct Beside {
     pub(crate) sender: Sender,
     pub(crate) pledges: std::sync::Mutex<Pledges>,
     heard: std::sync::Mutex<Heard>,
+    controls: Arc<Controls>,
     local: Local,
     holder: std::sync::Mutex<Holder>,
     guard: Mutex<Guard>,
@@ -132,6 +143,7 @@ impl Agent {
             holder: std::sync::Mutex::new(Holder::new(seen)),
             pledges: std::sync::Mutex::new(pledges),
             heard: std::sync::Mutex::default(),
+            controls: Controls::new(config.control.clone(), config.tls.clone()),
             guard: Mutex::new(guard),
             working: Mutex::new(()),
             hurry: Notify::new(),
@@ -297,7 +309,7 @@ impl Beside {
     }
 
     fn client(&self) -> Client {
-        Client::new(self.config.control.clone(), self.config.tls.clone())
+        self.controls.client()
     }
 
     async fn renew(self: Arc<Self>) {
@@ -338,6 +350,8 @@ impl Beside {
                     }
                     is_heard = false;
                     self.heard.lock().unwrap_or_else(PoisonError::into_inner).sent = None;
+                    // Another node may be control.
+                    self.controls.turn();
                     // Sooner than usual, but not at once.
                     let pause = RETRY_PAUSE.min(terms.renew_every() / 4);
                     let _ = timeout(pause, self.hurry.notified()).await;
@@ -431,17 +445,21 @@ impl Beside {
         });
     }
 
-    async fn fetch(self: Arc<Self>, orders: mpsc::Sender<(Moment, Order)>) {
+    async fn fetch(self: Arc<Self>, orders: mpsc::Sender<Fresh>) {
         let mut client = self.client();
-        let mut last = 0;
+        let (mut last, mut tenure) = (0, Tenure::default());
         loop {
             let question = Fetch { sender: self.sender.clone(), last };
             match client.post::<_, Fetched>("/v1/agents/orders", &question, FETCH_MAX).await {
                 Ok(fetched) => {
                     let at = clock::now();
+                    if tenure != client.tenure() {
+                        // Another control counts its orders anew.
+                        (last, tenure) = (0, client.tenure());
+                    }
                     for order in fetched.orders {
                         last = order.id;
-                        if orders.send((at, order)).await.is_err() {
+                        if orders.send(Fresh { at, tenure, order }).await.is_err() {
                             return;
                         }
                     }
@@ -452,17 +470,25 @@ impl Beside {
         }
     }
 
-    async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<(Moment, Order)>) {
+    async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<Fresh>) {
         let mut client = self.client();
-        while let Some((at, order)) = orders.recv().await {
-            let is_late = at.plus(order.wait_max).from(clock::now()).is_zero();
-            let result = match is_late {
-                true => Err("nobody waits for it any more".into()),
-                false => {
-                    let _working = self.working.lock().await;
-                    self.carry_out(&order).await
+        while let Some(Fresh { at, tenure, order }) = orders.recv().await {
+            let working = self.working.lock().await;
+            let result = loop {
+                let now = clock::now();
+                if at.plus(order.wait_max).from(now).is_zero() {
+                    break Err("nobody waits for it any more".into());
                 }
+                if !self.controls.is_latest(tenure) {
+                    break Err("it was given by an earlier control".into());
+                }
+                // Until it is heard, another may be control.
+                if self.hears_control(now) {
+                    break self.carry_out(&order).await;
+                }
+                sleep(TICK).await;
             };
+            drop(working);
             if let Err(error) = &result {
                 tracing::warn!(order = order.id, error, "an order was not carried out");
             }

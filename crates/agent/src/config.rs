@@ -12,8 +12,8 @@ pub struct AgentConfig {
     pub app: String,
     pub cell: String,
     pub instance: Instance,
-    /// Where control listens for agents.
-    pub control: Address,
+    /// Where nodes of control listen for agents; one of them is control.
+    pub control: Vec<Address>,
     /// Where other agents of the application ask this one for pledges, and reach it.
     pub listen: Option<SocketAddr>,
     /// None: control is on this machine.

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use link::server::Bytes;
-use link::{Client, Who, agent_name};
+use link::{Controls, Who, agent_name};
 use model::cell::Epoch;
 use model::lease::{Moment, Terms};
 use model::pledge::{Neighbour, Plea, Pledged, Pledger, Situation};
@@ -156,7 +156,7 @@ impl Beside {
                 let Some(address) = Address::read(&address) else {
                     return Err(format!("`{cell}`: `{address}` is no address"));
                 };
-                let mut client = Client::new(address, tls);
+                let mut client = Controls::new(vec![address], tls).client();
                 let answer = client.post::<_, Pledged>(PATH, &plea, terms.renew_every() / 2).await;
                 match answer {
                     Ok(Pledged { is_pledged: true }) => Ok(()),

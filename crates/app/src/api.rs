@@ -29,13 +29,18 @@ mod proxies;
 
 #[derive(Clone)]
 pub(crate) struct State {
-    proxy: Arc<Proxy>,
+    /// That of this process, if it has one.
+    proxy: Option<Arc<Proxy>>,
     control: Arc<Control>,
     token: Option<Secret>,
 }
 
 impl State {
-    pub(crate) fn new(proxy: Arc<Proxy>, control: Arc<Control>, token: Option<Secret>) -> State {
+    pub(crate) fn new(
+        proxy: Option<Arc<Proxy>>,
+        control: Arc<Control>,
+        token: Option<Secret>,
+    ) -> State {
         State { proxy, control, token }
     }
 }
@@ -62,7 +67,7 @@ pub(crate) fn routes(state: State) -> Router {
 }
 
 /// What went wrong, as clients of the API see it.
-struct ApiError(StatusCode, String);
+pub(crate) struct ApiError(pub(crate) StatusCode, pub(crate) String);
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
@@ -292,8 +297,11 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
 }
 
 fn proxies(state: &State, app: &str, problems: &mut Vec<String>) -> Vec<ProxyStatus> {
-    let sessions = u64::try_from(state.proxy.session_count(app)).unwrap_or(0);
-    let mut all = vec![ProxyStatus { name: String::new(), state: "serves".into(), sessions }];
+    let mut all = Vec::new();
+    if let Some(proxy) = &state.proxy {
+        let sessions = u64::try_from(proxy.session_count(app)).unwrap_or(0);
+        all.push(ProxyStatus { name: String::new(), state: "serves".into(), sessions });
+    }
     for proxy in state.control.proxies() {
         let shown = match (proxy.is_out || proxy.out_of.contains(app), proxy.is_heard) {
             (true, _) => "out",
@@ -439,7 +447,9 @@ async fn executions(Extract(state): Extract<State>) -> Result<Response, ApiError
 
 async fn metrics(Extract(state): Extract<State>) -> Response {
     let mut out = String::new();
-    state.proxy.write_metrics(&mut out);
+    if let Some(proxy) = &state.proxy {
+        proxy.write_metrics(&mut out);
+    }
     for name in state.control.config.apps.keys() {
         if let Ok(application) = state.control.application(name) {
             let line = |value| vec![(format!("{{app=\"{name}\"}}"), value)];

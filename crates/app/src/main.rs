@@ -2,6 +2,7 @@
 //!
 //! - [`config`]: the file, read with every mistake named by its line.
 //! - [`run`]: starts control and proxy in one process and connects them.
+//! - [`node`]: one of several nodes of which one is control.
 //! - [`api`]: HTTP for people and scripts; [`cli`]: the command line, which speaks to it.
 //! - [`demo`]: a whole installation on this machine, to watch.
 
@@ -11,6 +12,7 @@ mod api;
 mod cli;
 mod config;
 mod demo;
+mod node;
 mod remote;
 mod run;
 

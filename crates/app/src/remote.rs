@@ -13,7 +13,7 @@ use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use link::Client;
+use link::{Client, Controls};
 use model::barrier::{Order as Barrier, Report};
 use model::cell::CellState;
 use model::lease::{Moment, Terms};
@@ -21,6 +21,7 @@ use model::proxies::{
     Action, Bye, Contact, Fetch, Fetched, Finished, Follower, Open, Order, Renew, Renewed,
     SESSIONS_OF_ONE, Sender,
 };
+use model::seat::Tenure;
 use pg::Address;
 use pg::admin::Admin;
 use pg::clock;
@@ -54,7 +55,8 @@ const FINISHED_MAX: usize = 64;
 #[derive(Debug, Clone)]
 pub(crate) struct RemoteConfig {
     pub(crate) name: String,
-    pub(crate) control: Address,
+    /// Nodes of control, one of which is control.
+    pub(crate) control: Vec<Address>,
     pub(crate) tls: Option<Mutual>,
     /// For load balancers and Prometheus.
     pub(crate) health: Option<TcpAddr>,
@@ -71,8 +73,7 @@ pub(crate) struct Remote {
 }
 
 struct Following {
-    control: Address,
-    tls: Option<Mutual>,
+    controls: Arc<Controls>,
     sender: Sender,
     proxy: Arc<Proxy>,
     state: Mutex<State>,
@@ -90,8 +91,8 @@ struct State {
 }
 
 enum Job {
-    /// Of control, and when it was asked for.
-    Ordered(Order, Moment),
+    /// Of the control of a tenure, and when it was asked for.
+    Ordered(Order, Moment, Tenure),
     Own(String, Action),
 }
 
@@ -106,11 +107,12 @@ impl Remote {
     /// An address is taken, or the name.
     pub(crate) async fn start(config: RemoteConfig) -> Result<Remote, RunError> {
         let RemoteConfig { name, control, tls, health, proxy } = config;
-        let own = take_name(&name, &control).await?;
+        let controls = Controls::new(control, tls);
+        let own = take_name(&name, &controls).await?;
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
         let sender = Sender { name, host: clock::network_number(), run };
-        let number = first_number(&control, tls.as_ref(), &sender).await;
+        let number = first_number(&controls, &sender).await;
         let first_id = number.saturating_mul(SESSIONS_OF_ONE).saturating_add(1);
         let apps: Vec<String> = proxy.apps.iter().map(|app| app.name.clone()).collect();
         let nobody = apps.iter().map(|app| (app.clone(), String::new())).collect();
@@ -120,8 +122,7 @@ impl Remote {
         let (finished, to_say) = mpsc::channel(FINISHED_MAX);
         let followers = apps.iter().map(|app| (app.clone(), Follower::default())).collect();
         let following = Arc::new(Following {
-            control,
-            tls,
+            controls,
             sender,
             proxy: proxy.clone(),
             state: Mutex::new(State { followers, ..State::default() }),
@@ -169,10 +170,10 @@ impl Remote {
 }
 
 /// Takes the name on this host, once the last process of it has ended.
-async fn take_name(name: &str, control: &Address) -> Result<UnixListener, RunError> {
+async fn take_name(name: &str, controls: &Controls) -> Result<UnixListener, RunError> {
     let mut said: Option<Moment> = None;
     loop {
-        let own = SocketAddr::from_abstract_name(format!("holdfast-proxy-{control}-{name}"));
+        let own = SocketAddr::from_abstract_name(format!("holdfast-proxy-{controls}-{name}"));
         match own.and_then(|own| UnixListener::bind_addr(&own)) {
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
                 say_now_and_then(&mut said, || {
@@ -196,8 +197,8 @@ fn say_now_and_then(said: &mut Option<Moment>, say: impl FnOnce()) {
 }
 
 /// Asks control who we are, until it answers.
-async fn first_number(control: &Address, tls: Option<&Mutual>, sender: &Sender) -> u64 {
-    let mut client = Client::new(control.clone(), tls.cloned());
+async fn first_number(controls: &Arc<Controls>, sender: &Sender) -> u64 {
+    let mut client = controls.client();
     let mut said: Option<Moment> = None;
     loop {
         let asked =
@@ -211,6 +212,7 @@ async fn first_number(control: &Address, tls: Option<&Mutual>, sender: &Sender) 
                         "nobody is served before control answers"
                     );
                 });
+                controls.turn();
                 sleep(RETRY_PAUSE).await;
             }
         }
@@ -219,7 +221,7 @@ async fn first_number(control: &Address, tls: Option<&Mutual>, sender: &Sender) 
 
 impl Following {
     fn client(&self) -> Client {
-        Client::new(self.control.clone(), self.tls.clone())
+        self.controls.client()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -277,6 +279,8 @@ impl Following {
                         tracing::warn!(error = model::chain(&error), "control is not heard");
                     }
                     is_heard = false;
+                    // Another node may be control.
+                    self.controls.turn();
                     sleep(RETRY_PAUSE.min(every / 4)).await;
                 }
             }
@@ -296,7 +300,7 @@ impl Following {
 
     async fn fetch(self: Arc<Self>) {
         let mut client = self.client();
-        let mut last = 0;
+        let (mut last, mut tenure) = (0, Tenure::default());
         loop {
             let sent = clock::now();
             let contact = self.state().contact;
@@ -310,9 +314,13 @@ impl Following {
             let question = Fetch { sender: self.sender.clone(), last };
             match client.post::<_, Fetched>("/v1/proxies/orders", &question, limit).await {
                 Ok(fetched) => {
+                    if tenure != client.tenure() {
+                        // Another control counts its orders anew.
+                        (last, tenure) = (0, client.tenure());
+                    }
                     for order in fetched.orders {
                         last = order.id;
-                        if self.jobs.send(Job::Ordered(order, sent)).await.is_err() {
+                        if self.jobs.send(Job::Ordered(order, sent, tenure)).await.is_err() {
                             return;
                         }
                     }
@@ -333,9 +341,13 @@ impl Following {
         while let Some(job) = jobs.recv().await {
             match job {
                 Job::Own(app, action) => self.act(&mut mover, &app, action).await,
-                Job::Ordered(order, sent) => {
+                Job::Ordered(order, sent, tenure) => {
                     let id = order.id;
-                    let report = match self.carry_out(&mut mover, order, sent).await {
+                    let obeyed = match self.controls.is_latest(tenure) {
+                        true => self.carry_out(&mut mover, order, sent).await,
+                        false => Err("it was given by an earlier control".into()),
+                    };
+                    let report = match obeyed {
                         Ok(report) => report,
                         Err(error) => {
                             tracing::warn!(order = id, error, "an order was not obeyed");

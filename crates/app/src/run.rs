@@ -3,16 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use control::{Ask, Control, ControlError};
+use control::{Ask, Control, ControlError, Seated};
 use proxy::{Proxy, StartError};
 use store::StoreError;
 use store::embedded::EmbeddedStore;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::api;
-use crate::config::Config;
+use crate::config::{Agents, Config};
 
 /// Orders that may wait for the proxy; control sends one at a time for each application.
 const ORDERS_MAX: usize = 16;
@@ -24,6 +25,8 @@ pub(crate) enum RunError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
+    Record(#[from] control::records::RecordError),
+    #[error(transparent)]
     Control(#[from] ControlError),
     #[error(transparent)]
     Proxy(#[from] StartError),
@@ -31,6 +34,8 @@ pub(crate) enum RunError {
     Agents { address: std::net::SocketAddr, source: std::io::Error },
     #[error("the name `{name}` cannot be taken on this host")]
     Name { name: String, source: std::io::Error },
+    #[error("a part of control has ended")]
+    Ended,
     #[error("cannot listen on `{address}` for the API")]
     Api { address: std::net::SocketAddr, source: std::io::Error },
 }
@@ -38,9 +43,8 @@ pub(crate) enum RunError {
 /// A running process: what the configuration names.
 pub(crate) struct Running {
     pub(crate) proxy: Arc<Proxy>,
-    pub(crate) control: Arc<Control>,
     pub(crate) api: std::net::SocketAddr,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
+    tasks: JoinSet<()>,
 }
 
 impl Running {
@@ -51,50 +55,68 @@ impl Running {
     pub(crate) async fn start(config: Config) -> Result<Running, RunError> {
         let store = Arc::new(EmbeddedStore::open(&config.control.state_dir)?);
         let (orders, incoming) = mpsc::channel::<Ask>(ORDERS_MAX);
-        let control = Control::open(config.control.clone(), store, orders)?;
+        let seat = Seated::alone(store)?;
+        let control = Control::open(config.control.clone(), seat, Some(orders))?;
         // Logins wait at the gate until recovery has said which cell is active.
         let nobody = control.config.apps.keys().map(|app| (app.clone(), String::new())).collect();
         let proxy = Arc::new(Proxy::start(config.proxy.clone(), &nobody).await?);
-        let mut tasks = vec![tokio::spawn(carry_orders(proxy.clone(), incoming))];
-        if let Some(agents) = config.agents {
-            let address = agents.listen;
-            // Before recovery, which may need them.
-            let listener = TcpListener::bind(address).await;
-            let listener = listener.map_err(|source| RunError::Agents { address, source })?;
-            let control = control.clone();
-            tasks.push(tokio::spawn(async move {
-                if let Err(error) = api::agents::serve(listener, agents.tls, control).await {
-                    tracing::error!(%error, "agents are served no more");
-                }
-            }));
-        }
-        for app in control.in_order()? {
-            control.recover(&app).await?;
-            serve(&control, &app).await?;
-            control.settled(&app);
-        }
+        let mut tasks = JoinSet::new();
+        tasks.spawn(carry_orders(proxy.clone(), incoming));
+        take_up(&control, config.agents, &mut tasks).await?;
         let address = config.api.listen;
         let listener =
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
-        for app in control.config.apps.keys() {
-            tasks.push(tokio::spawn(control::watch::run(control.clone(), app.clone())));
-        }
+        watch(&control, &mut tasks);
         let api = listener.local_addr().unwrap_or(address);
-        let state = api::State::new(proxy.clone(), control.clone(), config.api.token.clone());
-        tasks.push(tokio::spawn(async move {
+        let state = api::State::new(Some(proxy.clone()), control.clone(), config.api.token.clone());
+        tasks.spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
                 tracing::error!(%error, "the API has ended");
             }
-        }));
-        Ok(Running { proxy, control, api, tasks })
+        });
+        Ok(Running { proxy, api, tasks })
     }
 
     /// Ends everything, running requests first.
-    pub(crate) async fn stop(self) {
+    pub(crate) async fn stop(mut self) {
         self.proxy.stop(GRACE).await;
-        for task in &self.tasks {
-            task.abort();
-        }
+        self.tasks.shutdown().await;
+    }
+}
+
+/// Serves agents and proxies, and brings to its end what was cut off, before clients get in.
+///
+/// # Errors
+/// An address is taken, or the store cannot be used.
+pub(crate) async fn take_up(
+    control: &Arc<Control>,
+    agents: Option<Agents>,
+    tasks: &mut JoinSet<()>,
+) -> Result<(), RunError> {
+    if let Some(agents) = agents {
+        let address = agents.listen;
+        // Before recovery, which may need them.
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.map_err(|source| RunError::Agents { address, source })?;
+        let control = control.clone();
+        tasks.spawn(async move {
+            if let Err(error) = api::agents::serve(listener, agents.tls, control).await {
+                tracing::error!(%error, "agents are served no more");
+            }
+        });
+    }
+    for app in control.in_order()? {
+        control.recover(&app).await?;
+        serve(control, &app).await?;
+        control.settled(&app);
+    }
+    Ok(())
+}
+
+/// Looks at the active cell of each application from now on.
+pub(crate) fn watch(control: &Arc<Control>, tasks: &mut JoinSet<()>) {
+    for app in control.config.apps.keys() {
+        tasks.spawn(control::watch::run(control.clone(), app.clone()));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use model::durability::Durability;
@@ -9,6 +10,7 @@ use model::lease::Terms;
 use pg::Target;
 use pg::admin::AdminLogin;
 
+use crate::agents::Link;
 use crate::member::Member;
 
 #[derive(Debug, Clone)]
@@ -18,6 +20,22 @@ pub struct ControlConfig {
     pub state_dir: PathBuf,
     /// Of agents and of proxies of other processes, if there are to be any.
     pub terms: Option<Terms>,
+}
+
+impl ControlConfig {
+    /// The same, of a control that has heard nobody yet.
+    pub fn anew(&self) -> ControlConfig {
+        let mut config = self.clone();
+        let Some(terms) = config.terms else { return config };
+        for (app, servers) in &mut config.apps {
+            for (cell, server) in &mut servers.cells {
+                if let Some(Member::Agent(link)) = &mut server.member {
+                    *link = Arc::new(Link::new(app, cell, terms));
+                }
+            }
+        }
+        config
+    }
 }
 
 #[derive(Debug, Clone)]

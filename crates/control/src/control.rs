@@ -15,6 +15,7 @@ use crate::member::Member;
 use crate::proxies::Remote;
 use crate::records;
 use crate::requests::{ControlError, Served};
+use crate::seat::Seated;
 use crate::watch::Seen;
 
 /// Executions that are shown and kept in mind; older ones stay in the store.
@@ -23,6 +24,9 @@ pub const EXECUTIONS_SHOWN_MAX: usize = 100;
 /// Control of all applications of this process.
 pub struct Control {
     pub config: ControlConfig,
+    /// What makes it control.
+    pub seat: Arc<Seated>,
+    /// The same, to read and write.
     pub(crate) store: Arc<dyn Store>,
     /// The proxy of this process.
     pub(crate) proxies: Proxies,
@@ -49,9 +53,10 @@ impl Control {
     /// The store cannot be read or written.
     pub fn open(
         config: ControlConfig,
-        store: Arc<dyn Store>,
+        seat: Arc<Seated>,
         proxies: Proxies,
     ) -> Result<Arc<Control>, ControlError> {
+        let store: Arc<dyn Store> = seat.clone();
         for (name, app) in &config.apps {
             let first = || Application::new(&app.first_active, app.cells.keys().cloned());
             let seen = records::open_application(&*store, name, first)?;
@@ -86,7 +91,17 @@ impl Control {
         let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
         let seen = Default::default();
         let writing = std::sync::Mutex::default();
-        Ok(Arc::new(Control { config, store, proxies, remotes, changing, running, seen, writing }))
+        Ok(Arc::new(Control {
+            config,
+            seat,
+            store,
+            proxies,
+            remotes,
+            changing,
+            running,
+            seen,
+            writing,
+        }))
     }
 
     /// The cell of an application that clients are attached to.

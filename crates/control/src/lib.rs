@@ -6,6 +6,7 @@
 //! - [`agents`]: what control knows of those beside servers elsewhere.
 //! - `mailbox`: orders for another process, and what became of them.
 //! - [`proxies`]: orders for all proxies, those of other processes too.
+//! - [`seat`]: what makes one of several nodes control.
 //! - [`records`]: the application and its executions in the store.
 //! - [`requests`]: what it is asked for, and what it answers.
 //! - [`control`]: what it has. `verbs`: what people ask for.
@@ -33,6 +34,7 @@ pub mod proxies;
 pub mod records;
 pub mod requests;
 mod runner;
+pub mod seat;
 mod stages;
 mod verbs;
 pub mod watch;
@@ -43,9 +45,10 @@ pub use member::Member;
 pub use requests::{
     ControlError, FailoverRequest, FenceRequest, MoveRequest, Served, SwitchoverRequest,
 };
+pub use seat::Seated;
 
 /// An order and where its report goes.
 pub type Ask = (Order, oneshot::Sender<Report>);
 
-/// The way to the proxy of this process.
-pub type Proxies = mpsc::Sender<Ask>;
+/// The way to the proxy of this process, if it has one.
+pub type Proxies = Option<mpsc::Sender<Ask>>;

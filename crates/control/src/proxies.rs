@@ -14,9 +14,10 @@ use model::persisted::{Registered, proxy_key};
 use model::proxies::{
     self, Bye, Fetch, Fetched, Finished, Open, PROXIES_MAX, Renew, Renewed, Route, Sender,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
+use crate::Ask;
 use crate::control::Control;
 use crate::mailbox::{Identity, Mailbox, Posted};
 use crate::records;
@@ -163,6 +164,15 @@ impl Remote {
     }
 }
 
+async fn order_here(proxy: &mpsc::Sender<Ask>, order: Order) -> Report {
+    let (tx, rx) = oneshot::channel();
+    let gone = || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
+    if proxy.send((order, tx)).await.is_err() {
+        return gone();
+    }
+    rx.await.unwrap_or_else(|_| gone())
+}
+
 impl Control {
     fn remotes(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Remote>>> {
         self.remotes.lock().unwrap_or_else(PoisonError::into_inner)
@@ -182,9 +192,10 @@ impl Control {
             Order::Move { session: Some(id), .. } => proxies::number_of(*id) != 0,
             _ => false,
         };
-        let mut reports = match is_elsewhere {
-            true => Vec::new(),
-            false => vec![self.order_here(order).await],
+        let is_of_one = matches!(&order, Order::Move { session: Some(_), .. });
+        let mut reports = match &self.proxies {
+            Some(here) if !is_elsewhere => vec![order_here(here, order).await],
+            _ => Vec::new(),
         };
         if !missing.is_empty() {
             reports.push(Report { missing, ..Report::default() });
@@ -194,19 +205,10 @@ impl Control {
         }
         let merged = reports.into_iter().reduce(Report::and);
         merged.unwrap_or_else(|| {
-            let error = Some("no proxy has this session; see `holdfast sessions`".into());
+            let error =
+                is_of_one.then(|| "no proxy has this session; see `holdfast sessions`".into());
             Report { error, ..Report::default() }
         })
-    }
-
-    async fn order_here(&self, order: Order) -> Report {
-        let (tx, rx) = oneshot::channel();
-        let gone =
-            || Report { error: Some("the proxy does not answer".into()), ..Report::default() };
-        if self.proxies.send((order, tx)).await.is_err() {
-            return gone();
-        }
-        rx.await.unwrap_or_else(|_| gone())
     }
 
     /// Proxies are told to wait for orders of an application, or what is so from now on.

@@ -28,11 +28,14 @@ pub struct Seen {
     pub revision: Revision,
 }
 
-fn encode<T: serde::Serialize>(key: &str, value: &T) -> Result<Vec<u8>, RecordError> {
+pub(crate) fn encode<T: serde::Serialize>(key: &str, value: &T) -> Result<Vec<u8>, RecordError> {
     serde_json::to_vec(value).map_err(|source| RecordError::Unreadable { key: key.into(), source })
 }
 
-fn decode<T: serde::de::DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, RecordError> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(
+    key: &str,
+    value: &[u8],
+) -> Result<T, RecordError> {
     serde_json::from_slice(value)
         .map_err(|source| RecordError::Unreadable { key: key.into(), source })
 }

@@ -13,9 +13,12 @@ pub mod client;
 pub mod server;
 pub mod transport;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, Controls};
 pub use server::Who;
 pub use transport::{Peer, Stream};
+
+/// Which control an answer is of: the number of its tenure (`model::seat`).
+pub const TENURE_HEADER: &str = "holdfast-tenure";
 
 /// What the certificate of a cell's agent is made out to.
 pub fn agent_name(app: &str, cell: &str) -> String {

@@ -17,6 +17,7 @@
 //! - [`durability`]: on how many servers a commit is before it is acknowledged.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`proxies`]: what proxies of other processes and control say to each other, and what they make of it.
+//! - [`seat`]: which of several control nodes is control.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
 
@@ -35,6 +36,7 @@ pub mod persisted;
 pub mod pledge;
 pub mod policy;
 pub mod proxies;
+pub mod seat;
 pub mod session;
 pub mod sql;
 pub mod switchover;

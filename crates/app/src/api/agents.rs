@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::connect_info::Connected;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Json, State as Extract};
-use axum::http::StatusCode;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Json, Request, State as Extract};
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::serve::IncomingStream;
 use control::Control;
@@ -82,7 +84,32 @@ fn routes(control: Arc<Control>) -> Router {
         .route("/v1/agents/finished", post(finished))
         .merge(super::proxies::routes())
         .layer(DefaultBodyLimit::max(QUESTION_LEN_MAX))
+        .layer(middleware::from_fn_with_state(control.clone(), by_the_seat))
         .with_state(control)
+}
+
+/// Whoever is not control any more answers nothing: what is asked here is counted from when it was asked, so a seat that was
+/// valid since then is enough. Each answer says whose it is.
+async fn by_the_seat(
+    Extract(control): Extract<Arc<Control>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_over = || {
+        let text = "this node is not control any more".into();
+        ApiError(StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+    };
+    if !control.seat.is_valid() {
+        return is_over();
+    }
+    let mut response = next.run(request).await;
+    // Orders that were waited for.
+    if !control.seat.is_valid() {
+        return is_over();
+    }
+    let tenure = HeaderValue::from(control.seat.tenure().0);
+    response.headers_mut().insert(link::TENURE_HEADER, tenure);
+    response
 }
 
 /// An agent speaks for its cell and for no other.

@@ -17,10 +17,11 @@ macro_rules! say {
     }};
 }
 
-mod client;
+pub(crate) mod client;
 pub(crate) mod show;
 
-use crate::config::{Roles, chain, read_duration};
+use crate::config::{NodeConfig, Roles, chain, read_duration};
+use crate::node::Node;
 use crate::remote::{Remote, RemoteConfig};
 use crate::run::Running;
 use crate::{demo, run};
@@ -41,9 +42,9 @@ struct Cli {
     global: Global,
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(crate) struct Global {
-    /// Where the API of a running Holdfast is.
+    /// Where the API of a running Holdfast is; of several nodes, each, with commas between.
     #[arg(long, global = true, env = "HOLDFAST_API", default_value = "http://127.0.0.1:7432")]
     api: String,
     /// File with the token of the API.
@@ -52,6 +53,17 @@ pub(crate) struct Global {
     /// Answer in JSON.
     #[arg(long, global = true)]
     json: bool,
+}
+
+impl Global {
+    /// Of an installation whose API is at these addresses.
+    pub(crate) fn of(apis: Vec<String>) -> Global {
+        Global { api: apis.join(","), token_file: None, json: false }
+    }
+
+    pub(crate) fn api(&self) -> &str {
+        &self.api
+    }
 }
 
 #[derive(Subcommand)]
@@ -271,6 +283,11 @@ fn store_verb(verb: &StoreVerb) -> Result<ExitCode, String> {
 fn check(path: &std::path::Path) -> Result<ExitCode, String> {
     let config = match Roles::load(path).map_err(|error| chain(&error))? {
         Roles::Here(config) => config,
+        Roles::Node(config) => {
+            let (node, apps) = (&config.node.etcd.node, config.control.apps.len());
+            say!("{}: node `{node}` of control, {apps} applications", path.display());
+            return Ok(ExitCode::SUCCESS);
+        }
         Roles::Agent(agent) => {
             say!("{}: the agent of cell `{}` of `{}`", path.display(), agent.cell, agent.app);
             return Ok(ExitCode::SUCCESS);
@@ -313,6 +330,7 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
     log_to_stderr("info");
     let config = match Roles::load(path).map_err(|error| chain(&error))? {
         Roles::Here(config) => *config,
+        Roles::Node(config) => return run_node(*config),
         Roles::Agent(agent) => return run_agent(*agent),
         Roles::Proxy(remote) => return run_remote(*remote),
     };
@@ -326,6 +344,19 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
         tracing::info!("shutting down");
         running.stop().await;
         Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn run_node(config: NodeConfig) -> Result<ExitCode, String> {
+    runtime()?.block_on(async {
+        let stop = shutdown_signal();
+        tokio::pin!(stop);
+        let node = tokio::select! {
+            node = Box::pin(Node::start(config)) => node.map_err(|error| chain(&error))?,
+            signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
+        };
+        tracing::info!(address = %node.api, "the API is served");
+        Box::pin(node.run(stop)).await.map(|()| ExitCode::SUCCESS)
     })
 }
 

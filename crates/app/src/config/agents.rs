@@ -69,33 +69,40 @@ pub(super) fn read_control(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>)
     Some(Agents { listen: listen.ok()?, tls, terms: Terms { length } })
 }
 
-/// Where control is, and what is shown to it.
+/// Where nodes of control are, and what is shown to them.
 fn read_way(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
     name: &'static str,
-) -> (Option<Address>, Option<Mutual>) {
+) -> (Vec<Address>, Option<Mutual>) {
     let key = name.rsplit('.').next().unwrap_or(name);
     let span = table.span_of(key);
-    let text = table.text(mistakes, key).unwrap_or_else(|| format!("127.0.0.1:{PORT}"));
-    let control = Address::read(&text).filter(|address| address.socket_path().is_none());
-    if control.is_none() {
-        mistakes.add(span, format!("`{name}` must be `host:port`, it is `{text}`"));
+    let texts = table.texts(mistakes, key);
+    let texts = texts.unwrap_or_else(|| vec![(format!("127.0.0.1:{PORT}"), span.clone())]);
+    if texts.is_empty() {
+        mistakes.add(span, format!("`{name}` holds no address"));
+    }
+    let mut controls = Vec::new();
+    for (text, span) in texts {
+        match Address::read(&text).filter(|address| address.socket_path().is_none()) {
+            Some(address) => controls.push(address),
+            None => mistakes.add(span, format!("`{name}` must be `host:port`, it is `{text}`")),
+        }
     }
     let is_here = |address: &Address| {
         let ip = address.host.parse::<std::net::IpAddr>();
         address.host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
     };
-    let is_elsewhere = control.as_ref().is_some_and(|address| !is_here(address));
+    let is_elsewhere = controls.iter().any(|address| !is_here(address));
     let tls = read_tls(table, mistakes, is_elsewhere);
-    (control, tls)
+    (controls, tls)
 }
 
 /// What a proxy needs to know of a control that is elsewhere.
 #[derive(Debug)]
 pub(super) struct Elsewhere {
     pub(super) name: String,
-    pub(super) control: Address,
+    pub(super) control: Vec<Address>,
     pub(super) tls: Option<Mutual>,
     pub(super) health: Option<SocketAddr>,
 }
@@ -118,7 +125,7 @@ pub(super) fn read_proxy(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> 
         address.map_err(|_| mistakes.add(span, text()))
     });
     let health = health.transpose().ok()?;
-    Some(Elsewhere { name, control: control?, tls, health })
+    Some(Elsewhere { name, control, tls, health })
 }
 
 /// `[agent]`, which is a file of its own.
@@ -158,7 +165,6 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option
         mistakes.add(table.span(), "`agent.data_dir` is needed");
     }
     let instance = read_instance(table, mistakes);
-    let (instance, control) = (instance?, control?);
-    let listen = listen?;
+    let (instance, listen) = (instance?, listen?);
     Some(AgentConfig { app, cell, instance, control, listen, tls, state_dir, guard: Vec::new() })
 }

@@ -28,11 +28,13 @@ use toml::de::DeTable;
 use wire::scram::{Credential, Secret};
 
 mod agents;
+mod node;
 mod policy;
 mod reader;
 
 use crate::remote::RemoteConfig;
-use agents::Agents;
+pub(crate) use agents::Agents;
+pub(crate) use node::Node;
 pub(crate) use reader::{Mistake, read_duration};
 use reader::{Mistakes, Table};
 
@@ -49,11 +51,22 @@ pub(crate) struct Config {
     pub(crate) agents: Option<Agents>,
 }
 
+/// What one of several nodes of control needs.
+#[derive(Debug, Clone)]
+pub(crate) struct NodeConfig {
+    pub(crate) node: Node,
+    pub(crate) control: ControlConfig,
+    pub(crate) api: ApiConfig,
+    pub(crate) agents: Agents,
+}
+
 /// What a process is.
 #[derive(Debug, Clone)]
 pub(crate) enum Roles {
     /// Proxy and control.
     Here(Box<Config>),
+    /// One of several nodes, of which one is control.
+    Node(Box<NodeConfig>),
     Agent(Box<AgentConfig>),
     /// A proxy whose control is elsewhere.
     Proxy(Box<RemoteConfig>),
@@ -95,6 +108,10 @@ impl Roles {
             Roles::Agent(agent) => Err(format!(
                 "the file configures the agent of cell `{}`, that of proxy and control is needed",
                 agent.cell
+            )),
+            Roles::Node(node) => Err(format!(
+                "the file configures node `{}`, whose store is etcd; that of proxy and control is needed",
+                node.node.etcd.node
             )),
             Roles::Proxy(proxy) => Err(format!(
                 "the file configures proxy `{}`, that of control is needed",
@@ -161,6 +178,7 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
             "`[proxy.control]` says that control is elsewhere, so there is no `[control]` here",
         );
     }
+    let has_proxy = root.has("proxy");
     let mut control = root.table(mistakes, "control").unwrap_or(Table::empty("control"));
     let listen = read_addresses(&mut proxy, mistakes);
     let admin_users = proxy.texts(mistakes, "admin_users").unwrap_or_default();
@@ -182,6 +200,15 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
     let state_dir =
         control.path(mistakes, "state_dir").unwrap_or_else(|| "/var/lib/holdfast".into());
     let agents = agents::read_control(&mut control, mistakes);
+    let node = node::read(&mut control, mistakes);
+    if node.is_some() && has_proxy {
+        let text = "where the store is etcd, proxies are processes of their own, each with `[proxy.control]`: there is no `[proxy]` here";
+        mistakes.add(control.span_of("etcd"), text);
+    }
+    if node.is_some() && agents.is_none() {
+        let text = "`[control.etcd]` needs `[control.agents]`, which says where agents and proxies find control";
+        mistakes.add(control.span_of("etcd"), text);
+    }
     control.end(mistakes);
 
     let common = Common {
@@ -226,6 +253,15 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
     }
     let terms = agents.as_ref().map(|agents| agents.terms);
     let control = ControlConfig { apps: servers, state_dir, terms };
+    if let Some(node) = node {
+        let here = |server: &CellServer| matches!(server.member, Some(Member::Here(_)));
+        if control.apps.values().any(|app| app.cells.values().any(here)) {
+            let text = "where there are several nodes, none has a server's `data_dir` for itself: a cell has an agent";
+            mistakes.add(0..0, text);
+        }
+        let (api, agents) = (api?, agents?);
+        return Some(Roles::Node(NodeConfig { node, control, api, agents }.into()));
+    }
     Some(Roles::Here(Config { proxy, control, api: api?, agents }.into()))
 }
 

@@ -216,9 +216,14 @@ impl<'a> Table<'a> {
         key: &'static str,
     ) -> Option<Vec<(String, Range<usize>)>> {
         let value = self.find(key)?;
-        let DeValue::Array(array) = value.get_ref() else {
-            self.wrong(mistakes, key, "a list of texts", value);
-            return None;
+        let array = match value.get_ref() {
+            DeValue::Array(array) => array,
+            // One needs no brackets.
+            DeValue::String(text) => return Some(vec![(text.to_string(), value.span())]),
+            _ => {
+                self.wrong(mistakes, key, "a list of texts", value);
+                return None;
+            }
         };
         let mut texts = Vec::new();
         for item in array.iter() {

@@ -36,7 +36,7 @@ fn a_proxy_has_a_file_of_its_own() {
         "idle_timeout = \"5m\"\n[proxy.control]\nname = \"p2\"\naddress = \"127.0.0.1:7433\"";
     let text = GOOD.replace("idle_timeout = \"5m\"", elsewhere);
     let Ok(Roles::Proxy(remote)) = Roles::read(&text) else { panic!("no proxy") };
-    assert_eq!((&*remote.name, remote.control.port, remote.proxy.apps.len()), ("p2", 7433, 1));
+    assert_eq!((&*remote.name, remote.control[0].port, remote.proxy.apps.len()), ("p2", 7433, 1));
     let wrong = text.replace("\"p2\"", "\"p/2\"").replace("127.0.0.1:7433", "10.0.0.9:7433");
     let mistakes = Roles::read(&format!("{wrong}\n[control]\n")).unwrap_err();
     let shown: Vec<String> = mistakes.iter().map(|m| m.text.clone()).collect();

@@ -8,13 +8,15 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use control::SwitchoverRequest;
+use model::persisted::Execution;
 use pg::Port;
 use pg::instance::{self, Instance, RunAs};
 
 mod tour;
 mod workload;
 
-use crate::cli::{log_to_stderr, runtime, shutdown_signal};
+use crate::cli::{Global, client, log_to_stderr, runtime, shutdown_signal};
 use crate::config::{Roles, chain};
 use crate::run::Running;
 
@@ -44,6 +46,10 @@ pub(crate) struct DemoArgs {
     /// Serve clients by so many proxies, each in a process of its own but the first.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     proxies: u8,
+    /// Have so many nodes of which one is control, each in a process of its own; their store is etcd. Proxies and agents
+    /// are processes of their own then as well.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=5))]
+    controls: u8,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     bindir: Option<PathBuf>,
@@ -110,6 +116,10 @@ pub(crate) struct Demo {
     /// Those of other processes, and their ports.
     proxies: Vec<(Child, u16)>,
     more_proxies: u8,
+    /// Nodes of which one is control, and where the API of each is.
+    controls: Vec<Child>,
+    apis: Vec<u16>,
+    etcd: Option<Child>,
     running: Option<Running>,
 }
 
@@ -123,7 +133,8 @@ impl Demo {
         let run_as = unprivileged(&dir)?;
         let (instances, ports) = (Vec::new(), Vec::new());
         let (pool, fails_over) = (args.pool, !args.no_failover);
-        let (has_agents, acks, agents) = (args.agents, args.acks, Vec::new());
+        let has_agents = args.agents || args.controls > 1;
+        let (acks, agents) = (args.acks, Vec::new());
         let mut demo = Demo {
             dir,
             remove,
@@ -137,10 +148,13 @@ impl Demo {
             agents,
             proxies: Vec::new(),
             more_proxies: args.proxies.saturating_sub(1),
+            controls: Vec::new(),
+            apis: Vec::new(),
+            etcd: None,
             running: None,
         };
         // From here on whatever was started is stopped, also if something fails.
-        match Box::pin(demo.start_all(&bin_dir, run_as, args.sessions)).await {
+        match Box::pin(demo.start_all(&bin_dir, run_as, args)).await {
             Ok(()) => Ok(demo),
             Err(error) => {
                 demo.stop().await;
@@ -153,7 +167,7 @@ impl Demo {
         &mut self,
         bin_dir: &Path,
         run_as: Option<RunAs>,
-        sessions: u16,
+        args: &DemoArgs,
     ) -> Result<(), String> {
         for cell in CELLS {
             let data_dir = self.dir.join(cell);
@@ -187,7 +201,7 @@ impl Demo {
         let mut text = std::fs::read_to_string(&conf).map_err(|e| e.to_string())?;
         text.push_str(SETTINGS);
         // Each session, and whoever looks on.
-        let connections = (u32::from(sessions) + 100).max(700);
+        let connections = (u32::from(args.sessions) + 100).max(700);
         text.push_str(&format!("max_connections = {connections}\n"));
         primary.write(&conf, text.as_bytes()).map_err(|e| chain(&e))?;
         primary.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
@@ -204,6 +218,17 @@ impl Demo {
         }
         standby.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
         step.end();
+        if args.controls > 1 {
+            let step = Progress::begin("starting etcd, nodes of control, agents and proxies");
+            let controls = self.start_controls(args.controls, bin_dir).await?;
+            for number in 1..=self.more_proxies + 1 {
+                self.start_proxy(number, &controls, bin_dir).await?;
+            }
+            workload::create_tables(&self.dsn()).await?;
+            self.write_facts()?;
+            step.end();
+            return Ok(());
+        }
         let step = Progress::begin("starting proxy and control");
         let path = self.dir.join("holdfast.toml");
         let agents = self.free_port()?;
@@ -211,17 +236,87 @@ impl Demo {
         let text = self.config_text(port, api, agents, bin_dir);
         std::fs::write(&path, text).map_err(|e| e.to_string())?;
         if self.has_agents {
-            self.start_agents(agents, bin_dir)?;
+            self.start_agents(&[agents], bin_dir)?;
         }
         let config = Roles::load(&path).map_err(|e| chain(&e))?.into_config()?;
         self.running = Some(Running::start(config).await.map_err(|e| chain(&e))?);
+        self.apis.push(api);
         workload::create_tables(&self.dsn()).await?;
         for number in 2..=self.more_proxies + 1 {
-            self.start_proxy(number, agents, bin_dir).await?;
+            self.start_proxy(number, &[agents], bin_dir).await?;
         }
         self.write_facts()?;
         step.end();
         Ok(())
+    }
+
+    /// Gives where agents and proxies find each node.
+    async fn start_controls(&mut self, count: u8, bin_dir: &Path) -> Result<Vec<u16>, String> {
+        const START_MAX: Duration = Duration::from_secs(60);
+        let (client, peer) = (self.free_port()?, self.free_port()?);
+        let (client, peer) =
+            (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+        let log = std::fs::File::create(self.dir.join("etcd.log")).map_err(|e| e.to_string())?;
+        let etcd = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(self.dir.join("etcd"))
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .process_group(0)
+            .spawn();
+        let etcd = etcd.map_err(|e| {
+            format!("`etcd`: {e}; nodes of control need it: `apt-get install etcd-server`")
+        })?;
+        self.etcd = Some(etcd);
+        let mut agents = Vec::new();
+        for number in 1..=count {
+            let (api, port) = (self.free_port()?, self.free_port()?);
+            let text = format!(
+                "[control]\nlisten = \"127.0.0.1:{api}\"\n\n\
+                 [control.agents]\nlisten = \"127.0.0.1:{port}\"\n\n\
+                 [control.etcd]\nnode = \"c{number}\"\nendpoints = \"{client}\"\n\n{}",
+                self.app_text(bin_dir)
+            );
+            self.write_config(&format!("control-{number}"), &text)?;
+            self.apis.push(api);
+            agents.push(port);
+        }
+        self.start_agents(&agents, bin_dir)?;
+        let deadline = Instant::now() + START_MAX;
+        // It may be too early for etcd.
+        for number in 1..=count {
+            let child = self.spawn(&format!("control-{number}"))?;
+            self.controls.push(child);
+        }
+        let global = self.global();
+        loop {
+            let global = global.clone();
+            let asked = tokio::task::spawn_blocking(move || {
+                client::get::<serde_json::Value>(&global, "/v1/status")
+            });
+            match asked.await.map_err(|e| e.to_string())? {
+                Ok(_) => return Ok(agents),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// What the command line goes by.
+    fn global(&self) -> Global {
+        Global::of(self.apis.iter().map(|api| format!("http://127.0.0.1:{api}")).collect())
+    }
+
+    /// Switches over as the command line does.
+    async fn switch_over(&self, request: SwitchoverRequest) -> Result<Execution, String> {
+        let global = self.global();
+        let path = format!("/v1/applications/{APP}/switchover");
+        let asked = tokio::task::spawn_blocking(move || client::post(&global, &path, &request));
+        asked.await.map_err(|e| e.to_string())?
     }
 
     fn free_port(&mut self) -> Result<u16, String> {
@@ -231,12 +326,16 @@ impl Demo {
         Ok(number)
     }
 
-    /// Runs this program with a configuration in the demo's directory, in a process of its own.
-    fn spawn(&self, name: &str, text: &str) -> Result<Child, String> {
-        let own = std::env::current_exe().map_err(|e| e.to_string())?;
+    fn write_config(&self, name: &str, text: &str) -> Result<(), String> {
         let path = self.dir.join(format!("{name}.toml"));
         std::fs::write(&path, format!("# Written by `holdfast demo`.\n{text}"))
-            .map_err(|e| e.to_string())?;
+            .map_err(|e| e.to_string())
+    }
+
+    /// Runs this program with a configuration in the demo's directory, in a process of its own.
+    fn spawn(&self, name: &str) -> Result<Child, String> {
+        let own = std::env::current_exe().map_err(|e| e.to_string())?;
+        let path = self.dir.join(format!("{name}.toml"));
         let log = std::fs::File::create(self.dir.join(format!("{name}.log")))
             .map_err(|e| e.to_string())?;
         Command::new(&own)
@@ -252,17 +351,19 @@ impl Demo {
     async fn start_proxy(
         &mut self,
         number: u8,
-        control: u16,
+        controls: &[u16],
         bin_dir: &Path,
     ) -> Result<(), String> {
         const START_MAX: Duration = Duration::from_secs(30);
         let port = self.free_port()?;
         let text = format!(
-            "{}\n[proxy.control]\nname = \"p{number}\"\naddress = \"127.0.0.1:{control}\"\n\n{}",
+            "{}\n[proxy.control]\nname = \"p{number}\"\naddress = {}\n\n{}",
             proxy_text(port),
+            addresses(controls),
             self.app_text(bin_dir)
         );
-        let child = self.spawn(&format!("proxy-{number}"), &text)?;
+        self.write_config(&format!("proxy-{number}"), &text)?;
+        let child = self.spawn(&format!("proxy-{number}"))?;
         self.proxies.push((child, port));
         let deadline = Instant::now() + START_MAX;
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
@@ -275,16 +376,18 @@ impl Demo {
     }
 
     /// Each in a process of its own, as on a machine of its own.
-    fn start_agents(&mut self, control: u16, bin_dir: &Path) -> Result<(), String> {
+    fn start_agents(&mut self, controls: &[u16], bin_dir: &Path) -> Result<(), String> {
         for (at, cell) in CELLS.iter().enumerate() {
             let port = self.free_port()?;
             let text = format!(
-                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = \"127.0.0.1:{control}\"\nlisten = \"127.0.0.1:{port}\"\n\
+                "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = {}\nlisten = \"127.0.0.1:{port}\"\n\
                  state_dir = \"{}\"\n{}",
+                addresses(controls),
                 self.dir.join(format!("agent-{cell}")).display(),
                 self.instance_text(at, bin_dir),
             );
-            let agent = self.spawn(&format!("agent-{cell}"), &text)?;
+            self.write_config(&format!("agent-{cell}"), &text)?;
+            let agent = self.spawn(&format!("agent-{cell}"))?;
             self.agents.push(agent);
         }
         Ok(())
@@ -338,15 +441,12 @@ impl Demo {
         text
     }
 
-    pub(crate) fn running(&self) -> Option<&Running> {
-        self.running.as_ref()
-    }
-
     /// The connection string of clients: through the proxy.
     pub(crate) fn dsn(&self) -> Dsn {
         let address =
             self.running.as_ref().and_then(|running| running.proxy.addresses().first().copied());
-        Dsn { port: address.map_or(0, |address| address.port()) }
+        let elsewhere = self.proxies.first().map_or(0, |(_, port)| *port);
+        Dsn { port: address.map_or(elsewhere, |address| address.port()) }
     }
 
     pub(crate) fn server_dsn(&self, cell: &str) -> Option<Dsn> {
@@ -355,11 +455,12 @@ impl Demo {
     }
 
     fn write_facts(&self) -> Result<(), String> {
-        let Some(running) = &self.running else { return Ok(()) };
         let pids: Vec<u32> = self.instances.iter().filter_map(Instance::pid).collect();
         let agents: Vec<u32> = self.agents.iter().map(Child::id).collect();
         let proxies: Vec<String> =
             self.proxies.iter().map(|(_, port)| Dsn { port: *port }.to_string()).collect();
+        let etcd = self.etcd.as_ref().map(Child::id);
+        let controls: Vec<u32> = self.controls.iter().map(Child::id).collect();
         let proxy_pids: Vec<u32> = self.proxies.iter().map(|(child, _)| child.id()).collect();
         let servers: std::collections::BTreeMap<&str, String> = CELLS
             .iter()
@@ -368,27 +469,28 @@ impl Demo {
             .collect();
         let facts = serde_json::json!({
             "dsn": self.dsn().to_string(),
-            "api": format!("http://{}", running.api),
+            "api": self.global().api(),
             "app": APP,
             "active": CELLS[0],
             "passive": CELLS[1],
             "servers": servers,
             "proxies": proxies,
-            "pids": { "holdfast": std::process::id(), "servers": pids, "agents": agents, "proxies": proxy_pids },
+            "pids": { "holdfast": std::process::id(), "servers": pids, "agents": agents, "proxies": proxy_pids, "controls": controls, "etcd": etcd },
         });
         let text = serde_json::to_string_pretty(&facts).map_err(|e| e.to_string())?;
         std::fs::write(self.dir.join("demo.json"), text).map_err(|e| e.to_string())
     }
 
     fn print_invitation(&self) {
-        let Some(running) = &self.running else { return };
+        let global = self.global();
+        let api = global.api();
         println!("\neverything runs; SIGINT (Ctrl-C) ends it. Try, in another terminal:");
         println!("  psql '{}'", self.dsn());
         for (_, port) in &self.proxies {
             println!("  psql '{}'", Dsn { port: *port });
         }
-        println!("  holdfast --api http://{} status", running.api);
-        println!("  holdfast --api http://{} switchover {APP} --to {}", running.api, CELLS[1]);
+        println!("  holdfast --api {api} status");
+        println!("  holdfast --api {api} switchover {APP} --to {}", CELLS[1]);
         println!("facts for scripts are in {}", self.dir.join("demo.json").display());
     }
 
@@ -399,6 +501,9 @@ impl Demo {
         if let Some(running) = self.running.take() {
             running.stop().await;
         }
+        for control in &mut self.controls {
+            stop_process(control).await;
+        }
         for agent in &mut self.agents {
             stop_process(agent).await;
         }
@@ -406,6 +511,9 @@ impl Demo {
             if let Err(error) = instance.stop("fast", Duration::from_secs(30)).await {
                 eprintln!("holdfast: {}", chain(&error));
             }
+        }
+        if let Some(etcd) = &mut self.etcd {
+            stop_process(etcd).await;
         }
         if self.remove {
             let _ = std::fs::remove_dir_all(&self.dir);
@@ -416,6 +524,12 @@ impl Demo {
 const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 512MB\n\
     shared_buffers = 128MB\nwal_retrieve_retry_interval = 100ms\nmax_prepared_transactions = 10\n\
     log_min_messages = warning\n";
+
+/// A list as the configuration has it.
+fn addresses(ports: &[u16]) -> String {
+    let all: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
+    format!("[{}]", all.join(", "))
+}
 
 fn proxy_text(port: u16) -> String {
     format!("[proxy]\nlisten = [\"127.0.0.1:{port}\"]\nadmin_users = [\"{SUPERUSER}\"]\n")

@@ -9,14 +9,13 @@ use model::persisted::Execution;
 use model::switchover::{Ending, OnTimeout, Stage};
 
 use super::workload::{Workload, commits_on};
-use super::{APP, CELLS, Demo, Progress};
+use super::{CELLS, Demo, Progress};
 use crate::cli::show::{print_execution, table};
 
 /// How long clients work between two switches.
 const WORK: Duration = Duration::from_secs(2);
 
 pub(super) async fn run(demo: &Demo, sessions: usize) -> Result<ExitCode, String> {
-    let Some(running) = demo.running() else { return Err("nothing runs".into()) };
     let step = Progress::begin(&format!(
         "connecting {sessions} clients: writers, settings, prepared statements, listeners, locks, transactions"
     ));
@@ -35,8 +34,7 @@ pub(super) async fn run(demo: &Demo, sessions: usize) -> Result<ExitCode, String
             deadline_ms: 10_000,
             on_timeout: OnTimeout::Abort,
         };
-        let execution =
-            running.control.switchover(APP, request).await.map_err(|e| crate::config::chain(&e))?;
+        let execution = demo.switch_over(request).await?;
         print_execution(&execution);
         println!();
         fine &= execution.ending == Some(Ending::Completed);
