@@ -195,6 +195,10 @@ impl Link {
         self.state().directory.filter(|_| self.is_heard())
     }
 
+    pub(crate) async fn must_be_heard(&self) -> Result<(), String> {
+        self.mailbox.must_be_heard().await.map(drop)
+    }
+
     pub(crate) fn is_heard(&self) -> bool {
         self.mailbox.heard().is_some()
     }

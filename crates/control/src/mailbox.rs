@@ -28,6 +28,8 @@ pub(crate) struct Mailbox<O, R> {
     whose: String,
     /// Who is silent for longer is not there.
     silence_max: Duration,
+    /// Since when somebody is listened for.
+    opened: Instant,
     state: Mutex<State<O, R>>,
     /// Counts questions for orders, and orders: whoever waits looks again.
     stirred: watch::Sender<u64>,
@@ -57,7 +59,8 @@ impl<O: Clone, R> Mailbox<O, R> {
             under_way: BTreeMap::new(),
         };
         let (stirred, turn) = (watch::Sender::new(0), tokio::sync::Mutex::default());
-        Mailbox { whose, silence_max, state: Mutex::new(state), stirred, turn }
+        let (opened, state) = (Instant::now(), Mutex::new(state));
+        Mailbox { whose, silence_max, opened, state, stirred, turn }
     }
 
     fn state(&self) -> MutexGuard<'_, State<O, R>> {
@@ -96,6 +99,22 @@ impl<O: Clone, R> Mailbox<O, R> {
 
     pub(crate) fn heard(&self) -> Option<Identity> {
         self.heard_within(self.silence_max)
+    }
+
+    /// Whoever is there; soon after control has begun, it may be that nobody had the time to say so.
+    ///
+    /// # Errors
+    /// Nobody is, in words.
+    pub(crate) async fn must_be_heard(&self) -> Result<Identity, String> {
+        loop {
+            if let Some(who) = self.heard() {
+                return Ok(who);
+            }
+            if self.heard_last().is_some() || self.opened.elapsed() >= self.silence_max {
+                return Err(format!("{} is not heard", self.whose));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Orders, for whom asks for them and has those up to `last`; waits for one so long, or until it asks again: its question
@@ -160,9 +179,7 @@ impl<O: Clone, R> Mailbox<O, R> {
         let whose = &self.whose;
         let busy = |_| format!("{whose} is busy for longer than {limit:?}");
         let _turn = timeout(limit, self.turn.lock()).await.map_err(busy)?;
-        if self.heard().is_none() {
-            return Err(format!("{whose} is not heard"));
-        }
+        self.must_be_heard().await?;
         let (tx, rx) = oneshot::channel();
         let what = what();
         let id = {

@@ -47,6 +47,15 @@ impl Member {
         }
     }
 
+    /// # Errors
+    /// Nobody is there who could be asked, in words.
+    pub(crate) async fn must_be_heard(&self) -> Result<(), String> {
+        match self {
+            Member::Here(_) => Ok(()),
+            Member::Agent(link) => link.must_be_heard().await,
+        }
+    }
+
     pub(crate) async fn look(&self) -> Result<Condition, String> {
         match self.ask(Work::Look).await? {
             Done::Condition(condition) => Ok(condition),

@@ -55,7 +55,7 @@ impl Writer {
         Writer { stop, task }
     }
 
-    async fn stop(self) -> (Vec<u64>, Vec<String>) {
+    pub(crate) async fn stop(self) -> (Vec<u64>, Vec<String>) {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap()
     }

@@ -18,6 +18,7 @@ mod hostile;
 mod kinds;
 mod login;
 mod moves;
+mod nodes;
 mod outlive;
 mod pins;
 mod policy;

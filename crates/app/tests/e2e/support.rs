@@ -23,6 +23,9 @@ pub(crate) struct Facts {
     agents: BTreeMap<String, u32>,
     /// Ports and pids of proxies of other processes.
     pub(crate) proxies: Vec<(u16, u32)>,
+    /// Pids of nodes of control, if there are several, and of the etcd that is their store.
+    pub(crate) controls: Vec<u32>,
+    pub(crate) etcd: Option<u32>,
 }
 
 /// An installation: servers `a` and `b`, proxy and control in one process.
@@ -87,6 +90,12 @@ impl Installation {
         Installation::start_on(name, &[args, &["--proxies", "2"]].concat(), other_bin_dir())
     }
 
+    /// Three nodes of which one is control, with etcd; two proxies; agents.
+    pub(crate) fn start_nodes(name: &str, args: &[&str]) -> Installation {
+        let nodes = ["--pool", "8", "--controls", "3", "--proxies", "2"];
+        Installation::start_on(name, &[args, &nodes].concat(), other_bin_dir())
+    }
+
     fn start_with(name: &str, args: &[&str]) -> Installation {
         Installation::start_on(name, &[args, &["--no-failover"]].concat(), other_bin_dir())
     }
@@ -108,8 +117,9 @@ impl Installation {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let (servers, agents, proxies) = Default::default();
-        let facts = Facts { port: 0, api: String::new(), servers, agents, proxies };
+        let (servers, agents, proxies, controls) = Default::default();
+        let api = String::new();
+        let facts = Facts { port: 0, api, servers, agents, proxies, controls, etcd: None };
         let mut installation = Installation { dir, facts, child, agents: BTreeMap::new() };
         let path = installation.dir.join("demo.json");
         wait_until("demo.json", || {
@@ -120,6 +130,7 @@ impl Installation {
         let text = std::fs::read(&path).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
         let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        let pid = |value: &serde_json::Value| u32::try_from(value.as_u64().unwrap()).unwrap();
         installation.facts = Facts {
             port: port_of(&text(&json["dsn"])),
             api: text(&json["api"]),
@@ -132,17 +143,17 @@ impl Installation {
             agents: ["a", "b"]
                 .into_iter()
                 .zip(json["pids"]["agents"].as_array().unwrap())
-                .map(|(name, pid)| (name.to_owned(), u32::try_from(pid.as_u64().unwrap()).unwrap()))
+                .map(|(name, value)| (name.to_owned(), pid(value)))
                 .collect(),
             proxies: json["proxies"]
                 .as_array()
                 .unwrap()
                 .iter()
                 .zip(json["pids"]["proxies"].as_array().unwrap())
-                .map(|(dsn, pid)| {
-                    (port_of(&text(dsn)), u32::try_from(pid.as_u64().unwrap()).unwrap())
-                })
+                .map(|(dsn, value)| (port_of(&text(dsn)), pid(value)))
                 .collect(),
+            controls: json["pids"]["controls"].as_array().unwrap().iter().map(pid).collect(),
+            etcd: json["pids"]["etcd"].as_u64().and_then(|etcd| u32::try_from(etcd).ok()),
         };
         installation
     }
@@ -322,7 +333,8 @@ impl Drop for Installation {
         signal(self.child.id(), "INT");
         let _ = self.child.wait();
         // After a crash agents are still there, each in a process that works for this directory.
-        let of_this = ["agent-", "proxy-"].map(|name| format!("{}/{name}", self.dir.display()));
+        let of_this = ["agent-", "proxy-", "control-", "etcd"];
+        let of_this = of_this.map(|name| format!("{}/{name}", self.dir.display()));
         for (pid, command) in processes() {
             if of_this.iter().any(|dir| command.contains(dir)) {
                 signal(pid, "KILL");

@@ -253,6 +253,12 @@ fn reported(report: Report) -> Result<Report, String> {
 async fn prepare(control: &Control, execution: &Execution, servers: &AppServers) -> Done {
     let (mut old, mut new, lag) = check_servers(servers, &execution.from, &execution.to).await?;
     let otherwise = differences(&mut old, &mut new).await?;
+    // Clients are not held for somebody who is not there.
+    for cell in [&execution.from, &execution.to] {
+        if let Some(member) = servers.cells.get(cell).and_then(|server| server.member.as_ref()) {
+            member.must_be_heard().await?;
+        }
+    }
     // What is written out now need not be during the pause, nor when the old server is rewound.
     old.rows("CHECKPOINT").await.map_err(chain)?;
     new.rows("CHECKPOINT").await.map_err(chain)?;

@@ -1,0 +1,167 @@
+//! Several nodes of which one is control, with a real etcd: whichever is lost, another goes on, and no two do.
+
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::agents::{switch_to, wait_until};
+use crate::failover::{begin, end, wait_active};
+use crate::support::{HOLDFAST, Installation, run, shown, signal, value};
+
+/// Longer than a seat and a lease after it.
+const SEAT_AND_MORE: Duration = Duration::from_secs(6);
+
+/// The node that is control, if there is one.
+fn control_of(installation: &Installation) -> Option<usize> {
+    let mut apis = installation.facts.api.split(',').enumerate();
+    apis.find(|(_, api)| {
+        let output = Command::new(HOLDFAST).args(["--api", api, "executions"]).output().unwrap();
+        output.status.success()
+    })
+    .map(|(at, _)| at)
+}
+
+async fn wait_for_control(installation: &Installation) -> usize {
+    wait_until("another control", async || control_of(installation).is_some()).await;
+    control_of(installation).unwrap()
+}
+
+/// Starts a node in place of one that was killed.
+fn start_node(installation: &Installation, at: usize, env: &[(&str, &str)]) -> Child {
+    Command::new(HOLDFAST)
+        .args(["run", "-c"])
+        .arg(installation.dir.join(format!("control-{}.toml", at + 1)))
+        .envs(env.iter().copied())
+        .env("HOLDFAST_LOG", "warn")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_killed_control_is_replaced_by_another_node() {
+    let installation = Installation::start_nodes("nodes-kill", &["--acks", "1"]);
+    let mut idle = installation.connect_elsewhere().await;
+    let writers = begin(&installation).await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    wait_active(&installation, "a").await;
+    let first = control_of(&installation).unwrap();
+    signal(installation.facts.controls[first], "KILL");
+    // The primary is lost as well, before anybody has the seat.
+    installation.signal_server("a", "KILL");
+    wait_active(&installation, "b").await;
+    assert_ne!(control_of(&installation), Some(first));
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    switch_to(&installation, "a").await;
+    end(&installation, writers).await;
+    // One that ends by itself leaves the seat to the last.
+    let second = control_of(&installation).unwrap();
+    signal(installation.facts.controls[second], "TERM");
+    wait_until("the last node", async || {
+        control_of(&installation).is_some_and(|at| at != second && at != first)
+    })
+    .await;
+    switch_to(&installation, "b").await;
+}
+
+#[tokio::test]
+async fn a_control_that_stood_still_does_nothing_more() {
+    let installation = Installation::start_nodes("nodes-stop", &["--no-failover"]);
+    let mut idle = installation.connect().await;
+    let writers = begin(&installation).await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    wait_active(&installation, "a").await;
+    for cell in ["b", "a"] {
+        let first = control_of(&installation).unwrap();
+        // In the middle of a switchover, wherever that is.
+        let switch = installation.holdfast_in_background(&["switchover", "shop", "--to", cell]);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        signal(installation.facts.controls[first], "STOP");
+        tokio::time::sleep(SEAT_AND_MORE).await;
+        let mut others: Vec<&str> = installation.facts.api.split(',').collect();
+        others.remove(first);
+        let others = others.join(",");
+        let settled = || {
+            let output =
+                Command::new(HOLDFAST).args(["--api", &others, "status", "shop"]).output().unwrap();
+            shown(&output)
+        };
+        wait_until("the other control", async || {
+            let status = settled();
+            status.contains("active cell") && !status.contains('!')
+        })
+        .await;
+        let before = settled();
+        signal(installation.facts.controls[first], "CONT");
+        let _ = switch.await.unwrap();
+        tokio::time::sleep(SEAT_AND_MORE).await;
+        assert_ne!(control_of(&installation), Some(first));
+        let words = |text: &str| text.lines().next().unwrap_or_default().to_owned();
+        assert_eq!(words(&settled()), words(&before));
+        if installation.active() != cell {
+            switch_to(&installation, cell).await;
+        }
+    }
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    end(&installation, writers).await;
+}
+
+#[tokio::test]
+async fn a_store_that_is_gone_costs_nobody_anything() {
+    let installation = Installation::start_nodes("nodes-store", &["--acks", "1"]);
+    let etcd = installation.facts.etcd.unwrap();
+    let mut idle = installation.connect_elsewhere().await;
+    let writers = begin(&installation).await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    wait_active(&installation, "a").await;
+    signal(etcd, "STOP");
+    wait_until("nobody is control", async || control_of(&installation).is_none()).await;
+    tokio::time::sleep(SEAT_AND_MORE).await;
+    // Clients come and go all the same.
+    run(&mut installation.connect_elsewhere().await, "INSERT INTO written VALUES (9999999)").await;
+    signal(etcd, "CONT");
+    wait_for_control(&installation).await;
+    wait_active(&installation, "a").await;
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    switch_to(&installation, "b").await;
+    for writer in writers {
+        let (acknowledged, told) = writer.stop().await;
+        assert!(acknowledged.len() > 50 && told.is_empty(), "{} {told:?}", acknowledged.len());
+    }
+}
+
+#[tokio::test]
+async fn what_a_killed_control_has_begun_another_brings_to_its_end() {
+    let installation = Installation::start_nodes("nodes-crash", &["--no-failover"]);
+    let mut idle = installation.connect_elsewhere().await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    let writers = begin(&installation).await;
+    wait_active(&installation, "a").await;
+    for pid in &installation.facts.controls {
+        signal(*pid, "KILL");
+    }
+    let mut active = "a";
+    for (point, is_granted) in [("fence:end", false), ("grant:end", true), ("attach:begin", true)] {
+        let mut dies = start_node(&installation, 0, &[("HOLDFAST_CRASH_AT", point)]);
+        assert_eq!(wait_for_control(&installation).await, 0);
+        let mut lives = start_node(&installation, 1, &[]);
+        wait_active(&installation, active).await;
+        let other = if active == "a" { "b" } else { "a" };
+        let output = installation.holdfast_in_background(&["switchover", "shop", "--to", other]);
+        let output = output.await.unwrap();
+        assert!(!output.status.success(), "{point}: {}", shown(&output));
+        dies.wait().unwrap();
+        if is_granted {
+            active = other;
+        }
+        wait_active(&installation, active).await;
+        assert_eq!(control_of(&installation), Some(1), "{point}");
+        assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB", "{point}");
+        signal(lives.id(), "TERM");
+        lives.wait().unwrap();
+    }
+    let mut last = start_node(&installation, 2, &[]);
+    wait_active(&installation, active).await;
+    end(&installation, writers).await;
+    signal(last.id(), "TERM");
+    last.wait().unwrap();
+}
