@@ -131,9 +131,9 @@ impl Agent {
         let pledges = Pledges::read(&dir).map_err(file("read"))?;
         let run =
             u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
-        // A copy of the directory, or of the whole machine, is another.
+        // A copy of the directory is another, on another machine or in another network of this one.
         let directory = read_host(&dir.join("host"))?;
-        let host = directory ^ clock::boot_number();
+        let host = directory ^ clock::boot_number() ^ clock::network_number();
         let sender =
             Sender { app: config.app.clone(), cell: config.cell.clone(), host, directory, run };
         let local = Local { instance: config.instance.clone(), lost_dir: dir.join("lost") };
@@ -323,6 +323,8 @@ impl Beside {
                 seen: self.with_holder(|holder| holder.seen()),
                 process: self.process(),
                 is_in_hand: self.instance().is_in_hand().is_ok(),
+                place: self.instance().place(),
+                postmaster: self.instance().postmaster(),
                 listens: self.config.listen.map(|address| address.to_string()),
                 neighbours: (self.neighbours().into_iter())
                     .map(|one| (one.cell, one.directory))
@@ -368,7 +370,11 @@ impl Beside {
             let heard = Heard { sent: Some(sent), every, neighbours };
             *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = heard;
         }
-        if let Some(epoch) = renewed.granted {
+        // Control has pledges ended before it gives another epoch; nobody's word but ours is needed for that.
+        let is_new = |epoch: &Epoch| *epoch > self.with_holder(|holder| holder.seen());
+        if renewed.granted.as_ref().is_some_and(is_new) && !self.has_no_pledges(sent) {
+            tracing::error!("a lease of a new epoch is not held while pledges of ours last");
+        } else if let Some(epoch) = renewed.granted {
             let kill_at = renewed.terms.kill_at(sent);
             match self.prepare_for(epoch, kill_at).await {
                 Ok(()) => self.with_holder(|holder| holder.granted(sent, renewed.terms, epoch)),
@@ -520,7 +526,10 @@ impl Beside {
                     _ => Err(format!("no lease of epoch {} in {LEASE_WAIT_MAX:?}", order.epoch)),
                 }
             }
-            Task::EndPledges => self.end_pledges(order.epoch).await.map(Done::PledgesOver),
+            Task::EndPledges { directory } if *directory != self.sender.directory => {
+                Err("it is for another agent of this cell".into())
+            }
+            Task::EndPledges { .. } => self.end_pledges(order.epoch).await.map(Done::PledgesOver),
             Task::Work(Work::StartAgain) if self.lease().is_none() => {
                 Err("there is no lease, without which it cannot be a primary".into())
             }

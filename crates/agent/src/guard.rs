@@ -38,10 +38,13 @@ fn to_ns(moment: Moment) -> u64 {
 /// The socket cannot be made.
 pub async fn run(instance: &Instance, state_dir: &Path, kill_at: Moment) -> std::io::Result<()> {
     let path = socket_of(state_dir);
-    let _ = std::fs::remove_file(&path);
-    let socket = UnixDatagram::bind(&path)?;
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600))?;
-    let own = std::fs::metadata(&path)?.ino();
+    // In its place at once: the one before does not find that there is none.
+    let new = path.with_extension("new");
+    let _ = std::fs::remove_file(&new);
+    let socket = UnixDatagram::bind(&new)?;
+    std::fs::set_permissions(&new, PermissionsExt::from_mode(0o600))?;
+    let own = std::fs::metadata(&new)?.ino();
+    std::fs::rename(&new, &path)?;
     let mut kill_at = kill_at;
     let mut bytes = [0; 8];
     loop {
@@ -74,7 +77,7 @@ pub async fn run(instance: &Instance, state_dir: &Path, kill_at: Moment) -> std:
             Err(_) => (),
         }
         if kill_at.from(clock::now()).is_zero() {
-            if !std::fs::metadata(&path).is_ok_and(|socket| socket.ino() == own) {
+            if is_anothers(&path, own) {
                 // The agent has not heard of this one for too long and has another now, which knows of a later time.
                 return Ok(());
             }
@@ -83,6 +86,13 @@ pub async fn run(instance: &Instance, state_dir: &Path, kill_at: Moment) -> std:
             }
         }
     }
+}
+
+/// Another guard listens there. That nothing can be seen of the place says nothing: a directory may be removed, or covered.
+fn is_anothers(path: &Path, own: u64) -> bool {
+    let is_other = std::fs::metadata(path).is_ok_and(|socket| socket.ino() != own);
+    let listens = || std::os::unix::net::UnixDatagram::unbound()?.connect(path);
+    is_other && listens().is_ok()
 }
 
 async fn end(instance: &Instance) {

@@ -177,6 +177,11 @@ impl Beside {
         }
     }
 
+    /// Nothing that was pledged lasts.
+    pub(crate) fn has_no_pledges(&self, now: Moment) -> bool {
+        self.with_pledges(|pledges| pledges.pledger.over_since(now)).is_some()
+    }
+
     /// Pledges nothing any more for leases up to `epoch`, and waits until all that was pledged is over. Gives since when it is.
     pub(crate) async fn end_pledges(&self, epoch: Epoch) -> Result<Duration, String> {
         let until = self.with_pledges(|pledges| pledges.refuse(epoch));

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use model::agent::{Fetch, Fetched, Finished, Order, Renew, Renewed, Sender, Task};
+use model::agent::{Fetch, Fetched, Finished, Order, Postmaster, Renew, Renewed, Sender, Task};
 use model::cell::Epoch;
 use model::failover::Process;
 use model::lease::{Granter, Moment, Terms};
@@ -33,6 +33,15 @@ const PLEDGE_MAX: Duration = Duration::from_secs(65);
 /// How long a copy of a server may take.
 const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
 
+/// What became of the lease that another host of a cell had.
+enum Ghost {
+    None,
+    /// It is over, and so is what was pledged for it.
+    Ended(Attended),
+    /// Why it may go on, for people.
+    Remains(String),
+}
+
 /// The agent of one cell.
 #[derive(Debug)]
 pub struct Link {
@@ -52,11 +61,40 @@ struct State {
     /// What the agent has said last.
     process: Option<Process>,
     is_in_hand: bool,
+    /// What it says of the server that it has in hand.
+    postmaster: Option<Postmaster>,
+    /// Since when that is another server than the one that control reaches.
+    differs_since: Option<Moment>,
     /// Where it answers other agents.
     listens: Option<String>,
     directory: Option<u64>,
     /// What is recorded of whom it may ask for pledges.
     pleads: Option<Pleads>,
+    /// Why somebody who asks gets no lease although it is the cell's, and when he has asked last.
+    ghost: Option<(String, Moment)>,
+    /// Which run was heard before the one that is heard; if that is heard again, there are two.
+    before: Option<Identity>,
+    /// Until then neither of two gets a lease.
+    twins_until: Moment,
+}
+
+impl State {
+    /// It has had the time to say so if its server was started again.
+    fn is_another(&self) -> bool {
+        let length = self.granter.terms().length;
+        self.differs_since.is_some_and(|since| since.plus(length).from(now()).is_zero())
+    }
+
+    /// Two agents have the number of one host, and take turns.
+    fn has_twin(&mut self, last: Option<Identity>, who: Identity, now: Moment) -> bool {
+        if last.is_some_and(|last| last != who) {
+            if self.before == Some(who) {
+                self.twins_until = self.granter.terms().free_at(now);
+            }
+            self.before = last;
+        }
+        now < self.twins_until
+    }
 }
 
 fn identity(sender: &Sender) -> Identity {
@@ -80,9 +118,14 @@ impl Link {
                 epoch: Epoch(0),
                 process: None,
                 is_in_hand: true,
+                postmaster: None,
+                differs_since: None,
                 listens: None,
                 directory: None,
                 pleads: None,
+                ghost: None,
+                before: None,
+                twins_until: Moment(Duration::ZERO),
             }),
             changed: Notify::new(),
         }
@@ -93,10 +136,12 @@ impl Link {
     }
 
     /// Answers an agent that asks for the lease. `read` gives the epoch by the store, whether this cell has it, and who had the
-    /// lease; it is read while nobody can revoke that. `attend` records who has it from now on.
+    /// lease; it is read while nobody can revoke that. `settled` is whose pledges were ended, `attend` records who has it from
+    /// now on.
     pub(crate) fn renew<E>(
         &self,
         asked: &Renew,
+        settled: Option<Attended>,
         read: impl FnOnce() -> Result<(Epoch, bool, Option<Attended>), E>,
         attend: impl FnOnce(Attended) -> Result<(), E>,
     ) -> Result<Renewed, E> {
@@ -115,9 +160,26 @@ impl Link {
             let terms = state.granter.terms();
             return Ok(Renewed { granted: None, terms, neighbours: Vec::new() });
         }
+        // What this one says of its server is not said of the other's.
+        if before.is_some_and(|before| {
+            before.may_go_on(epoch, asked.sender.directory, asked.place) && settled != Some(before)
+        }) {
+            let terms = state.granter.terms();
+            return Ok(Renewed { granted: None, terms, neighbours: Vec::new() });
+        }
+        let has_twin = state.has_twin(self.mailbox.heard_last(), identity(&asked.sender), now());
+        if has_twin {
+            let (app, cell) = (&self.app, &self.cell);
+            tracing::error!(
+                app,
+                cell,
+                host,
+                "two agents speak for the cell by one state directory: neither gets a lease"
+            );
+        }
         // What is not recorded is not given: a later control has to know of it.
         let mut granter = state.granter;
-        let has_it = has_it && asked.is_in_hand;
+        let has_it = has_it && asked.is_in_hand && !state.is_another() && !has_twin;
         let granted = granter.answer(now(), host, has_it.then_some(epoch));
         let mut length = granter.terms().length;
         if let Some(before) = before
@@ -126,7 +188,7 @@ impl Link {
             length = length.max(before.length);
         }
         let directory = asked.sender.directory;
-        let attended = Attended { host, directory, epoch, length };
+        let attended = Attended { host, directory, epoch, length, place: asked.place };
         if granted.is_some() && before != Some(attended) {
             attend(attended)?;
         }
@@ -142,8 +204,24 @@ impl Link {
         }
         state.listens.clone_from(&asked.listens);
         state.directory = Some(asked.sender.directory);
+        state.postmaster = asked.postmaster;
         let terms = state.granter.terms();
         Ok(Renewed { granted, terms, neighbours: Vec::new() })
+    }
+
+    fn haunt(&self, ghost: Option<String>) {
+        let ghost = ghost.map(|why| (why, now()));
+        let before = std::mem::replace(&mut self.state().ghost, ghost.clone());
+        if let Some((why, _)) = ghost.filter(|_| before.is_none()) {
+            tracing::error!(app = self.app, cell = self.cell, why, "the agent gets no lease");
+        }
+    }
+
+    /// Why somebody who asks for the lease at the moment does not get it.
+    fn haunted(&self) -> Option<String> {
+        let state = self.state();
+        let (why, at) = state.ghost.as_ref()?;
+        (now() < state.granter.terms().free_at(*at)).then(|| why.clone())
     }
 
     /// Records whom the agent may ask for pledges from now on, before it knows, if that is not recorded yet.
@@ -185,9 +263,28 @@ impl Link {
         state.process.filter(|_| self.mailbox.heard_within(recent).is_some())
     }
 
-    /// The agent is heard, and says that it cannot see or end its server.
+    /// The agent is heard, and cannot see or end its server, as it says or by what control has found.
     pub(crate) fn is_out_of_hand(&self) -> bool {
-        !self.state().is_in_hand && self.mailbox.heard().is_some()
+        let state = self.state();
+        (!state.is_in_hand || state.is_another()) && self.mailbox.heard().is_some()
+    }
+
+    /// Whether the server that control reaches is the one that the agent has in hand.
+    pub(crate) fn compare(&self, found: Postmaster) {
+        let mut state = self.state();
+        let before = state.is_another();
+        state.differs_since = match state.postmaster {
+            Some(said) if said == found => None,
+            _ => Some(state.differs_since.unwrap_or_else(now)),
+        };
+        if state.is_another() && !before {
+            let (app, cell) = (&self.app, &self.cell);
+            tracing::error!(
+                app,
+                cell,
+                "the agent's data directory is not that of the server that is reached: it gets no lease; look at `data_dir` and `server`"
+            );
+        }
     }
 
     /// That of the agent which is heard.
@@ -231,7 +328,7 @@ impl Link {
     pub(crate) async fn ask(&self, what: Task) -> Result<Done, String> {
         let limit = match &what {
             Task::Work(Work::Rejoin { .. }) => COPY_MAX,
-            Task::EndPledges => PLEDGE_MAX,
+            Task::EndPledges { .. } => PLEDGE_MAX,
             Task::Work(Work::StartAgain) => START_MAX,
             Task::Work(Work::ReadTail { .. } | Work::KeepTail { .. }) => READ_MAX,
             _ => SHORT_MAX,
@@ -267,8 +364,13 @@ impl Control {
         let attend =
             |attended| Ok(records::put(&*self.store, &attended_key(app, cell), &attended)?);
         let link = self.link(&asked.sender)?;
-        self.end_ghost(link, asked).await?;
-        let renewed = link.renew::<ControlError>(asked, read, attend)?;
+        let (settled, ghost) = match self.end_ghost(link, asked).await? {
+            Ghost::None => (None, None),
+            Ghost::Ended(attended) => (Some(attended), None),
+            Ghost::Remains(why) => (None, Some(why)),
+        };
+        link.haunt(ghost);
+        let renewed = link.renew::<ControlError>(asked, settled, read, attend)?;
         if link.mailbox.heard_last() != Some(identity(&asked.sender)) {
             return Ok(renewed);
         }
@@ -280,31 +382,41 @@ impl Control {
     }
 
     /// The lease that another host of the cell had in this epoch may go on by pledges, though control has given none for long:
-    /// it is ended before this one gets it. A host that was booted again has ended its server, and nobody is isolated twice.
-    async fn end_ghost(&self, link: &Link, asked: &Renew) -> Result<(), ControlError> {
+    /// it is ended before this one gets it.
+    async fn end_ghost(&self, link: &Link, asked: &Renew) -> Result<Ghost, ControlError> {
         let Sender { app, cell, directory, .. } = &asked.sender;
         let attended = records::attended(&*self.store, app, cell)?;
-        let pleads = records::pleads(&*self.store, app, cell)?;
         let application = records::application(&*self.store, app)?.application;
-        let is_ghost = attended.is_some_and(|attended| {
-            attended.directory != *directory && attended.epoch == application.epoch
-        });
-        let has_it = application.granted_to.as_ref() == Some(cell);
-        if !is_ghost || !has_it || pleads.0.is_empty() || !link.is_over() {
-            return Ok(());
+        let goes_on = |one: &Attended| one.may_go_on(application.epoch, *directory, asked.place);
+        let Some(attended) = attended.filter(goes_on) else { return Ok(Ghost::None) };
+        if application.granted_to.as_ref() != Some(cell) {
+            return Ok(Ghost::None);
         }
+        if records::pleads(&*self.store, app, cell)?.0.is_empty() {
+            return Ok(Ghost::Ended(attended));
+        }
+        let why = |why: String| {
+            Ghost::Remains(format!(
+                "the lease that another agent of `{cell}` had may go on by pledges: {why}"
+            ))
+        };
+        if !link.is_over() {
+            return Ok(why("it is not over yet".into()));
+        }
+        let pleads = records::pleads(&*self.store, app, cell)?;
         let servers = self.servers(app)?;
         let others = servers.cells.iter().filter(|(other, _)| *other != cell);
         let mut members = others.filter_map(|(other, server)| {
             let member = server.member.as_ref()?;
             pleads.all_need(other, member.directory()).then_some(member)
         });
-        let member = members.next();
-        let refused = |why: String| {
-            ControlError::Refused(format!("the lease of another host may go on by pledges: {why}"))
+        let Some(member) = members.next() else {
+            return Ok(why("no agent is heard that could end them".into()));
         };
-        let member = member.ok_or_else(|| refused("nobody is known who could end them".into()))?;
-        member.end_pledges().await.map(drop).map_err(refused)
+        Ok(match member.end_pledges().await {
+            Ok(_) => Ghost::Ended(attended),
+            Err(error) => why(error),
+        })
     }
 
     /// The agents of all other cells, if all are known: each of them could become the primary.
@@ -327,6 +439,7 @@ impl Control {
     /// There is no such application.
     pub fn troubled_agents(&self, app: &str) -> Result<Vec<String>, ControlError> {
         let trouble = |(cell, server): (&String, &CellServer)| match &server.member {
+            Some(Member::Agent(link)) if link.haunted().is_some() => link.haunted(),
             Some(Member::Agent(link)) if !link.is_heard() => {
                 Some(format!("the agent of `{cell}` is not heard: start it, or look at its log"))
             }

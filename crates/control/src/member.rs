@@ -147,6 +147,14 @@ impl Member {
         }
     }
 
+    /// Somebody is there who could be asked.
+    pub(crate) fn is_heard(&self) -> bool {
+        match self {
+            Member::Here(_) => true,
+            Member::Agent(link) => link.is_heard(),
+        }
+    }
+
     /// An agent is there, and the server is not.
     pub(crate) async fn is_down(&self) -> bool {
         matches!(self, Member::Agent(link) if link.process() == Some(Process::Crashed))
@@ -165,7 +173,9 @@ impl Member {
         let Member::Agent(link) = self else {
             return Err("there is no agent any more who could end its pledges".into());
         };
-        match link.ask(Task::EndPledges).await? {
+        let directory =
+            link.directory().ok_or("the agent is not heard, which could end its pledges")?;
+        match link.ask(Task::EndPledges { directory }).await? {
             Done::PledgesOver(ago) => Ok(ago),
             other => unexpected(other),
         }

@@ -14,7 +14,7 @@ use pg::admin::Admin;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::config::AppServers;
+use crate::config::{AppServers, CellServer};
 use crate::control::{Control, now_ms};
 use crate::durability;
 use crate::member::Member;
@@ -55,6 +55,8 @@ pub async fn run(control: Arc<Control>, app: String) {
         let Ok(application) = control.watched(&app) else { continue };
         if application.execution.is_none()
             && rejoins.may_try(Instant::now())
+            // Whoever would be copied from has to be there, and may have to be started again.
+            && control.seen(&app).is_some_and(|seen| seen.analysis == Analysis::NoProblem)
             && let Some(id) = control.may_rejoin(&app, &application)
         {
             rejoins.tries(Instant::now());
@@ -237,6 +239,7 @@ async fn look(
     let mut lsn = None;
     if let (Answer::Primary, Some(admin)) = (answer, &mut admin) {
         lsn = admin.flush_lsn().await.ok();
+        compare(server, admin).await;
     }
     let (mut process, mut streams, mut is_lease_over) = (None, None, false);
     if answer == Answer::Nothing {
@@ -260,6 +263,13 @@ async fn look(
         }
     });
     (analysis, admin.filter(|_| answer == Answer::Primary))
+}
+
+/// Looks whether the agent is beside the server that answers here.
+async fn compare(server: &CellServer, admin: &mut Admin) {
+    let Some(Member::Agent(link)) = &server.member else { return };
+    let Ok(Some(found)) = admin.postmaster().await else { return };
+    link.compare(found);
 }
 
 /// Whether a standby hears of the active cell's server.
@@ -287,7 +297,7 @@ async fn begin(
             && one.ending != Some(Ending::Aborted)
             && now_ms().saturating_sub(one.started_at_ms) < block_ms
     };
-    let to = stages::choose(servers, cell).await?;
+    let to = stages::choose(control, servers, (app, cell)).await?;
     if let Some(one) = recent.iter().find(is_recent) {
         return Err(format!(
             "execution {} failed over less than {:?} ago; `holdfast failover {app} --to {to}` does it again",

@@ -37,10 +37,32 @@ pub struct Renew {
     pub process: Process,
     /// The agent could see and end the server's processes, if there are any. Without it, it gets no lease.
     pub is_in_hand: bool,
+    /// Which server it has in hand: another number for another data directory, host, or boot of it.
+    #[serde(default)]
+    pub place: Option<u64>,
+    /// What its lock file says, by which control sees whether this is the server that it reaches.
+    #[serde(default)]
+    pub postmaster: Option<Postmaster>,
     /// Where others ask it for pledges.
     pub listens: Option<String>,
     /// Whom it would ask for pledges, as it was told last.
     pub neighbours: BTreeMap<String, u64>,
+}
+
+/// The first and the third line of `postmaster.pid` (`pidfile.h`): a process, and when it was started, in seconds of Unix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Postmaster {
+    pub pid: u32,
+    pub started: u64,
+}
+
+impl Postmaster {
+    pub fn read(text: &str) -> Option<Postmaster> {
+        let mut lines = text.lines().map(str::trim);
+        let pid = lines.next()?.parse().ok()?;
+        let started = lines.nth(1)?.parse().ok()?;
+        Some(Postmaster { pid, started })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,7 +99,10 @@ pub enum Task {
     /// Renews the lease until it is of the order's epoch, so that the server may become a primary.
     HoldLease,
     /// Pledges nothing any more for leases of the order's epoch, and waits until what it has pledged is over.
-    EndPledges,
+    EndPledges {
+        /// Of the agent that is meant: another one has not pledged what this one has.
+        directory: u64,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

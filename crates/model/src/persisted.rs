@@ -30,6 +30,18 @@ pub struct Attended {
     #[serde(default)]
     pub epoch: Epoch,
     pub length: std::time::Duration,
+    /// Which server it was, as long as that is known.
+    #[serde(default)]
+    pub place: Option<u64>,
+}
+
+impl Attended {
+    /// The lease of this one may go on by pledges while another host asks for it in the same epoch. A host that was booted
+    /// again has ended its server; and one that has the same server in hand ends it when its own lease is over.
+    pub fn may_go_on(&self, epoch: Epoch, directory: u64, place: Option<u64>) -> bool {
+        let is_same_server = self.place.is_some() && self.place == place;
+        self.epoch == epoch && self.directory != directory && !is_same_server
+    }
 }
 
 /// Whom the agent of a cell may ask for pledges.

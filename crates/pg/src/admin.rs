@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use model::Lsn;
+use model::agent::Postmaster;
 use model::proxies::Answer;
 use tokio::time::timeout;
 use wire::scram::{Credential, Verifier};
@@ -134,6 +135,19 @@ impl Admin {
             system_identifier: cell(3).to_owned(),
             streaming: cell(4) == "t",
         })
+    }
+
+    /// What the server's own lock file says; none where our role may not read it.
+    ///
+    /// # Errors
+    /// As [`Admin::value`].
+    pub async fn postmaster(&mut self) -> Result<Option<Postmaster>, QueryError> {
+        let may = "SELECT has_function_privilege('pg_read_file(text)', 'execute')";
+        if self.value(may).await?.as_deref() != Some("t") {
+            return Ok(None);
+        }
+        let text = self.value("SELECT pg_read_file('postmaster.pid')").await?;
+        Ok(text.as_deref().and_then(Postmaster::read))
     }
 
     /// The end of the WAL that is flushed: what a standby must have.

@@ -17,6 +17,8 @@ use thiserror::Error;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::processes::Places;
+
 /// Longest file of a server that is read whole.
 const FILE_LEN_MAX: u64 = 1024 * 1024;
 /// Output of a program that is kept for its error.
@@ -73,8 +75,10 @@ pub struct Instance {
 /// What is known to all who speak of one server.
 #[derive(Debug, Default)]
 pub struct Shared {
-    /// Device and number of the data directory, when its path led there last.
-    pub(crate) place: Mutex<Option<(PathBuf, (u64, u64))>>,
+    /// Where the data directory is, and where processes of it are still, by what its path led to before.
+    pub(crate) places: Mutex<Places>,
+    /// Device and number of the program that the postmaster was seen to be.
+    pub(crate) program: Mutex<Option<(u64, u64)>>,
     /// Somebody writes `standby.signal`, and the disk may take its time.
     pub(crate) is_writing: AtomicBool,
 }

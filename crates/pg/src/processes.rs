@@ -11,6 +11,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
+use model::agent::Postmaster;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::instance::{Instance, InstanceError};
@@ -60,13 +61,37 @@ impl Instance {
         lives.then_some(lock.pid)
     }
 
-    /// Device and number of the data directory, also once its path leads nowhere.
-    fn place(&self) -> Option<(u64, u64)> {
-        let mut known = self.shared.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Ok(dir) = std::fs::metadata(&self.data_dir) {
-            *known = Some((self.data_dir.clone(), (dir.dev(), dir.ino())));
+    /// Device and number of the data directory, also once its path leads nowhere; and those in which processes of it still
+    /// are, if its path led there before.
+    fn places(&self) -> Vec<(u64, u64)> {
+        let mut known = self.shared.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = std::fs::metadata(&self.data_dir).ok().map(|dir| (dir.dev(), dir.ino()));
+        if known.of.as_ref() != Some(&self.data_dir) {
+            *known = Places { of: Some(self.data_dir.clone()), now, before: Vec::new() };
         }
-        known.as_ref().filter(|(path, _)| *path == self.data_dir).map(|(_, place)| *place)
+        if let Some(now) = now
+            && known.now != Some(now)
+        {
+            let before = known.now.replace(now);
+            known.before.extend(before);
+        }
+        // Nobody else gets its number while somebody works there.
+        if !known.before.is_empty() {
+            let at_work = workplaces();
+            known.before.retain(|place| at_work.contains(place));
+        }
+        known.now.into_iter().chain(known.before.iter().copied()).collect()
+    }
+
+    /// What the lock file says.
+    pub fn postmaster(&self) -> Option<Postmaster> {
+        Postmaster::read(&std::fs::read_to_string(self.data_dir.join("postmaster.pid")).ok()?)
+    }
+
+    /// The number of the server's data directory on this host, until that is booted again; none if it is not there.
+    pub fn place(&self) -> Option<u64> {
+        let dir = std::fs::metadata(&self.data_dir).ok()?;
+        Some(crate::clock::boot_number() ^ dir.dev().rotate_left(32) ^ dir.ino())
     }
 
     /// A process of this number lives and is of the server; None if that cannot be seen. One that has ended and was not
@@ -74,8 +99,8 @@ impl Instance {
     fn owns(&self, pid: u32) -> Option<bool> {
         let path = PathBuf::from(format!("/proc/{pid}/cwd"));
         match std::fs::read_link(&path) {
-            Ok(shown) => Some(match (std::fs::metadata(&path), self.place()) {
-                (Ok(dir), Some(place)) => (dir.dev(), dir.ino()) == place,
+            Ok(shown) => Some(match (std::fs::metadata(&path), self.places()) {
+                (Ok(dir), places) if !places.is_empty() => places.contains(&(dir.dev(), dir.ino())),
                 _ => shown == self.data_dir,
             }),
             Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
@@ -109,15 +134,23 @@ impl Instance {
         lock.port != 0 && std::net::TcpStream::connect_timeout(&address, REACH_MAX).is_ok()
     }
 
+    /// What the postmaster is, as far as it was ever seen: distributions give the program names of their own.
+    fn program(&self) -> Option<(u64, u64)> {
+        let mut known = self.shared.program.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = self.lock_file().filter(|lock| self.owns(lock.pid) == Some(true));
+        if let Some(program) = lock.and_then(|lock| program_of(lock.pid)) {
+            *known = Some(program);
+        }
+        *known
+    }
+
     /// The server's processes that live, the postmaster's and all others. Each works in the data directory.
     fn processes(&self) -> Result<Seen, InstanceError> {
         let error = |source| InstanceError::File { path: "/proc".into(), what: "read", source };
         let all = std::fs::read_dir("/proc").map_err(error)?;
         let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let is_server = |pid: &u32| {
-            std::fs::read_to_string(format!("/proc/{pid}/comm"))
-                .is_ok_and(|name| matches!(name.trim_end(), "postgres" | "postmaster"))
-        };
+        let program = self.program();
+        let is_server = |pid: &u32| is_server(*pid, program);
         let mut seen = Seen::default();
         for pid in pids.filter(is_server) {
             match self.owns(pid) {
@@ -139,18 +172,27 @@ impl Instance {
     /// # Errors
     /// It could not be, or the data directory is not there.
     pub fn is_in_hand(&self) -> Result<(), InstanceError> {
-        std::fs::metadata(&self.data_dir).map_err(|source| InstanceError::File {
-            path: self.data_dir.clone(),
-            what: "seen",
-            source,
-        })?;
+        for path in ["PG_VERSION", "global/pg_control"].map(|name| self.data_dir.join(name)) {
+            std::fs::metadata(&path).map_err(|source| InstanceError::File {
+                path,
+                what: "seen",
+                source,
+            })?;
+        }
         // For as long as its path leads nowhere, from here on.
-        let _ = self.place();
+        if let [now, _, ..] = self.places().as_slice() {
+            // A server of the directory that was here before: what control knows of it is not said of this one.
+            let pid = self.processes()?.own.into_iter().find(|pid| workplace(*pid) != Some(*now));
+            if let Some(pid) = pid {
+                return Err(InstanceError::Unseen { pid });
+            }
+        }
         let Some(lock) = self.lock_file() else { return Ok(()) };
         let pid = lock.pid;
         let may_end = || number(pid).is_some_and(|pid| test_kill_process(pid).is_ok());
         match self.owns(pid) {
-            Some(true) if may_end() => Ok(()),
+            // Where it is not known for what it is, others of it would not be either.
+            Some(true) if may_end() && is_server(pid, self.program()) => Ok(()),
             Some(false) if !self.serves_unseen(&lock) => Ok(()),
             _ => Err(InstanceError::Unseen { pid }),
         }
@@ -250,6 +292,38 @@ impl Instance {
     }
 }
 
+/// What is known of where a server's processes work.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    /// The path that this is known of.
+    of: Option<PathBuf>,
+    now: Option<(u64, u64)>,
+    before: Vec<(u64, u64)>,
+}
+
+/// Device and number of the directory in which a process works.
+fn workplace(pid: u32) -> Option<(u64, u64)> {
+    std::fs::metadata(format!("/proc/{pid}/cwd")).ok().map(|dir| (dir.dev(), dir.ino()))
+}
+
+fn workplaces() -> BTreeSet<(u64, u64)> {
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(workplace).collect()
+}
+
+/// Device and number of the program that a process is.
+fn program_of(pid: u32) -> Option<(u64, u64)> {
+    std::fs::metadata(format!("/proc/{pid}/exe")).ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// It is a server's by its name, or the program that the postmaster was.
+fn is_server(pid: u32, program: Option<(u64, u64)>) -> bool {
+    let named = |name: &str| name.contains("postgres") || name.contains("postmaster");
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| named(&name))
+        || (program.is_some() && program_of(pid) == program)
+}
+
 /// What a later try has found counts, and what all have ended.
 fn and(
     before: Result<usize, InstanceError>,
@@ -309,6 +383,7 @@ mod tests {
         let mut control = vec![0; 16];
         control.extend(6_u32.to_ne_bytes());
         std::fs::write(dir.join("global/pg_control"), control).unwrap();
+        std::fs::write(dir.join("PG_VERSION"), "15\n").unwrap();
         let (bin_dir, data_dir) = (dir.join("bin"), dir.to_owned());
         let (run_as, options, shared) = Default::default();
         Instance { bin_dir, data_dir, run_as, options, shared }
@@ -343,6 +418,52 @@ mod tests {
         instance.is_in_hand().unwrap();
         dir.close().unwrap();
         assert!(instance.is_in_hand().is_err());
+    }
+
+    /// A process of any name whose working directory is this.
+    fn at_work(dir: &Path, program: &str) -> std::process::Child {
+        let copy = dir.join(program);
+        std::fs::copy("/bin/sleep", &copy).unwrap();
+        std::process::Command::new(copy).arg("600").current_dir(dir).spawn().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_another_takes_the_place_of_is_not_forgotten() {
+        let outer = tempfile::tempdir().unwrap();
+        let (dir, moved) = (outer.path().join("data"), outer.path().join("moved"));
+        std::fs::create_dir(&dir).unwrap();
+        let mut process = at_work(&dir, "postgres");
+        let instance = instance(&dir, process.id(), 0);
+        instance.is_in_hand().unwrap();
+        std::fs::rename(&dir, &moved).unwrap();
+        std::fs::create_dir(&dir).unwrap();
+        // An empty one is nobody's, and one that looks like a server's is another's.
+        assert!(instance.is_in_hand().is_err());
+        std::fs::create_dir(dir.join("global")).unwrap();
+        std::fs::write(dir.join("global/pg_control"), "").unwrap();
+        std::fs::write(dir.join("PG_VERSION"), "15\n").unwrap();
+        let in_hand = instance.is_in_hand();
+        assert!(matches!(in_hand, Err(InstanceError::Unseen { pid }) if pid == process.id()));
+        // Whoever is told to end it ends it.
+        assert_eq!(instance.kill(Duration::from_secs(10)).await.unwrap(), 1);
+        process.wait().unwrap();
+        instance.is_in_hand().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_program_is_a_servers_by_whatever_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut postmaster = at_work(dir.path(), "pgserver");
+        let instance = instance(dir.path(), postmaster.id(), 0);
+        instance.is_in_hand().unwrap();
+        // A backend, which outlives it.
+        let copy = dir.path().join("pgserver");
+        let backend = std::process::Command::new(copy).arg("600").current_dir(dir.path()).spawn();
+        let mut backend = backend.unwrap();
+        postmaster.kill().unwrap();
+        postmaster.wait().unwrap();
+        assert_eq!(instance.kill(Duration::from_secs(10)).await.unwrap(), 1);
+        backend.wait().unwrap();
     }
 
     #[test]

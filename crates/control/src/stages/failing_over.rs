@@ -13,7 +13,7 @@ use model::barrier::Order;
 use model::durability::Protection;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
 use model::member::WalTail;
-use model::persisted::{Execution, LostTail};
+use model::persisted::{Execution, LostTail, Pleads};
 use pg::ConnectError;
 use pg::admin::Admin;
 use tokio::time::timeout;
@@ -103,10 +103,52 @@ async fn position(admin: &mut Admin) -> Result<Position, String> {
     Ok(Position { timeline, received, is_sure: cell(2) == Some("t") })
 }
 
-/// The standby that is to take the place, if nobody has said which.
-pub(crate) async fn choose(servers: &AppServers, from: &str) -> Result<String, String> {
-    let all = candidates(servers, from).await;
-    most_advanced(&all).map(|one| one.cell.clone()).ok_or_else(|| "no standby answers".into())
+/// The standby that is to take the place, if nobody has said which: of those that could at all.
+pub(crate) async fn choose(
+    control: &Control,
+    servers: &AppServers,
+    (app, from): (&str, &str),
+) -> Result<String, String> {
+    let pleads = records::pleads(&*control.store, app, from).map_err(chain)?;
+    let mut all = candidates(servers, from).await;
+    let mut why = None;
+    all.retain(|one| {
+        let member = servers.cells.get(&one.cell).and_then(|server| server.member.as_ref());
+        let may = may_be_promoted(&one.cell, member)
+            .and_then(|()| ends_pledges(&pleads, &one.cell, member, from));
+        why = why.take().or(may.as_ref().err().cloned());
+        may.is_ok()
+    });
+    let chosen = most_advanced(&all).map(|one| one.cell.clone());
+    chosen.ok_or_else(|| why.unwrap_or_else(|| "no standby answers".into()))
+}
+
+/// Whoever is beside the server is there to hold the lease that a primary needs.
+fn may_be_promoted(cell: &str, member: Option<&Member>) -> Result<(), String> {
+    match member {
+        Some(member) if !member.is_heard() => Err(format!(
+            "the agent of `{cell}` is not heard, which would have to hold its lease: start it"
+        )),
+        Some(member) if member.is_out_of_hand() => Err(format!(
+            "the agent of `{cell}` cannot see or end its server, and would get no lease: its log says why"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// That the agent of `cell` pledges no more is enough: the lease of the lost cell does not go on.
+fn ends_pledges(
+    pleads: &Pleads,
+    cell: &str,
+    member: Option<&Member>,
+    lost: &str,
+) -> Result<(), String> {
+    match pleads.all_need(cell, member.and_then(Member::directory)) {
+        true => Ok(()),
+        false => Err(format!(
+            "the lease of `{lost}` may go on by pledges of which the agent of `{cell}` knows nothing: it is another than that of which `{lost}` was told"
+        )),
+    }
 }
 
 fn loss_policy(execution: &Execution, servers: &AppServers) -> LossPolicy {
@@ -167,6 +209,11 @@ pub(super) async fn assess(
         return Err(format!(
             "the agent of `{from_name}` cannot see or end its server; if you know that it is dead, `holdfast failover {app} --to {to_name} --allow-data-loss` says so"
         ));
+    }
+    // Nobody can say that this does not matter: after the grant there is no way back.
+    if let Some(member) = &to.member {
+        member.must_be_heard().await?;
+        may_be_promoted(to_name, Some(member))?;
     }
     let all = candidates(servers, from_name).await;
     let chosen = check_chosen(&all, to_name)
@@ -262,11 +309,11 @@ async fn pledges_over(
         return Ok(None);
     }
     let member = to.member.as_ref();
-    if !pleads.all_need(next, member.and_then(Member::directory)) {
-        return Err(format!(
-            "the lease of `{lost}` may go on by pledges of which the agent of `{next}` knows nothing: it is another than that of `{lost}` was told of; if you know that the server of `{lost}` is dead, `holdfast failover {app} --to {next} --allow-data-loss` says so"
-        ));
-    }
+    ends_pledges(&pleads, next, member, lost).map_err(|why| {
+        format!(
+            "{why}; if you know that the server of `{lost}` is dead, `holdfast failover {app} --to {next} --allow-data-loss` says so"
+        )
+    })?;
     match member {
         Some(member) => member.end_pledges().await.map(Some),
         None => Ok(None),
