@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use access::{Access, Role};
 use axum::Router;
 use axum::extract::{Json, Path, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
@@ -12,18 +13,21 @@ use axum::routing::{get, post};
 use control::{
     Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest,
 };
+use model::audit::Record;
 use model::cell::CellState;
 use model::failover::Analysis;
+use model::persisted::Execution;
+use model::switchover::Kind;
 use pg::admin::Admin;
 use proxy::Proxy;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::time::timeout;
-use wire::scram::Secret;
 
 /// How long one server may take to say where it stands.
 const STATUS_MAX: Duration = Duration::from_secs(2);
 
+pub(crate) mod access;
 pub(crate) mod agents;
 mod proxies;
 
@@ -32,16 +36,12 @@ pub(crate) struct State {
     /// That of this process, if it has one.
     proxy: Option<Arc<Proxy>>,
     control: Arc<Control>,
-    token: Option<Secret>,
+    access: Access,
 }
 
 impl State {
-    pub(crate) fn new(
-        proxy: Option<Arc<Proxy>>,
-        control: Arc<Control>,
-        token: Option<Secret>,
-    ) -> State {
-        State { proxy, control, token }
+    pub(crate) fn new(proxy: Option<Arc<Proxy>>, control: Arc<Control>, access: Access) -> State {
+        State { proxy, control, access }
     }
 }
 
@@ -56,6 +56,8 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/applications/{app}/cells/{cell}/unfence", post(unfence))
         .route("/v1/applications/{app}/executions/{id}/retry", post(retry))
         .route("/v1/executions", get(executions))
+        .route("/v1/audit", get(audit))
+        .route("/v1/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
         .route("/liveness", get(|| async { "alive\n" }))
         .route("/health", get(|| async { "healthy\n" }))
@@ -64,6 +66,13 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/read-write", get(primary))
         .route("/read-only", get(read_only))
         .with_state(state)
+}
+
+/// What there is to ask for, as OpenAPI has it.
+const OPENAPI: &str = include_str!("api/openapi.json");
+
+async fn openapi() -> Response {
+    ([("content-type", "application/json")], OPENAPI).into_response()
 }
 
 /// What went wrong, as clients of the API see it.
@@ -91,24 +100,15 @@ impl From<ControlError> for ApiError {
             | ControlError::Refused(_)
             | ControlError::NotNewest { .. }
             | ControlError::NotRetryable { .. } => StatusCode::CONFLICT,
+            ControlError::OtherEpoch { .. } => StatusCode::PRECONDITION_FAILED,
+            ControlError::OtherRequest { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         ApiError(status, crate::config::chain(&error))
     }
 }
 
-/// Whoever changes something shows the token, if there is one.
-fn authorize(state: &State, headers: &HeaderMap) -> Result<(), ApiError> {
-    let Some(token) = &state.token else { return Ok(()) };
-    let shown = headers.get("authorization").and_then(|value| value.to_str().ok());
-    let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-    // Compared by digest, so that the time it takes says nothing of the token.
-    let same = shown.len() == token.expose().len()
-        && shown.bytes().zip(token.expose().bytes()).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0;
-    let refused =
-        || ApiError(StatusCode::UNAUTHORIZED, "a bearer token is needed: see `token_file`".into());
-    same.then_some(()).ok_or_else(refused)
-}
+type Queried = Query<BTreeMap<String, String>>;
 
 /// `holdfast status` shows this.
 #[derive(Debug, Serialize, Deserialize)]
@@ -152,7 +152,11 @@ pub(crate) struct CellStatus {
     pub(crate) streaming: bool,
 }
 
-async fn status(Extract(state): Extract<State>) -> Result<Json<Status>, ApiError> {
+async fn status(
+    Extract(state): Extract<State>,
+    headers: HeaderMap,
+) -> Result<Json<Status>, ApiError> {
+    state.access.allow(&headers, Role::Viewer)?;
     let mut apps = Vec::new();
     for name in state.control.config.apps.keys() {
         apps.push(app_status(&state, name).await?);
@@ -329,12 +333,13 @@ fn proxies(state: &State, app: &str, problems: &mut Vec<String>) -> Vec<ProxySta
 async fn sessions(
     Extract(state): Extract<State>,
     Path(app): Path<String>,
-    Query(query): Query<BTreeMap<String, String>>,
+    Query(query): Queried,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
+    state.access.allow(&headers, Role::Viewer)?;
     state.control.application(&app)?;
     if query.get("pinned").is_some_and(|value| value != "false") {
-        authorize(&state, &headers)?;
+        state.access.allow(&headers, Role::Operator)?;
         // Asks every session's server, as a switchover would.
         let report = state.control.order(model::barrier::Order::Inspect { app }).await;
         return Ok(Json(report).into_response());
@@ -346,98 +351,146 @@ async fn sessions(
 async fn switchover(
     Extract(state): Extract<State>,
     Path(app): Path<String>,
+    Query(query): Queried,
     headers: HeaderMap,
     Json(request): Json<SwitchoverRequest>,
 ) -> Result<Response, ApiError> {
-    authorize(&state, &headers)?;
+    let asking = state.access.asking(&headers, &query, Role::Operator)?;
     state.control.application(&app)?;
     if request.dry_run {
         return Ok(Json(state.control.dry_run(&app, &request).await?).into_response());
     }
-    // A switchover runs to its end also if whoever asked for it hangs up.
     let control = state.control.clone();
-    let run = tokio::spawn(async move { control.switchover(&app, request).await });
-    match run.await {
-        Ok(execution) => Ok(Json(execution?).into_response()),
-        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
-    }
+    to_its_end(async move {
+        let (key, to) = (asking.key.clone(), request.to.clone());
+        let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Switchover, &to);
+        let act = control.switchover(&app, request, asking);
+        control.once(&app, key.as_deref(), is_same, act).await
+    })
+    .await
 }
 
 async fn failover(
     Extract(state): Extract<State>,
     Path(app): Path<String>,
+    Query(query): Queried,
     headers: HeaderMap,
     Json(request): Json<FailoverRequest>,
 ) -> Result<Response, ApiError> {
-    authorize(&state, &headers)?;
+    let role = if request.allow_data_loss { Role::Admin } else { Role::Operator };
+    let asking = state.access.asking(&headers, &query, role)?;
     state.control.application(&app)?;
     if request.dry_run {
         return Ok(Json(state.control.failover_dry_run(&app, &request).await?).into_response());
     }
     let control = state.control.clone();
-    match tokio::spawn(async move { control.fail_over(&app, request, false).await }).await {
-        Ok(execution) => Ok(Json(execution?).into_response()),
-        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
-    }
+    to_its_end(async move {
+        let (key, to) = (asking.key.clone(), request.to.clone());
+        let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Failover, &to);
+        let act = control.fail_over(&app, request, false, asking);
+        control.once(&app, key.as_deref(), is_same, act).await
+    })
+    .await
 }
 
 async fn move_sessions(
     Extract(state): Extract<State>,
     Path(app): Path<String>,
+    Query(query): Queried,
     headers: HeaderMap,
     Json(request): Json<MoveRequest>,
 ) -> Result<Response, ApiError> {
-    authorize(&state, &headers)?;
-    // It runs to its end also if whoever asked for it hangs up.
+    let asking = state.access.asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
-    let run = tokio::spawn(async move { control.move_sessions(&app, request).await });
-    match run.await {
-        Ok(report) => Ok(Json(report?).into_response()),
-        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
-    }
+    to_its_end(async move { control.move_sessions(&app, request, asking).await }).await
 }
 
 async fn fence(
     Extract(state): Extract<State>,
     Path((app, cell)): Path<(String, String)>,
+    Query(query): Queried,
     headers: HeaderMap,
     Json(request): Json<FenceRequest>,
 ) -> Result<Response, ApiError> {
-    authorize(&state, &headers)?;
+    let asking = state.access.asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
-    match tokio::spawn(async move { control.fence(&app, &cell, request).await }).await {
-        Ok(execution) => Ok(Json(execution?).into_response()),
-        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
-    }
+    to_its_end(async move {
+        let kind = if request.all { Kind::FenceAll } else { Kind::Fence };
+        let is_same = |one: &Execution| (one.kind, &one.to) == (kind, &cell);
+        let key = asking.key.clone();
+        let act = control.fence(&app, &cell, request, asking);
+        control.once(&app, key.as_deref(), is_same, act).await
+    })
+    .await
 }
 
 async fn unfence(
     Extract(state): Extract<State>,
     Path((app, cell)): Path<(String, String)>,
+    Query(query): Queried,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    authorize(&state, &headers)?;
+    let asking = state.access.asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
-    match tokio::spawn(async move { control.unfence(&app, &cell).await }).await {
-        Ok(execution) => Ok(Json(execution?).into_response()),
-        Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
-    }
+    to_its_end(async move {
+        let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Unfence, &cell);
+        let key = asking.key.clone();
+        let act = control.unfence(&app, &cell, asking);
+        control.once(&app, key.as_deref(), is_same, act).await
+    })
+    .await
 }
 
 async fn retry(
     Extract(state): Extract<State>,
     Path((app, id)): Path<(String, u64)>,
+    Query(query): Queried,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    authorize(&state, &headers)?;
+    let asking = state.access.asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
-    match tokio::spawn(async move { control.retry(&app, id).await }).await {
-        Ok(execution) => Ok(Json(execution?).into_response()),
+    to_its_end(async move { control.retry(&app, id, asking).await }).await
+}
+
+/// What is asked for runs to its end also if whoever asked for it hangs up.
+async fn to_its_end<T: Serialize + Send + 'static>(
+    act: impl Future<Output = Result<T, ControlError>> + Send + 'static,
+) -> Result<Response, ApiError> {
+    match tokio::spawn(act).await {
+        Ok(done) => Ok(Json(done?).into_response()),
         Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }
 
-async fn executions(Extract(state): Extract<State>) -> Result<Response, ApiError> {
+/// `holdfast audit` shows this.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Audit {
+    /// The newest, oldest first.
+    pub(crate) records: Vec<Record>,
+    /// How many there are; none if not all are there as they were.
+    pub(crate) verified: Option<u64>,
+    /// Where they are not.
+    pub(crate) broken: Option<String>,
+}
+
+async fn audit(
+    Extract(state): Extract<State>,
+    headers: HeaderMap,
+) -> Result<Json<Audit>, ApiError> {
+    state.access.allow(&headers, Role::Viewer)?;
+    let records = state.control.audit()?;
+    let (verified, broken) = match state.control.verify_audit()? {
+        Ok(count) => (Some(count), None),
+        Err(broken) => (None, Some(format!("record {} {}", broken.number, broken.what))),
+    };
+    Ok(Json(Audit { records, verified, broken }))
+}
+
+async fn executions(
+    Extract(state): Extract<State>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    state.access.allow(&headers, Role::Viewer)?;
     let mut all = Vec::new();
     for app in state.control.config.apps.keys() {
         all.extend(state.control.executions(app)?);
@@ -496,6 +549,45 @@ fn served(state: &State, what: &str, does: impl Fn(CellState) -> bool) -> (Statu
         }
         Err(error) => {
             (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", crate::config::chain(&error)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// Whatever is served is written down, and nothing else is.
+    #[test]
+    fn the_document_has_every_route() {
+        let document: serde_json::Value = serde_json::from_str(super::OPENAPI).unwrap();
+        let written: BTreeSet<(String, String)> = document["paths"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .flat_map(|(path, item)| {
+                let methods = item.as_object().unwrap().keys().cloned();
+                methods.map(|method| (path.clone(), method)).collect::<Vec<_>>()
+            })
+            .collect();
+        let source = include_str!("api.rs");
+        let begin = source.find("Router::new()").unwrap();
+        let routes = &source[begin..source[begin..].find(".with_state").unwrap() + begin];
+        let served: BTreeSet<(String, String)> = routes
+            .split(".route(\"")
+            .skip(1)
+            .map(|text| {
+                let (path, rest) = text.split_once("\", ").unwrap();
+                let (method, _) = rest.split_once('(').unwrap();
+                (path.to_owned(), method.to_owned())
+            })
+            .collect();
+        assert!(served.len() > 10);
+        assert_eq!(served, written);
+        // Every reference leads somewhere.
+        for reference in super::OPENAPI.split("\"#").skip(1) {
+            let path = reference.split('"').next().unwrap();
+            assert!(document.pointer(path).is_some(), "{path}");
         }
     }
 }

@@ -133,7 +133,7 @@ async fn try_office(
     let control = Control::open(config.control.anew(), seat, None)?;
     let mut tasks = JoinSet::new();
     // People may see what is recovered, and have it wait.
-    let state = api::State::new(None, control.clone(), config.api.token.clone());
+    let state = api::State::new(None, control.clone(), config.api.access.clone());
     let routes = (api::routes(state), Handle::current());
     *answers.lock().unwrap_or_else(PoisonError::into_inner) = Some(routes);
     take_up(&control, Some(config.agents), &mut tasks).await?;

@@ -68,7 +68,8 @@ impl Running {
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
         watch(&control, &mut tasks);
         let api = listener.local_addr().unwrap_or(address);
-        let state = api::State::new(Some(proxy.clone()), control.clone(), config.api.token.clone());
+        let state =
+            api::State::new(Some(proxy.clone()), control.clone(), config.api.access.clone());
         tasks.spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
                 tracing::error!(%error, "the API has ended");

@@ -57,9 +57,16 @@ impl Control {
         proxies: Proxies,
     ) -> Result<Arc<Control>, ControlError> {
         let store: Arc<dyn Store> = seat.clone();
+        records::must_be_whole(&*store)?;
         for (name, app) in &config.apps {
             let first = || Application::new(&app.first_active, app.cells.keys().cloned());
-            let seen = records::open_application(&*store, name, first)?;
+            let mut seen = records::open_application(&*store, name, first)?;
+            if seen.application.adopt(app.cells.keys()) {
+                let text = "cells are new".to_owned();
+                let epoch = seen.application.epoch;
+                let draft = records::own(name, "adopt", epoch, "they are configured", text);
+                records::update(&*store, name, seen.revision, &seen.application, draft)?;
+            }
             for cell in seen.application.cells.keys() {
                 if !app.cells.contains_key(cell) {
                     tracing::warn!(

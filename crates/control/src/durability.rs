@@ -236,8 +236,15 @@ impl Control {
         }
         let epoch = application.epoch;
         if application.protected != protected {
+            let text = match &protected {
+                Some(one) => {
+                    format!("{} of {} standbys have each commit", one.acks, one.standbys.len())
+                }
+                None => "commits may be acknowledged by one server alone".to_owned(),
+            };
             application.protected = protected;
-            records::update(&*self.store, app, seen.revision, &application)
+            let draft = records::own(app, "protect", epoch, "what standbys do", text);
+            records::update(&*self.store, app, seen.revision, &application, draft)
                 .map_err(|error| chain(&error))?;
         }
         Ok(epoch)

@@ -7,6 +7,7 @@
 //! - `mailbox`: orders for another process, and what became of them.
 //! - [`proxies`]: orders for all proxies, those of other processes too.
 //! - [`seat`]: what makes one of several nodes control.
+//! - [`audit`]: what was done, by whom and why.
 //! - [`records`]: the application and its executions in the store.
 //! - [`requests`]: what it is asked for, and what it answers.
 //! - [`control`]: what it has. `verbs`: what people ask for.
@@ -24,6 +25,7 @@ use model::barrier::{Order, Report};
 use tokio::sync::{mpsc, oneshot};
 
 pub mod agents;
+pub mod audit;
 pub mod config;
 pub mod control;
 mod durability;

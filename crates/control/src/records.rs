@@ -1,5 +1,6 @@
 //! The application and its executions in the store. Each change is one transaction that compares first.
 
+use model::audit::{Asking, Draft};
 use model::cell::Epoch;
 use model::persisted::{
     Application, Attended, Execution, Pleads, Registered, application_key, attended_key,
@@ -9,16 +10,29 @@ use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
 use thiserror::Error;
 
+use crate::audit::noting;
+
 #[derive(Debug, Error)]
 pub enum RecordError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("record `{key}` in the store cannot be read")]
     Unreadable { key: String, source: serde_json::Error },
+    #[error("a restore of the store was broken off: `holdfast store restore` has to be run again")]
+    Restoring,
     #[error("application `{0}` is not in the store")]
     Missing(String),
     #[error(transparent)]
     Cell(#[from] model::cell::CellError),
+}
+
+/// Is there while a copy is put into the store in several transactions.
+pub const RESTORING_KEY: &str = "restoring";
+
+/// The record of what Holdfast does by itself.
+pub(crate) fn own(app: &str, did: &'static str, epoch: Epoch, reason: &str, text: String) -> Draft {
+    let Asking { by, reason, .. } = Asking::own(reason);
+    Draft { by, did, app: app.into(), epoch: epoch.0, reason, text }
 }
 
 /// An application as it was read, and when.
@@ -41,6 +55,15 @@ pub(crate) fn decode<T: serde::de::DeserializeOwned>(
 }
 
 /// # Errors
+/// The store cannot be read, or holds a part of a copy only.
+pub fn must_be_whole(store: &dyn Store) -> Result<(), RecordError> {
+    match store.get(RESTORING_KEY)? {
+        Some(_) => Err(RecordError::Restoring),
+        None => Ok(()),
+    }
+}
+
+/// # Errors
 /// The store cannot be read, or not written.
 pub fn open_application(
     store: &dyn Store,
@@ -49,8 +72,10 @@ pub fn open_application(
 ) -> Result<Seen, RecordError> {
     let key = application_key(app);
     if store.get(&key)?.is_none() {
-        let value = encode(&key, &first())?;
-        store.commit(&Txn::default().expect(&key, None).put(&key, value))?;
+        let first = first();
+        let txn = Txn::default().expect(&key, None).put(&key, encode(&key, &first)?);
+        let text = format!("cell `{}` is active", first.active().unwrap_or_default());
+        commit(store, txn, Some(own(app, "create", first.epoch, "it is configured", text)))?;
     }
     application(store, app)
 }
@@ -63,7 +88,8 @@ pub fn application(store: &dyn Store, app: &str) -> Result<Seen, RecordError> {
     Ok(Seen { application: decode(&key, &found.value)?, revision: found.revision })
 }
 
-/// Writes an application and an execution of it in one transaction, if the application is as it was seen.
+/// Writes an application and an execution of it in one transaction, and what is to be recorded of that, if the application is
+/// as it was seen.
 ///
 /// # Errors
 /// Somebody else has changed it, or the store cannot be written.
@@ -73,12 +99,21 @@ pub fn write(
     seen: Revision,
     application: &Application,
     execution: &Execution,
+    draft: Option<Draft>,
 ) -> Result<Revision, RecordError> {
     let (app_key, key) = (application_key(app), execution_key(app, execution.id));
     let txn = Txn::default()
         .expect(&app_key, Some(seen))
         .put(&app_key, encode(&app_key, application)?)
         .put(&key, encode(&key, execution)?);
+    commit(store, txn, draft)
+}
+
+fn commit(store: &dyn Store, txn: Txn, draft: Option<Draft>) -> Result<Revision, RecordError> {
+    let txn = match draft {
+        Some(draft) => noting(store, txn, draft)?,
+        None => txn,
+    };
     Ok(store.commit(&txn)?)
 }
 
@@ -91,10 +126,11 @@ pub fn update(
     app: &str,
     seen: Revision,
     application: &Application,
+    draft: Draft,
 ) -> Result<Revision, RecordError> {
     let key = application_key(app);
     let txn = Txn::default().expect(&key, Some(seen)).put(&key, encode(&key, application)?);
-    Ok(store.commit(&txn)?)
+    commit(store, txn, Some(draft))
 }
 
 /// Whom the lease of a cell was given last, if it ever was.
@@ -185,7 +221,9 @@ pub fn after_restore(store: &dyn Store) -> Result<Vec<(String, Epoch)>, RecordEr
                 txn = txn.put(&key, encode(&key, &execution)?);
             }
         }
-        store.commit(&txn)?;
+        let text = "nobody holds the grant".to_owned();
+        let reason = "the store was restored from a copy";
+        commit(store, txn, Some(own(&app, "restore", application.epoch, reason, text)))?;
         restored.push((app, application.epoch));
     }
     Ok(restored)

@@ -118,6 +118,10 @@ pub enum ControlError {
     NotNewest { app: String, cell: String, state: CellState, newest: String },
     #[error("{0}")]
     Refused(String),
+    #[error("application `{app}` is in epoch {found}, not {epoch}; see `holdfast status {app}`")]
+    OtherEpoch { app: String, epoch: u64, found: u64 },
+    #[error("the key `{key}` was used for another request: {says}")]
+    OtherRequest { key: String, says: String },
     #[error("no execution {0}")]
     NoExecution(u64),
     #[error(

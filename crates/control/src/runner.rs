@@ -21,9 +21,15 @@ impl Control {
         seen: records::Seen,
         asked: Asked,
     ) -> Result<Execution, ControlError> {
-        let last =
-            records::executions(&*self.store, app)?.last().map_or(0, |execution| execution.id);
+        let before = records::executions(&*self.store, app)?;
+        let last = before.last().map_or(0, |execution| execution.id);
         let kind = asked.kind;
+        if let Some(epoch) =
+            asked.asking.if_epoch.filter(|epoch| *epoch != seen.application.epoch.0)
+        {
+            let found = seen.application.epoch.0;
+            return Err(ControlError::OtherEpoch { app: app.into(), epoch, found });
+        }
         let execution = asked.execution(app, last + 1, &seen.application);
         {
             let _writing = self.write_alone();
@@ -37,7 +43,8 @@ impl Control {
                 return Err(ControlError::UnderWay { app: app.into(), id });
             }
             application.execution = Some(execution.id);
-            records::write(&*self.store, app, now.revision, &application, &execution)?;
+            let draft = execution.draft(kind.name(), application.epoch, execution.says());
+            records::write(&*self.store, app, now.revision, &application, &execution, Some(draft))?;
         }
         let (id, kind_name) = (execution.id, kind.name());
         let (from, to) = (&execution.from, &execution.to);
@@ -138,7 +145,8 @@ impl Control {
         });
         // Between hold and release every write delays clients, so only those that recovery needs are made.
         if matters_after_a_crash(stage) {
-            records::write(&*self.store, &execution.app, seen.revision, &application, execution)?;
+            let (store, app) = (&*self.store, &execution.app);
+            records::write(store, app, seen.revision, &application, execution, None)?;
         }
         Ok(())
     }
@@ -183,7 +191,16 @@ impl Control {
             || matches!(stage, Stage::Promote | Stage::Regrant | Stage::Release)
             || outcome == Outcome::Failed
         {
-            records::write(&*self.store, &app, seen.revision, &application, execution)?;
+            let ended = |ending: Ending| {
+                let why = execution.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));
+                let text = format!("{}: {}{why}", execution.says(), ending.name());
+                execution.draft("end", application.epoch, text)
+            };
+            let draft = match after {
+                Next::End(ending) => Some(ended(ending)),
+                Next::Go(_) => None,
+            };
+            records::write(&*self.store, &app, seen.revision, &application, execution, draft)?;
         }
         Ok(())
     }
@@ -192,7 +209,8 @@ impl Control {
     pub(crate) fn save(&self, execution: &Execution) -> Result<(), ControlError> {
         let _writing = self.write_alone();
         let seen = records::application(&*self.store, &execution.app)?;
-        records::write(&*self.store, &execution.app, seen.revision, &seen.application, execution)?;
+        let (store, app) = (&*self.store, &execution.app);
+        records::write(store, app, seen.revision, &seen.application, execution, None)?;
         Ok(())
     }
 }

@@ -1,5 +1,8 @@
 //! What people ask for: each is refused at once, or becomes an execution that runs to its end.
 
+use std::time::Duration;
+
+use model::audit::{Asking, Draft};
 use model::barrier::{Order, Report};
 use model::cell::{Application, CellState};
 use model::persisted::Execution;
@@ -21,13 +24,15 @@ pub(crate) struct Asked {
     on_timeout: OnTimeout,
     allow_data_loss: bool,
     is_automatic: bool,
+    pub(crate) asking: Asking,
 }
 
 impl Asked {
-    fn new(kind: Kind, from: String, to: String) -> Asked {
+    fn new(kind: Kind, from: String, to: String, asking: Asking) -> Asked {
         let on_timeout = OnTimeout::Abort;
         let (allow_data_loss, is_automatic) = (false, false);
-        Asked { kind, from, to, deadline_ms: 0, on_timeout, allow_data_loss, is_automatic }
+        let deadline_ms = 0;
+        Asked { kind, from, to, deadline_ms, on_timeout, allow_data_loss, is_automatic, asking }
     }
 
     pub(crate) fn execution(self, app: &str, id: u64, application: &Application) -> Execution {
@@ -43,6 +48,7 @@ impl Asked {
             on_timeout,
             allow_data_loss: self.allow_data_loss,
             is_automatic: self.is_automatic,
+            asked: self.asking,
             started_at_ms: now_ms(),
             stage: kind.first(),
             lsn: None,
@@ -54,7 +60,55 @@ impl Asked {
     }
 }
 
+/// Between two looks at an execution that somebody else waits for.
+const LOOK: Duration = Duration::from_millis(100);
+
 impl Control {
+    /// Does what is asked, or waits for what became of it if it was asked before with the same key, of whichever control.
+    ///
+    /// # Errors
+    /// As `act`, or the key is of another request.
+    pub async fn once(
+        &self,
+        app: &str,
+        key: Option<&str>,
+        is_same: impl Fn(&Execution) -> bool,
+        act: impl Future<Output = Result<Execution, ControlError>>,
+    ) -> Result<Execution, ControlError> {
+        let Some(key) = key else { return act.await };
+        let asked = || {
+            let all = records::executions(&*self.store, app)?;
+            let found = all.into_iter().find(|one| one.asked.key.as_deref() == Some(key));
+            match found {
+                Some(found) if !is_same(&found) => {
+                    let (key, says) = (key.to_owned(), found.says());
+                    Err(ControlError::OtherRequest { key, says })
+                }
+                found => Ok(found),
+            }
+        };
+        let mut found = asked()?;
+        if found.is_none() {
+            match act.await {
+                // It may be the same, asked at the same time.
+                Err(ControlError::UnderWay { app, id }) => {
+                    tokio::time::sleep(LOOK).await;
+                    found = asked()?;
+                    if found.is_none() {
+                        return Err(ControlError::UnderWay { app, id });
+                    }
+                }
+                done => return done,
+            }
+        }
+        let Some(mut execution) = found else { return Err(ControlError::NoExecution(0)) };
+        while execution.ending.is_none() {
+            tokio::time::sleep(LOOK).await;
+            execution = self.execution(app, execution.id)?;
+        }
+        Ok(execution)
+    }
+
     fn check(
         &self,
         app: &str,
@@ -128,12 +182,13 @@ impl Control {
         &self,
         app: &str,
         request: SwitchoverRequest,
+        asking: Asking,
     ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
         let SwitchoverRequest { to, deadline_ms, on_timeout, .. } = request;
-        let asked = Asked::new(Kind::Switchover, from, to);
+        let asked = Asked::new(Kind::Switchover, from, to, asking);
         self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
     }
 
@@ -149,7 +204,7 @@ impl Control {
         let application = self.application(app)?;
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
-        let asked = Asked::new(Kind::Failover, from.clone(), request.to.clone());
+        let asked = Asked::new(Kind::Failover, from.clone(), request.to.clone(), Asking::default());
         let asked = Asked { allow_data_loss: request.allow_data_loss, ..asked };
         let mut execution = asked.execution(app, 0, &application);
         let assessed = stages::run(self, &mut execution, Stage::Assess).await;
@@ -176,23 +231,24 @@ impl Control {
         app: &str,
         request: FailoverRequest,
         is_automatic: bool,
+        asking: Asking,
     ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
         let FailoverRequest { to, allow_data_loss, .. } = request;
         if let Some((stuck, application)) = self.stands_in_the_way(app)? {
             // It may have left its server fenced, so it goes only if this one comes about.
             let from = self.check(app, &application, &to)?;
-            let asked = Asked::new(Kind::Failover, from, to.clone());
+            let asked = Asked::new(Kind::Failover, from, to.clone(), asking.clone());
             let asked = Asked { allow_data_loss, ..asked };
             let mut provisional = asked.execution(app, 0, &application);
             stages::run(self, &mut provisional, Stage::Assess)
                 .await
                 .map_err(ControlError::Refused)?;
-            self.supersede(app, stuck)?;
+            self.supersede(app, stuck, &asking)?;
         }
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &to)?;
-        let asked = Asked::new(Kind::Failover, from, to);
+        let asked = Asked::new(Kind::Failover, from, to, asking);
         self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
     }
 
@@ -224,7 +280,12 @@ impl Control {
     }
 
     /// A failover takes the place of an execution that stands still.
-    fn supersede(&self, app: &str, mut execution: Execution) -> Result<(), ControlError> {
+    fn supersede(
+        &self,
+        app: &str,
+        mut execution: Execution,
+        asking: &Asking,
+    ) -> Result<(), ControlError> {
         let _writing = self.write_alone();
         let mut seen = records::application(&*self.store, app)?;
         execution.ending = Some(Ending::Aborted);
@@ -235,7 +296,11 @@ impl Control {
             seen.application.change(&from, CellState::Active).map_err(RecordError::Cell)?;
         }
         seen.application.execution = None;
-        records::write(&*self.store, app, seen.revision, &seen.application, &execution)?;
+        let text = format!("{}: a failover takes its place", execution.says());
+        let draft = execution.draft("supersede", seen.application.epoch, text);
+        let draft = Draft { by: asking.by.clone(), reason: asking.reason.clone(), ..draft };
+        let (store, revision) = (&*self.store, seen.revision);
+        records::write(store, app, revision, &seen.application, &execution, Some(draft))?;
         Ok(())
     }
 
@@ -248,6 +313,7 @@ impl Control {
         app: &str,
         cell: &str,
         request: FenceRequest,
+        asking: Asking,
     ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
         let (seen, state) = self.see(app, cell)?;
@@ -255,7 +321,7 @@ impl Control {
             return Err(ControlError::NotActive { cell: cell.into(), state });
         }
         let kind = if request.all { Kind::FenceAll } else { Kind::Fence };
-        let asked = Asked::new(kind, cell.to_owned(), cell.to_owned());
+        let asked = Asked::new(kind, cell.to_owned(), cell.to_owned(), asking);
         let FenceRequest { deadline_ms, on_timeout, .. } = request;
         self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
     }
@@ -264,7 +330,12 @@ impl Control {
     ///
     /// # Errors
     /// It is refused before anything was done. How it went otherwise is in the execution.
-    pub async fn unfence(&self, app: &str, cell: &str) -> Result<Execution, ControlError> {
+    pub async fn unfence(
+        &self,
+        app: &str,
+        cell: &str,
+        asking: Asking,
+    ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
         let (seen, state) = self.see(app, cell)?;
         match seen.application.served() {
@@ -278,7 +349,7 @@ impl Control {
             _ => return Err(ControlError::NotFenced { cell: cell.into(), state }),
         }
         stages::check_alone(self.servers(app)?, cell).await.map_err(ControlError::Refused)?;
-        let asked = Asked::new(Kind::Unfence, cell.to_owned(), cell.to_owned());
+        let asked = Asked::new(Kind::Unfence, cell.to_owned(), cell.to_owned(), asking);
         self.execute(app, seen, asked).await
     }
 
@@ -301,6 +372,7 @@ impl Control {
         &self,
         app: &str,
         request: MoveRequest,
+        asking: Asking,
     ) -> Result<Report, ControlError> {
         let _taken = self.take(app)?;
         self.check_cell(app, &request.to)?;
@@ -310,6 +382,10 @@ impl Control {
             return Err(ControlError::NoActive { app: app.into() });
         }
         let MoveRequest { session, to, deadline_ms } = request;
+        let which = session.map_or("all sessions".to_owned(), |id| format!("session {id}"));
+        let (by, reason, epoch) = (asking.by, asking.reason, application.epoch.0);
+        let text = format!("{which} to `{to}`");
+        self.note(Draft { by, did: "move", app: app.into(), epoch, reason, text })?;
         Ok(self.order(Order::Move { app: app.into(), session, to, deadline_ms }).await)
     }
 
@@ -317,7 +393,12 @@ impl Control {
     ///
     /// # Errors
     /// There is none, or it does not stand still.
-    pub async fn retry(&self, app: &str, id: u64) -> Result<Execution, ControlError> {
+    pub async fn retry(
+        &self,
+        app: &str,
+        id: u64,
+        asking: Asking,
+    ) -> Result<Execution, ControlError> {
         let _taken = self.take(app)?;
         let mut execution = self.execution(app, id)?;
         let seen = records::application(&*self.store, app)?;
@@ -337,7 +418,10 @@ impl Control {
             let seen = records::application(&*self.store, app)?;
             let mut application = seen.application;
             application.execution = Some(id);
-            records::write(&*self.store, app, seen.revision, &application, &execution)?;
+            let draft = execution.draft("retry", application.epoch, execution.says());
+            let draft = Draft { by: asking.by, reason: asking.reason, ..draft };
+            let (store, revision) = (&*self.store, seen.revision);
+            records::write(store, app, revision, &application, &execution, Some(draft))?;
         }
         self.run(execution, stage).await
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::Lsn;
+use model::audit::Asking;
 use model::cell::Application;
 use model::durability::{Keeper, Step};
 use model::failover::{Analysis, Answer, Detector, Process, Sight};
@@ -63,7 +64,8 @@ pub async fn run(control: Arc<Control>, app: String) {
             let (control, app) = (control.clone(), app.clone());
             // It may have to copy a whole server.
             tokio::spawn(async move {
-                if let Err(error) = control.retry(&app, id).await {
+                let asking = Asking::own("the old server is there again");
+                if let Err(error) = control.retry(&app, id, asking).await {
                     tracing::warn!(app, execution = id, error = model::chain(&error), "no rejoin");
                 }
             });
@@ -96,7 +98,8 @@ pub async fn run(control: Arc<Control>, app: String) {
             {
                 reverts.tries(Instant::now());
                 // What it says is in its log.
-                let _ = control.retry(&app, id).await;
+                let asking = Asking::own("its server answers again");
+                let _ = control.retry(&app, id, asking).await;
             }
             continue;
         }
@@ -305,7 +308,10 @@ async fn begin(
         ));
     }
     let request = FailoverRequest { to, allow_data_loss: false, dry_run: false };
-    control.fail_over(app, request, true).await.map_err(|error| model::chain(&error))
+    let analysis = control.seen(app).map_or(Analysis::NoProblem, |seen| seen.analysis);
+    let asking = Asking::own(analysis.says());
+    let done = control.fail_over(app, request, true, asking).await;
+    done.map_err(|error| model::chain(&error))
 }
 
 impl Control {

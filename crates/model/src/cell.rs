@@ -142,6 +142,15 @@ impl Application {
         Application { epoch: Epoch(1), cells, granted_to, execution: None, protected: None }
     }
 
+    /// Cells that were configured since it was new; they have to become standbys. Whether there were any.
+    pub fn adopt<'a>(&mut self, cells: impl IntoIterator<Item = &'a String>) -> bool {
+        let before = self.cells.len();
+        for cell in cells {
+            self.cells.entry(cell.clone()).or_insert(CellState::Passive);
+        }
+        self.cells.len() > before
+    }
+
     /// An application whose record is old: what has happened since is not known, so nobody holds the grant, and the next
     /// is of an epoch that nobody can have seen. A person says which cell goes on.
     pub fn restored(mut self) -> Application {
@@ -240,6 +249,16 @@ x.x... promoting
         app.change("b", CellState::Fenced).unwrap();
         assert_eq!((app.active(), app.served()), (None, Some(("b", CellState::Fenced))));
         assert!(app.change("a", CellState::Active).is_err());
+    }
+
+    #[test]
+    fn a_cell_that_is_configured_later_is_passive() {
+        let mut app = Application::new("a", ["a".to_owned(), "b".to_owned()]);
+        app.cells.insert("b".into(), CellState::Recovering);
+        let cells = ["a", "b", "c"].map(str::to_owned);
+        assert!(app.adopt(&cells) && !app.adopt(&cells));
+        assert_eq!(app.cells["b"], CellState::Recovering);
+        assert_eq!(app.cells["c"], CellState::Passive);
     }
 
     #[test]

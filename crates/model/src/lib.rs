@@ -18,12 +18,14 @@
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`proxies`]: what proxies of other processes and control say to each other, and what they make of it.
 //! - [`seat`]: which of several control nodes is control.
+//! - [`audit`]: what was done, by whom and why.
 //! - [`policy`]: what commands do, and what the state of a cell makes of it.
 //! - [`persisted`]: the shapes that the store keeps.
 
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod audit;
 pub mod barrier;
 pub mod cell;
 pub mod durability;

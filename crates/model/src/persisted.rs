@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::{Asking, Draft};
 use crate::cell::{CellError, CellState, Epoch};
 use crate::switchover::{Ending, Kind, OnTimeout, Stage};
 
@@ -141,6 +142,8 @@ pub struct Execution {
     /// Nobody has asked for it.
     #[serde(default)]
     pub is_automatic: bool,
+    #[serde(default)]
+    pub asked: Asking,
     /// Milliseconds since 1970, for people; never used to decide.
     pub started_at_ms: u64,
     pub stage: Stage,
@@ -156,6 +159,22 @@ pub struct Execution {
 }
 
 impl Execution {
+    /// What it does, in words.
+    pub fn says(&self) -> String {
+        let Execution { id, kind, from, to, allow_data_loss, .. } = self;
+        let what = match from == to {
+            true => format!("execution {id}: cell `{to}`"),
+            false => format!("execution {id}: {} from `{from}` to `{to}`", kind.name()),
+        };
+        what + if *allow_data_loss { ", what is lost is given up" } else { "" }
+    }
+
+    /// The record of a change that this execution is, or makes.
+    pub fn draft(&self, did: &'static str, epoch: Epoch, text: String) -> Draft {
+        let Asking { by, reason, .. } = self.asked.clone();
+        Draft { by, did, app: self.app.clone(), epoch: epoch.0, reason, text }
+    }
+
     /// It stands still, and nothing that it has done is beyond going back.
     pub fn is_stuck_before(&self, application: &Application) -> bool {
         let goes_back = self.kind != Kind::Unfence;

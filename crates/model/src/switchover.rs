@@ -183,6 +183,18 @@ pub enum Ending {
     Stuck,
 }
 
+impl Ending {
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Ending::Completed => "completed",
+            Ending::CompletedWithoutRejoin => "completed, old server not rejoined",
+            Ending::Aborted => "aborted, nothing changed",
+            Ending::Stuck => "stuck",
+        }
+    }
+}
+
 /// What comes after a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {

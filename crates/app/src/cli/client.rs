@@ -1,6 +1,6 @@
 //! Speaks to the API of a running Holdfast.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,49 +13,72 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// Largest answer that is read.
 const ANSWER_LEN_MAX: u64 = 256 * 1024 * 1024;
 
-/// The answer as text, or the reason in words. Of several nodes the one that is control answers; whoever is not has done
-/// nothing, so the next may be asked.
-fn send(global: &Global, method: &str, path: &str, body: Option<String>) -> Result<String, String> {
-    let mut others = Vec::new();
-    for api in global.api.split(',').map(str::trim) {
-        match send_to(api, global, method, path, body.clone()) {
-            Ok(text) => return Ok(text),
-            Err(Failure::Elsewhere(why)) => others.push(why),
-            Err(Failure::Here(why)) => return Err(why),
-        }
-    }
-    Err(others.join("; "))
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// What is sent, each time it is.
+struct Request<'a> {
+    global: &'a Global,
+    path: &'a str,
+    /// None: it only reads.
+    body: Option<String>,
+    token: Option<String>,
+    /// With it, what is sent twice is done once.
+    key: Option<String>,
 }
 
 enum Failure {
     /// Nothing was done there.
     Elsewhere(String),
+    /// It may have been done.
+    Lost(String),
     Here(String),
 }
 
-fn send_to(
-    api: &str,
-    global: &Global,
-    method: &str,
-    path: &str,
-    body: Option<String>,
-) -> Result<String, Failure> {
+/// The answer as text, or the reason in words. Of several nodes the one that is control answers; whoever is not has done
+/// nothing, so the next may be asked, and so it may be where what is done twice is done once.
+fn send(request: &Request<'_>) -> Result<String, String> {
+    let apis: Vec<&str> = request.global.api.split(',').map(str::trim).collect();
+    let began = Instant::now();
+    let mut is_lost = false;
+    loop {
+        let mut failures = Vec::new();
+        for api in &apis {
+            match send_to(api, request) {
+                Ok(text) => return Ok(text),
+                Err(Failure::Elsewhere(why)) => failures.push(why),
+                Err(Failure::Lost(why)) if request.key.is_some() => {
+                    is_lost = true;
+                    failures.push(why);
+                }
+                Err(Failure::Lost(why) | Failure::Here(why)) => return Err(why),
+            }
+        }
+        let limit = match is_lost || apis.len() > 1 {
+            true => request.global.patience,
+            false => Duration::ZERO,
+        };
+        if began.elapsed() >= limit {
+            let failures = failures.join("; ");
+            return Err(match request.key.as_ref().filter(|_| is_lost) {
+                Some(key) => format!(
+                    "{failures}; what became of it is not known: the same command with `--key {key}` asks again"
+                ),
+                None => failures,
+            });
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn send_to(api: &str, request: &Request<'_>) -> Result<String, Failure> {
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_global(Some(WAIT_MAX))
         .timeout_connect(Some(CONNECT_MAX))
         .http_status_as_error(false)
         .build()
         .into();
-    let url = format!("{}{path}", api.trim_end_matches('/'));
-    let token = match &global.token_file {
-        Some(file) => {
-            let text = std::fs::read_to_string(file)
-                .map_err(|error| Failure::Here(format!("`{}`: {error}", file.display())))?;
-            Some(format!("Bearer {}", text.trim()))
-        }
-        None => None,
-    };
-    let unreachable = |error: ureq::Error| {
+    let url = format!("{}{}", api.trim_end_matches('/'), request.path);
+    let lost = |error: ureq::Error| {
         let text = format!(
             "`{url}` does not answer: {error}; is Holdfast running there? `--api` says where it is"
         );
@@ -68,35 +91,65 @@ fn send_to(
             ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
                 Failure::Elsewhere(text)
             }
-            _ => Failure::Here(text),
+            _ => Failure::Lost(text),
         }
     };
-    let mut response = if method == "POST" {
-        let mut request = agent.post(&url).header("content-type", "application/json");
-        if let Some(token) = &token {
-            request = request.header("authorization", token);
+    let mut response = match &request.body {
+        Some(body) => {
+            let mut post = agent.post(&url).header("content-type", "application/json");
+            if let Some(token) = &request.token {
+                post = post.header("authorization", token);
+            }
+            if let Some(key) = &request.key {
+                post = post.header("idempotency-key", key);
+            }
+            if let Some(epoch) = request.global.if_epoch {
+                post = post.header("if-match", format!("\"epoch-{epoch}\""));
+            }
+            if let Some(reason) = &request.global.reason {
+                post = post.query("reason", reason);
+            }
+            post.send(body).map_err(lost)?
         }
-        request.send(body.unwrap_or_default()).map_err(unreachable)?
-    } else {
-        agent.get(&url).call().map_err(unreachable)?
+        None => {
+            let mut get = agent.get(&url);
+            if let Some(token) = &request.token {
+                get = get.header("authorization", token);
+            }
+            get.call().map_err(lost)?
+        }
     };
     let status = response.status();
-    let text = response
-        .body_mut()
-        .with_config()
-        .limit(ANSWER_LEN_MAX)
-        .read_to_string()
-        .map_err(unreachable)?;
+    let text = response.body_mut().with_config().limit(ANSWER_LEN_MAX).read_to_string();
+    let text = text.map_err(lost)?;
     if status.is_success() {
         return Ok(text);
     }
     let answer = serde_json::from_str::<serde_json::Value>(&text).unwrap_or_default();
     let why = answer.get("error").and_then(|value| value.as_str());
     let why = why.map_or_else(|| format!("{status}: {text}"), str::to_owned);
-    Err(match answer.get("elsewhere") {
-        Some(_) => Failure::Elsewhere(why),
-        None => Failure::Here(why),
+    Err(match (answer.get("elsewhere"), status) {
+        (Some(_), _) => Failure::Elsewhere(why),
+        // Control has ended while it did this.
+        (None, ureq::http::StatusCode::BAD_GATEWAY) => Failure::Lost(why),
+        (None, _) => Failure::Here(why),
     })
+}
+
+fn token(global: &Global) -> Result<Option<String>, String> {
+    let Some(file) = &global.token_file else { return Ok(None) };
+    let text =
+        std::fs::read_to_string(file).map_err(|error| format!("`{}`: {error}", file.display()))?;
+    Ok(Some(format!("Bearer {}", text.trim())))
+}
+
+/// A key that nobody else has.
+fn new_key() -> Result<String, String> {
+    let mut bytes = [0; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut random| std::io::Read::read_exact(&mut random, &mut bytes))
+        .map_err(|error| format!("no key can be made: {error}"))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -104,14 +157,27 @@ fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 }
 
 pub(crate) fn get<T: DeserializeOwned>(global: &Global, path: &str) -> Result<T, String> {
-    read(&send(global, "GET", path, None)?)
+    let token = token(global)?;
+    read(&send(&Request { global, path, body: None, token, key: None })?)
 }
 
+/// Of what may not be done twice: if the answer is lost, nobody knows whether it was.
 pub(crate) fn post<T: DeserializeOwned>(
     global: &Global,
     path: &str,
     body: &impl Serialize,
 ) -> Result<T, String> {
-    let body = serde_json::to_string(body).map_err(|error| error.to_string())?;
-    read(&send(global, "POST", path, Some(body))?)
+    let body = Some(serde_json::to_string(body).map_err(|error| error.to_string())?);
+    read(&send(&Request { global, path, body, token: token(global)?, key: None })?)
+}
+
+/// Of a change that is done once, however often it is asked for.
+pub(crate) fn change<T: DeserializeOwned>(
+    global: &Global,
+    path: &str,
+    body: &impl Serialize,
+) -> Result<T, String> {
+    let body = Some(serde_json::to_string(body).map_err(|error| error.to_string())?);
+    let key = Some(global.key.clone().map_or_else(new_key, Ok)?);
+    read(&send(&Request { global, path, body, token: token(global)?, key })?)
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use model::lease::Moment;
@@ -18,6 +19,7 @@ macro_rules! say {
 }
 
 pub(crate) mod client;
+mod copies;
 pub(crate) mod show;
 
 use crate::config::{NodeConfig, Roles, chain, read_duration};
@@ -27,7 +29,6 @@ use crate::run::Running;
 use crate::{demo, run};
 use agent::{Agent, AgentConfig};
 use pg::instance::Instance;
-use store::embedded::EmbeddedStore;
 
 #[derive(Parser)]
 #[command(
@@ -53,12 +54,26 @@ pub(crate) struct Global {
     /// Answer in JSON.
     #[arg(long, global = true)]
     json: bool,
+    /// How long another node is looked for, and it is asked what became of a change whose answer was lost.
+    #[arg(long, global = true, env = "HOLDFAST_PATIENCE", value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    patience: Duration,
+    /// Why a change is asked for; it is recorded.
+    #[arg(long, global = true, value_name = "TEXT")]
+    reason: Option<String>,
+    /// Change something only in this epoch.
+    #[arg(long, global = true, value_name = "EPOCH")]
+    if_epoch: Option<u64>,
+    /// Asked again with the same key, a change is not made twice: you are told what became of it. One is made up for each
+    /// command.
+    #[arg(long, global = true, value_name = "KEY")]
+    key: Option<String>,
 }
 
 impl Global {
     /// Of an installation whose API is at these addresses.
     pub(crate) fn of(apis: Vec<String>) -> Global {
-        Global { api: apis.join(","), token_file: None, json: false }
+        let (token_file, json, patience, reason, if_epoch, key) = Default::default();
+        Global { api: apis.join(","), token_file, json, patience, reason, if_epoch, key }
     }
 
     pub(crate) fn api(&self) -> &str {
@@ -174,6 +189,9 @@ enum Verb {
     /// Ends a server when its lease is over; an agent starts this.
     #[command(name = "__guard", hide = true)]
     Guard { bin_dir: PathBuf, data_dir: PathBuf, state_dir: PathBuf, kill_at_ns: u64 },
+    /// What was done, by whom and why; whether any of it was changed since.
+    #[command(after_help = "Example: holdfast audit")]
+    Audit,
     /// Take up an execution that stands still.
     #[command(after_help = "Example: holdfast retry 3")]
     Retry { id: u64 },
@@ -199,9 +217,12 @@ enum StoreVerb {
     },
 }
 
+fn duration(text: &str) -> Result<Duration, String> {
+    read_duration(text).ok_or_else(|| "a duration such as 500ms, 30s or 2m is needed".into())
+}
+
 fn duration_ms(text: &str) -> Result<u64, String> {
-    let duration = read_duration(text).ok_or("a duration such as 500ms, 30s or 2m is needed")?;
-    u64::try_from(duration.as_millis()).map_err(|error| error.to_string())
+    u64::try_from(duration(text)?.as_millis()).map_err(|error| error.to_string())
 }
 
 fn on_timeout(text: &str) -> Result<OnTimeout, String> {
@@ -239,10 +260,11 @@ pub(crate) fn main() -> ExitCode {
             show::move_sessions(&cli.global, &app, &request)
         }
         Verb::Executions { id } => show::executions(&cli.global, id),
+        Verb::Audit => show::audit(&cli.global),
         Verb::Retry { id } => show::retry(&cli.global, id),
-        Verb::Store(verb) => store_verb(&verb),
+        Verb::Store(verb) => copies::run(&verb),
         Verb::Guard { bin_dir, data_dir, state_dir, kill_at_ns } => {
-            let kill_at = Moment(std::time::Duration::from_nanos(kill_at_ns));
+            let kill_at = Moment(Duration::from_nanos(kill_at_ns));
             run_guard(&bin_dir, &data_dir, &state_dir, kill_at)
         }
     };
@@ -253,31 +275,6 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn store_verb(verb: &StoreVerb) -> Result<ExitCode, String> {
-    let dir = |config: &std::path::Path| {
-        let roles = Roles::load(config).map_err(|error| chain(&error))?;
-        roles.into_config().map(|config| config.control.state_dir)
-    };
-    match verb {
-        StoreVerb::Backup { config, to } => {
-            EmbeddedStore::backup(&dir(config)?, to).map_err(|error| chain(&error))?;
-            say!("the store is copied to `{}`", to.display());
-        }
-        StoreVerb::Restore { config, from } => {
-            let store =
-                EmbeddedStore::restore(&dir(config)?, from).map_err(|error| chain(&error))?;
-            let apps = control::records::after_restore(&store).map_err(|error| chain(&error))?;
-            for (app, epoch) in apps {
-                say!("{app}: epoch {epoch}, no cell is active");
-                say!(
-                    "next: start Holdfast, and say which cell has the newest data: holdfast unfence {app} CELL"
-                );
-            }
-        }
-    }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn check(path: &std::path::Path) -> Result<ExitCode, String> {

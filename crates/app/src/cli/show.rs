@@ -1,16 +1,18 @@
 //! What the verbs print: tables for people, JSON for scripts.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use control::requests::DryRun;
 use control::{FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest};
+use model::audit::Record;
 use model::barrier::{Blocker, Report, SessionView};
 use model::persisted::{Execution, LogEvent};
 use model::switchover::{Ending, Kind};
 use serde::Serialize;
 
 use super::{Global, client};
-use crate::api::{ProxyStatus, Status};
+use crate::api::{Audit, ProxyStatus, Status};
 
 type Done = Result<ExitCode, String>;
 
@@ -169,7 +171,7 @@ pub(super) fn switchover(global: &Global, app: &str, request: &SwitchoverRequest
         let dry: DryRun = client::post(global, &path, request)?;
         return dry_run(global, "switchover", &dry);
     }
-    let execution: Execution = client::post(global, &path, request)?;
+    let execution: Execution = client::change(global, &path, request)?;
     ended(global, &execution)
 }
 
@@ -179,7 +181,7 @@ pub(super) fn failover(global: &Global, app: &str, request: &FailoverRequest) ->
         let dry: DryRun = client::post(global, &path, request)?;
         return dry_run(global, "failover", &dry);
     }
-    let execution: Execution = client::post(global, &path, request)?;
+    let execution: Execution = client::change(global, &path, request)?;
     ended(global, &execution)
 }
 
@@ -206,13 +208,13 @@ fn dry_run(global: &Global, what: &str, dry: &DryRun) -> Done {
 
 pub(super) fn fence(global: &Global, app: &str, cell: &str, request: &FenceRequest) -> Done {
     let path = format!("/v1/applications/{app}/cells/{cell}/fence");
-    let execution: Execution = client::post(global, &path, request)?;
+    let execution: Execution = client::change(global, &path, request)?;
     ended(global, &execution)
 }
 
 pub(super) fn unfence(global: &Global, app: &str, cell: &str) -> Done {
     let path = format!("/v1/applications/{app}/cells/{cell}/unfence");
-    let execution: Execution = client::post(global, &path, &serde_json::json!({}))?;
+    let execution: Execution = client::change(global, &path, &serde_json::json!({}))?;
     ended(global, &execution)
 }
 
@@ -236,13 +238,7 @@ fn ended(global: &Global, execution: &Execution) -> Done {
 }
 
 fn ending(execution: &Execution) -> &'static str {
-    match execution.ending {
-        None => "under way",
-        Some(Ending::Completed) => "completed",
-        Some(Ending::CompletedWithoutRejoin) => "completed, old server not rejoined",
-        Some(Ending::Aborted) => "aborted, nothing changed",
-        Some(Ending::Stuck) => "stuck",
-    }
+    execution.ending.map_or("under way", Ending::name)
 }
 
 pub(crate) fn print_execution(execution: &Execution) {
@@ -281,6 +277,45 @@ pub(crate) fn print_execution(execution: &Execution) {
     if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
         say!("next: holdfast retry {id}");
     }
+}
+
+pub(super) fn audit(global: &Global) -> Done {
+    let audit: Audit = client::get(global, "/v1/audit")?;
+    let code = if audit.broken.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    if global.json {
+        json(&audit)?;
+        return Ok(code);
+    }
+    let rows: Vec<Vec<String>> = audit
+        .records
+        .iter()
+        .map(|record| {
+            let Record { number, at_ms, by, did, app, epoch, reason, text, .. } = record;
+            let reason = reason.clone().unwrap_or_default();
+            let (number, epoch) = (number.to_string(), epoch.to_string());
+            vec![
+                number,
+                utc(*at_ms),
+                by.clone(),
+                did.clone(),
+                app.clone(),
+                epoch,
+                text.clone(),
+                reason,
+            ]
+        })
+        .collect();
+    table(&["", "at", "by", "did", "app", "epoch", "what", "why"], &rows);
+    match (&audit.broken, audit.verified) {
+        (Some(broken), _) => say!("! the audit is not what it was: {broken}"),
+        (None, count) => say!("{} records, each as it was written", count.unwrap_or(0)),
+    }
+    Ok(code)
+}
+
+fn utc(at_ms: u64) -> String {
+    let at = std::time::UNIX_EPOCH.checked_add(Duration::from_millis(at_ms));
+    at.map_or(String::new(), |at| humantime::format_rfc3339_seconds(at).to_string())
 }
 
 pub(super) fn move_sessions(global: &Global, app: &str, request: &MoveRequest) -> Done {

@@ -32,6 +32,7 @@ mod node;
 mod policy;
 mod reader;
 
+use crate::api::access::{Access, Role, Token};
 use crate::remote::RemoteConfig;
 pub(crate) use agents::Agents;
 pub(crate) use node::Node;
@@ -75,8 +76,7 @@ pub(crate) enum Roles {
 #[derive(Debug, Clone)]
 pub(crate) struct ApiConfig {
     pub(crate) listen: SocketAddr,
-    /// Whoever changes something must show it; reading needs none.
-    pub(crate) token: Option<Secret>,
+    pub(crate) access: Access,
 }
 
 #[derive(Debug, Error)]
@@ -342,6 +342,24 @@ fn read_api(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<ApiC
     let token = control
         .path(mistakes, "token_file")
         .and_then(|path| secret_file(&path, token_span, mistakes));
+    let admin = |secret| Token { name: "token".into(), role: Role::Admin, secret };
+    let mut tokens: Vec<Token> = token.map(admin).into_iter().collect();
+    for mut table in control.tables(mistakes, "token") {
+        tokens.extend(read_token(&mut table, mistakes));
+        table.end(mistakes);
+    }
+    let mut names: Vec<&str> = tokens.iter().map(|token| &*token.name).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|two| two[0] == two[1]) {
+        mistakes.add(control.span_of("token"), format!("token `{}` is there twice", twice[0]));
+    }
+    let is_private = control.flag(mistakes, "private").unwrap_or(false);
+    if is_private && tokens.is_empty() {
+        mistakes.add(
+            control.span_of("private"),
+            "`control.private` needs tokens, which say who may look",
+        );
+    }
     let Ok(address) = listen.parse::<SocketAddr>() else {
         mistakes.add(
             span,
@@ -351,13 +369,26 @@ fn read_api(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<ApiC
         );
         return None;
     };
-    if !address.ip().is_loopback() && token.is_none() {
+    if !address.ip().is_loopback() && tokens.is_empty() {
         let text = format!(
-            "`control.listen` is `{address}`, which others can reach, so `token_file` is needed"
+            "`control.listen` is `{address}`, which others can reach, so `token_file` or [[control.token]] is needed"
         );
         mistakes.add(span, text);
     }
-    Some(ApiConfig { listen: address, token })
+    Some(ApiConfig { listen: address, access: Access { tokens, is_private } })
+}
+
+fn read_token(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Token> {
+    let name = table.required_text(mistakes, "name");
+    let role = table.choice(mistakes, "role", &["viewer", "operator", "admin"], Role::read);
+    let span = table.span_of("file");
+    let file = table.path(mistakes, "file");
+    if !table.has("role") || file.is_none() {
+        mistakes.add(table.span(), "a token needs `name`, `role` and `file`");
+        return None;
+    }
+    let secret = secret_file(&file?, span, mistakes)?;
+    Some(Token { name, role: role?, secret })
 }
 
 fn secret_file(

@@ -112,3 +112,47 @@ fn durations_have_units() {
     assert_eq!(read_duration("s"), None);
     assert_eq!(read_duration("-1s"), None);
 }
+
+#[test]
+fn a_node_of_control_has_a_file_of_its_own() {
+    let cells = "\n[[app]]\nname = \"shop\"\nauth = \"trust\"\n[[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:1\"\nactive = true\nagent = true\n\
+                 [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:2\"\nagent = true\n";
+    let etcd =
+        "[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"http://127.0.0.1:2379/\"\n";
+    let Ok(Roles::Node(node)) = Roles::read(&format!("{etcd}{cells}")) else { panic!("a node") };
+    assert_eq!(node.node.etcd.endpoints, ["http://127.0.0.1:2379"]);
+    assert_eq!((&*node.node.etcd.prefix, &*node.node.etcd.node), ("/holdfast/", "c1"));
+    for (text, mistake) in [
+        (
+            "[proxy]\n[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"http://a:1\"\n",
+            "no `[proxy]` here",
+        ),
+        ("[control.etcd]\nnode = \"c1\"\nendpoints = \"http://a:1\"\n", "needs `[control.agents]`"),
+        (
+            "[control.agents]\n[control.etcd]\nnode = \"c/1\"\nendpoints = \"http://a:1\"\n",
+            "is made of letters",
+        ),
+        ("[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = []\n", "names each member"),
+        (
+            "[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"https://a:1\"\n",
+            "needs `ca`",
+        ),
+        ("[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"a:1\"\n", "is none"),
+        (
+            "[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"http://a:1\"\nlease = \"5ms\"\n",
+            "between 1s and 60s",
+        ),
+        (
+            "[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"http://a:1\"\nuser = \"u\"\n",
+            "go together",
+        ),
+        (
+            "[control.agents]\n[control.etcd]\nnode = \"c1\"\nendpoints = \"http://a:1\"\nprefix = \"x\"\n",
+            "begins and ends with `/`",
+        ),
+    ] {
+        let mistakes = Roles::read(&format!("{text}{cells}")).unwrap_err();
+        let shown: Vec<&str> = mistakes.iter().map(|mistake| &*mistake.text).collect();
+        assert!(shown.iter().any(|text| text.contains(mistake)), "{mistake}: {shown:?}");
+    }
+}

@@ -525,10 +525,13 @@ const SETTINGS: &str = "\n# holdfast demo\nwal_log_hints = on\nwal_keep_size = 5
     shared_buffers = 128MB\nwal_retrieve_retry_interval = 100ms\nmax_prepared_transactions = 10\n\
     log_min_messages = warning\n";
 
-/// A list as the configuration has it.
+/// One address, or a list of them, as the configuration has it.
 fn addresses(ports: &[u16]) -> String {
     let all: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
-    format!("[{}]", all.join(", "))
+    match all.as_slice() {
+        [one] => one.clone(),
+        all => format!("[{}]", all.join(", ")),
+    }
 }
 
 fn proxy_text(port: u16) -> String {

@@ -148,7 +148,9 @@ async fn what_a_killed_control_has_begun_another_brings_to_its_end() {
         let other = if active == "a" { "b" } else { "a" };
         let output = installation.holdfast_in_background(&["switchover", "shop", "--to", other]);
         let output = output.await.unwrap();
-        assert!(!output.status.success(), "{point}: {}", shown(&output));
+        // Whoever has asked is told by the next control what became of it.
+        assert_eq!(output.status.success(), is_granted, "{point}: {}", shown(&output));
+        assert!(shown(&output).contains("execution "), "{point}: {}", shown(&output));
         dies.wait().unwrap();
         if is_granted {
             active = other;
@@ -164,4 +166,41 @@ async fn what_a_killed_control_has_begun_another_brings_to_its_end() {
     end(&installation, writers).await;
     signal(last.id(), "TERM");
     last.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_copy_of_etcd_is_put_back_with_higher_epochs() {
+    let installation = Installation::start_nodes("nodes-copy", &["--no-failover"]);
+    let mut idle = installation.connect().await;
+    run(&mut idle, "CREATE TABLE kept (n int)").await;
+    wait_active(&installation, "a").await;
+    let config = installation.dir.join("control-3.toml");
+    let copy = installation.dir.join("store.copy");
+    let store = |verb: &str, option: &str| {
+        let mut command = Command::new(HOLDFAST);
+        command.args(["store", verb, "-c"]).arg(&config).arg(option).arg(&copy);
+        command.output().unwrap()
+    };
+    let output = store("backup", "--to");
+    assert!(output.status.success(), "{}", shown(&output));
+    switch_to(&installation, "b").await;
+    let output = store("restore", "--from");
+    assert!(shown(&output).contains("a node is control"), "{}", shown(&output));
+    for pid in &installation.facts.controls {
+        signal(*pid, "TERM");
+    }
+    wait_until("the end of all nodes", async || control_of(&installation).is_none()).await;
+    let output = store("restore", "--from");
+    assert!(shown(&output).contains("no cell is active"), "{}", shown(&output));
+    let mut node = start_node(&installation, 0, &[]);
+    wait_for_control(&installation).await;
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("the store was restored"), "{status}");
+    let args = ["unfence", "shop", "b"];
+    let output = installation.holdfast_in_background(&args).await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    wait_active(&installation, "b").await;
+    run(&mut installation.connect().await, "INSERT INTO kept VALUES (1)").await;
+    signal(node.id(), "TERM");
+    node.wait().unwrap();
 }

@@ -160,18 +160,21 @@ impl Installation {
 
     /// Runs the command line against this installation.
     pub(crate) fn holdfast(&self, args: &[&str]) -> Output {
-        Command::new(HOLDFAST)
-            .args(["--api", &self.facts.api])
-            .args(args)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
+        self.command(args).output().unwrap()
+    }
+
+    /// It waits for nobody who has crashed, unless another may take his place.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(HOLDFAST);
+        let patience = if self.facts.controls.is_empty() { "0s" } else { "30s" };
+        command.args(["--api", &self.facts.api, "--patience", patience]).args(args);
+        command.stdin(Stdio::null());
+        command
     }
 
     /// As [`Installation::holdfast`], while the test goes on.
     pub(crate) fn holdfast_in_background(&self, args: &[&str]) -> tokio::task::JoinHandle<Output> {
-        let mut command = Command::new(HOLDFAST);
-        command.args(["--api", &self.facts.api]).args(args).stdin(Stdio::null());
+        let mut command = self.command(args);
         tokio::task::spawn_blocking(move || command.output().unwrap())
     }
 

@@ -1,0 +1,181 @@
+//! Who may ask for what, and under which name that is recorded.
+
+use std::collections::BTreeMap;
+
+use axum::http::{HeaderMap, StatusCode};
+use model::audit::{Asking, TEXT_LEN_MAX};
+use wire::scram::Secret;
+
+use super::ApiError;
+
+/// What somebody may ask for; each may also what those before it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Role {
+    /// Looks.
+    Viewer,
+    /// Changes what can be changed back, and loses nothing.
+    Operator,
+    /// Gives up what is lost.
+    Admin,
+}
+
+impl Role {
+    pub(crate) fn read(text: &str) -> Option<Role> {
+        match text {
+            "viewer" => Some(Role::Viewer),
+            "operator" => Some(Role::Operator),
+            "admin" => Some(Role::Admin),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Role::Viewer => "viewer",
+            Role::Operator => "operator",
+            Role::Admin => "admin",
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Token {
+    /// Of whoever has it, for the audit.
+    pub(crate) name: String,
+    pub(crate) role: Role,
+    pub(crate) secret: Secret,
+}
+
+/// Who may ask for what.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Access {
+    /// None: whoever reaches the API may do everything, as it is on a loopback address.
+    pub(crate) tokens: Vec<Token>,
+    /// Looking takes a token as well.
+    pub(crate) is_private: bool,
+}
+
+impl Access {
+    /// Whoever shows this may ask for what `role` may. Gives the name.
+    pub(super) fn allow(&self, headers: &HeaderMap, role: Role) -> Result<String, ApiError> {
+        if self.tokens.is_empty() || (role == Role::Viewer && !self.is_private) {
+            return Ok("local".into());
+        }
+        let shown = headers.get("authorization").and_then(|value| value.to_str().ok());
+        let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+        // Each is compared to its end, so that the time it takes says nothing of any.
+        let found = self.tokens.iter().filter(|token| is_same(shown, token.secret.expose()));
+        let found: Vec<&Token> = found.collect();
+        let Some(token) = found.first() else {
+            let text = "a bearer token is needed: `--token-file` has it, `token_file` or [[control.token]] says which";
+            return Err(ApiError(StatusCode::UNAUTHORIZED, text.into()));
+        };
+        if token.role < role {
+            let (name, has, needs) = (&token.name, token.role.name(), role.name());
+            return Err(ApiError(
+                StatusCode::FORBIDDEN,
+                format!("`{name}` is {has}, this takes {needs}"),
+            ));
+        }
+        Ok(token.name.clone())
+    }
+
+    /// Whoever asks for a change, why, and on what condition.
+    pub(super) fn asking(
+        &self,
+        headers: &HeaderMap,
+        query: &BTreeMap<String, String>,
+        role: Role,
+    ) -> Result<Asking, ApiError> {
+        let by = self.allow(headers, role)?;
+        let wrong = |text: String| ApiError(StatusCode::BAD_REQUEST, text);
+        let header = |name: &str| match headers.get(name).map(|value| value.to_str()) {
+            None => Ok(None),
+            Some(Ok(text)) if text.len() <= TEXT_LEN_MAX => Ok(Some(text.trim().to_owned())),
+            Some(_) => Err(wrong(format!(
+                "the header `{name}` is not text, or longer than {TEXT_LEN_MAX} bytes"
+            ))),
+        };
+        let if_epoch = match header("if-match")? {
+            Some(text) => {
+                let epoch = text.trim_matches('"').strip_prefix("epoch-").map(str::parse);
+                let Some(Ok(epoch)) = epoch else {
+                    return Err(wrong(format!(
+                        "`If-Match` must be such as \"epoch-17\", it is `{text}`"
+                    )));
+                };
+                Some(epoch)
+            }
+            None => None,
+        };
+        let reason = query.get("reason").filter(|text| !text.trim().is_empty()).cloned();
+        if reason.as_ref().is_some_and(|text| text.len() > TEXT_LEN_MAX) {
+            return Err(wrong(format!("the reason is longer than {TEXT_LEN_MAX} bytes")));
+        }
+        let key = header("idempotency-key")?.filter(|key| !key.is_empty());
+        Ok(Asking { by, reason, key, if_epoch })
+    }
+}
+
+fn is_same(shown: &str, secret: &str) -> bool {
+    let pairs = shown.bytes().zip(secret.bytes());
+    shown.len() == secret.len() && pairs.fold(0, |diff, (a, b)| diff | (a ^ b)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shows(token: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert("authorization", format!("Bearer {token}").parse().unwrap());
+        headers
+    }
+
+    fn access() -> Access {
+        let token = |name: &str, role| Token {
+            name: name.into(),
+            role,
+            secret: Secret::new(format!("{name}-secret")),
+        };
+        let tokens = vec![token("alice", Role::Operator), token("root", Role::Admin)];
+        Access { tokens, is_private: true }
+    }
+
+    #[test]
+    fn a_role_may_what_it_may_and_no_more() {
+        let access = access();
+        let status = |token: &str, role| access.allow(&shows(token), role).map_err(|error| error.0);
+        assert_eq!(status("alice-secret", Role::Viewer), Ok("alice".into()));
+        assert_eq!(status("alice-secret", Role::Operator), Ok("alice".into()));
+        assert_eq!(status("alice-secret", Role::Admin), Err(StatusCode::FORBIDDEN));
+        assert_eq!(status("root-secret", Role::Admin), Ok("root".into()));
+        for wrong in ["", "alice", "alice-secreT", "alice-secret2"] {
+            assert_eq!(status(wrong, Role::Viewer), Err(StatusCode::UNAUTHORIZED), "{wrong}");
+        }
+        let open = Access { is_private: false, ..access.clone() };
+        assert_eq!(open.allow(&HeaderMap::new(), Role::Viewer).ok(), Some("local".into()));
+        assert!(open.allow(&HeaderMap::new(), Role::Operator).is_err());
+        assert!(Access::default().allow(&HeaderMap::new(), Role::Admin).is_ok());
+    }
+
+    #[test]
+    fn conditions_are_read_or_refused() {
+        let access = access();
+        let mut headers = shows("alice-secret");
+        headers.insert("if-match", "\"epoch-17\"".parse().unwrap());
+        headers.insert("idempotency-key", "k1".parse().unwrap());
+        let query = BTreeMap::from([("reason".to_owned(), "patch day".to_owned())]);
+        let asking = access.asking(&headers, &query, Role::Operator).ok().unwrap();
+        assert_eq!((&*asking.by, asking.if_epoch), ("alice", Some(17)));
+        assert_eq!(
+            (asking.reason.as_deref(), asking.key.as_deref()),
+            (Some("patch day"), Some("k1"))
+        );
+        headers.insert("if-match", "17".parse().unwrap());
+        assert!(access.asking(&headers, &query, Role::Operator).is_err());
+        headers.remove("if-match");
+        headers.insert("idempotency-key", "k".repeat(2_000).parse().unwrap());
+        assert!(access.asking(&headers, &query, Role::Operator).is_err());
+    }
+}
