@@ -366,9 +366,14 @@ impl Beside {
 
     async fn answered(&self, sent: Moment, renewed: &Renewed) {
         {
-            let (every, neighbours) = (renewed.terms.renew_every(), renewed.neighbours.clone());
-            let heard = Heard { sent: Some(sent), every, neighbours };
-            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = heard;
+            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            heard.sent = Some(sent);
+            heard.every = renewed.terms.renew_every();
+            // A control that has just begun has not heard them all, and may be gone before it has: those that it was told
+            // before are as good, as control is told that they are gone by.
+            if !renewed.neighbours.is_empty() {
+                heard.neighbours.clone_from(&renewed.neighbours);
+            }
         }
         // Control has pledges ended before it gives another epoch; nobody's word but ours is needed for that.
         let is_new = |epoch: &Epoch| *epoch > self.with_holder(|holder| holder.seen());

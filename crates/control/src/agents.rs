@@ -329,7 +329,7 @@ impl Link {
         let limit = match &what {
             Task::Work(Work::Rejoin { .. }) => COPY_MAX,
             Task::EndPledges { .. } => PLEDGE_MAX,
-            Task::Work(Work::StartAgain) => START_MAX,
+            Task::Work(Work::StartAgain | Work::StartStandby) => START_MAX,
             Task::Work(Work::ReadTail { .. } | Work::KeepTail { .. }) => READ_MAX,
             _ => SHORT_MAX,
         };

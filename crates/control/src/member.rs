@@ -197,6 +197,11 @@ impl Member {
         link.ask(Task::HoldLease).await.map(drop)
     }
 
+    /// Starts the server as a standby, if it does not run.
+    pub(crate) async fn start_standby(&self) -> Result<(), String> {
+        self.nothing(Work::StartStandby).await
+    }
+
     /// Starts the server as the primary that it was, in the epoch that it has still.
     pub(crate) async fn start_again(&self, epoch: Epoch) -> Result<(), String> {
         self.hold_lease(epoch).await?;

@@ -49,6 +49,7 @@ pub async fn run(control: Arc<Control>, app: String) {
     let mut tried: Option<Instant> = None;
     let mut rejoins = Patience::default();
     let mut reverts = Patience::default();
+    let mut forwards = Patience::default();
     let mut keeping: Option<JoinHandle<()>> = None;
     let mut keeper = Keeper::default();
     loop {
@@ -69,6 +70,15 @@ pub async fn run(control: Arc<Control>, app: String) {
                     tracing::warn!(app, execution = id, error = model::chain(&error), "no rejoin");
                 }
             });
+            continue;
+        }
+        if let Some(id) = control.stuck_after(&app)
+            && forwards.may_try(Instant::now())
+        {
+            forwards.tries(Instant::now());
+            let asking = Asking::own("it can only go forward");
+            // What it says is in its log.
+            let _ = control.retry(&app, id, asking).await;
             continue;
         }
         let active = application.active().filter(|_| application.execution.is_none());
@@ -372,6 +382,14 @@ impl Control {
     /// The execution that stands still before its point of no return: its way back is tried again once the server answers.
     pub(crate) fn stuck_before(&self, app: &str) -> Option<u64> {
         self.stands_in_the_way(app).ok().flatten().map(|(execution, _)| execution.id)
+    }
+
+    /// The execution that stands still beyond its point of no return: nobody is active until it goes on.
+    fn stuck_after(&self, app: &str) -> Option<u64> {
+        let application = self.application(app).ok()?;
+        let execution = self.execution(app, application.execution?).ok()?;
+        let is_stuck = execution.ending == Some(Ending::Stuck) && application.is_past(&execution);
+        is_stuck.then_some(execution.id)
     }
 
     /// Has the agent of the active cell start its server again, if nothing is changing the application.

@@ -59,6 +59,8 @@ pub enum Work {
     Isolate,
     /// Starts what was isolated as the primary that it was.
     StartAgain,
+    /// Starts the server as a standby, if it does not run.
+    StartStandby,
     /// Whether `pg_hba.conf` was replaced. Answered by [`Done::Flag`].
     AreLoginsClosed { hba_file: PathBuf },
     /// Replaces `pg_hba.conf`, and keeps what it was.

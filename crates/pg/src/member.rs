@@ -49,6 +49,13 @@ impl Local {
                 instance.start(START_MAX).await.map_err(chain)?;
                 Done::Nothing
             }
+            Work::StartStandby => {
+                if !instance.is_running() {
+                    instance.must_be_standby().map_err(chain)?;
+                    instance.start(START_MAX).await.map_err(chain)?;
+                }
+                Done::Nothing
+            }
             Work::AreLoginsClosed { hba_file } => Done::Flag(self.is_closed(hba_file)),
             Work::CloseLogins { hba_file, rules } => {
                 if !self.is_closed(hba_file) {

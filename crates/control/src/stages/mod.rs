@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Order, Report};
 use model::cell::CellState;
+use model::failover::Process;
 use model::persisted::Execution;
 use model::session::facts::{self, Facts};
 use model::switchover::{Kind, OnTimeout, Stage};
@@ -370,9 +371,20 @@ async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> D
     }
     loop {
         match promote_server(control, execution, to, deadline).await {
-            Err(failure) if again(deadline, &failure).await => (),
+            Err(failure) if again(deadline, &failure).await => start_target(to).await,
             done => return done,
         }
+    }
+}
+
+/// The target's server may have been ended by its guard, promoted or not, while its agent did not reach control. As a standby
+/// it can be promoted from either; as a primary it might be one of the old timeline.
+async fn start_target(to: &CellServer) {
+    let Some(member) = &to.member else { return };
+    if matches!(member.process().await, Some(Process::Crashed | Process::ShutDown))
+        && let Err(failure) = member.start_standby().await
+    {
+        tracing::warn!(failure, "the target does not start");
     }
 }
 

@@ -1,0 +1,26 @@
+//! Liveness: once everything is well again, a node is control, and the cell with the grant takes writes by a lease.
+
+use crate::node::Role;
+use crate::world::World;
+
+pub(super) fn check(world: &mut World) -> Result<(), String> {
+    let is_control = |node: &crate::node::Node| matches!(node.role, Role::Control(_));
+    if !world.nodes.iter().any(is_control) {
+        return Err("no node is control".into());
+    }
+    let cell = world.store.application.granted_to;
+    let now = world.clock(cell);
+    let agent = &world.agents[cell];
+    let has_lease = agent.holder.as_ref().is_some_and(|holder| holder.epoch(now).is_some());
+    if !has_lease || !agent.server.is_running || !agent.server.is_primary {
+        let office = world.nodes.iter().find_map(|node| match &node.role {
+            Role::Control(office) => Some(format!("{:?}", office.step)),
+            Role::Candidate(_) => None,
+        });
+        return Err(format!(
+            "cell {cell} of epoch {} takes no writes: lease {has_lease}, {:?}, control {office:?}",
+            world.store.application.epoch, agent.server
+        ));
+    }
+    Ok(())
+}
