@@ -92,6 +92,8 @@ pub(crate) struct Beside {
     pub(crate) pledges: std::sync::Mutex<Pledges>,
     heard: std::sync::Mutex<Heard>,
     controls: Arc<Controls>,
+    /// The highest version of the application that was seen.
+    version: watch::Sender<u64>,
     local: Local,
     holder: std::sync::Mutex<Holder>,
     guard: Mutex<Guard>,
@@ -144,6 +146,7 @@ impl Agent {
             pledges: std::sync::Mutex::new(pledges),
             heard: std::sync::Mutex::default(),
             controls: Controls::new(config.control.clone(), config.tls.clone()),
+            version: watch::Sender::new(read_version(&dir.join("version"))),
             guard: Mutex::new(guard),
             working: Mutex::new(()),
             hurry: Notify::new(),
@@ -163,6 +166,7 @@ impl Agent {
             tokio::spawn(beside.clone().renew()),
             tokio::spawn(beside.clone().watch()),
             tokio::spawn(beside.clone().plead_on()),
+            tokio::spawn(beside.clone().keep_version()),
             tokio::spawn(beside.clone().fetch(orders)),
             tokio::spawn(beside.clone().obey(work)),
         ]);
@@ -201,6 +205,11 @@ fn read_host(path: &std::path::Path) -> Result<u64, AgentError> {
     let host = u64::from_ne_bytes(bytes);
     write_durably(path, format!("{host}\n").as_bytes()).map_err(file("written"))?;
     Ok(host)
+}
+
+/// The highest version of the application that was seen; one that cannot be read is as if none had been.
+fn read_version(path: &std::path::Path) -> u64 {
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
 /// Until when a server that was found running may run without a lease: as long as the last one lasts; a while, if there was
@@ -321,6 +330,7 @@ impl Beside {
             let question = Renew {
                 sender: self.sender.clone(),
                 seen: self.with_holder(|holder| holder.seen()),
+                seen_version: *self.version.borrow(),
                 process: self.process(),
                 is_in_hand: self.instance().is_in_hand().is_ok(),
                 place: self.instance().place(),
@@ -336,6 +346,21 @@ impl Beside {
                     let length = said.length;
                     tracing::error!(?length, "control speaks of a lease that there is not");
                     sleep(RETRY_PAUSE).await;
+                    continue;
+                }
+                // Nobody goes by what is older than what was seen: as if control were gone.
+                Ok(Renewed { version, .. }) if version < *self.version.borrow() => {
+                    if is_heard {
+                        let seen = *self.version.borrow();
+                        tracing::error!(
+                            version,
+                            seen,
+                            "control's store is older than what was seen"
+                        );
+                    }
+                    is_heard = false;
+                    self.heard.lock().unwrap_or_else(PoisonError::into_inner).sent = None;
+                    let _ = timeout(terms.renew_every(), self.hurry.notified()).await;
                     continue;
                 }
                 Ok(renewed) => {
@@ -364,7 +389,29 @@ impl Beside {
         }
     }
 
+    fn see_version(&self, version: u64) {
+        self.version.send_if_modified(|seen| {
+            let is_new = version > *seen;
+            *seen = version.max(*seen);
+            is_new
+        });
+    }
+
+    /// Keeps the highest version for the next agent; no lease waits for the disk.
+    async fn keep_version(self: Arc<Self>) {
+        let mut seen = self.version.subscribe();
+        while seen.changed().await.is_ok() {
+            let (version, path) =
+                (*seen.borrow_and_update(), self.config.state_dir.join("version"));
+            let write = move || write_durably(&path, format!("{version}\n").as_bytes());
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
+                tracing::warn!(%error, "the version of the store that was seen cannot be written");
+            }
+        }
+    }
+
     async fn answered(&self, sent: Moment, renewed: &Renewed) {
+        self.see_version(renewed.version);
         {
             let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
             heard.sent = Some(sent);

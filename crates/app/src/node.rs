@@ -44,13 +44,14 @@ impl Node {
     /// # Errors
     /// An address is taken, or etcd does not answer.
     pub(crate) async fn start(config: NodeConfig) -> Result<Node, RunError> {
-        let run =
-            u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
-        let store: Arc<dyn Store> = Arc::new(EtcdStore::open(config.node.etcd.clone(), run)?);
+        // The address first: a second process of this node is to find it taken, not to take the name from the one that runs.
         let address = config.api.listen;
         let listener =
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
         let api = listener.local_addr().unwrap_or(address);
+        let run =
+            u64::from(std::process::id()) << 32 | (clock::now().0.as_millis() & 0xffff_ffff) as u64;
+        let store: Arc<dyn Store> = Arc::new(EtcdStore::open(config.node.etcd.clone(), run)?);
         let answers = Answers::default();
         let routes = routes(answers.clone(), config.node.etcd.node.clone());
         let mut serving = JoinSet::new();
@@ -75,7 +76,8 @@ impl Node {
                 self.config.node.terms,
             );
             let seat = tokio::select! {
-                seat = take => seat,
+                // Whoever starts this process again has the name from then on.
+                seat = take => seat.map_err(|error| chain(&error))?,
                 stopped = &mut stop => {
                     self.serving.shutdown().await;
                     return stopped;
@@ -98,6 +100,8 @@ impl Node {
             *self.answers.lock().unwrap_or_else(PoisonError::into_inner) = None;
             tracing::warn!(tenure = seat.tenure().0, why, "this node is not control any more");
             end(runtime).await;
+            // If it had come to that only just before.
+            *self.answers.lock().unwrap_or_else(PoisonError::into_inner) = None;
             // Also if others have it already: then it says nothing.
             if seat.is_valid() {
                 seat.leave();
@@ -170,7 +174,7 @@ async fn answer(
 
 /// The command line asks the next node.
 fn elsewhere(node: &str) -> Response {
-    let text = format!("node `{node}` is not control, another is");
+    let text = format!("node `{node}` is not control at the moment");
     (StatusCode::SERVICE_UNAVAILABLE, axum::Json(json!({ "error": text, "elsewhere": true })))
         .into_response()
 }

@@ -33,6 +33,16 @@ const PLEDGE_MAX: Duration = Duration::from_secs(65);
 /// How long a copy of a server may take.
 const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
 
+/// What the store says where a lease is asked for.
+pub(crate) struct Found {
+    epoch: Epoch,
+    version: u64,
+    /// The cell has the grant.
+    has_it: bool,
+    /// Who had the lease last.
+    before: Option<Attended>,
+}
+
 /// What became of the lease that another host of a cell had.
 enum Ghost {
     None,
@@ -61,6 +71,8 @@ struct State {
     /// What the agent has said last.
     process: Option<Process>,
     is_in_hand: bool,
+    /// It has seen a later store than ours.
+    is_ahead: bool,
     /// What it says of the server that it has in hand.
     postmaster: Option<Postmaster>,
     /// Since when that is another server than the one that control reaches.
@@ -74,7 +86,8 @@ struct State {
     ghost: Option<(String, Moment)>,
     /// Which run was heard before the one that is heard; if that is heard again, there are two.
     before: Option<Identity>,
-    /// Until then neither of two gets a lease.
+    /// How often two took turns, and until when they count as two.
+    turns: u32,
     twins_until: Moment,
 }
 
@@ -87,13 +100,19 @@ impl State {
 
     /// Two agents have the number of one host, and take turns.
     fn has_twin(&mut self, last: Option<Identity>, who: Identity, now: Moment) -> bool {
+        /// One that was started again may be heard after its successor once.
+        const TURNS_MAX: u32 = 4;
+        if now >= self.twins_until {
+            self.turns = 0;
+        }
         if last.is_some_and(|last| last != who) {
             if self.before == Some(who) {
+                self.turns += 1;
                 self.twins_until = self.granter.terms().free_at(now);
             }
             self.before = last;
         }
-        now < self.twins_until
+        self.turns >= TURNS_MAX
     }
 }
 
@@ -118,6 +137,7 @@ impl Link {
                 epoch: Epoch(0),
                 process: None,
                 is_in_hand: true,
+                is_ahead: false,
                 postmaster: None,
                 differs_since: None,
                 listens: None,
@@ -125,6 +145,7 @@ impl Link {
                 pleads: None,
                 ghost: None,
                 before: None,
+                turns: 0,
                 twins_until: Moment(Duration::ZERO),
             }),
             changed: Notify::new(),
@@ -142,11 +163,12 @@ impl Link {
         &self,
         asked: &Renew,
         settled: Option<Attended>,
-        read: impl FnOnce() -> Result<(Epoch, bool, Option<Attended>), E>,
+        read: impl FnOnce() -> Result<Found, E>,
         attend: impl FnOnce(Attended) -> Result<(), E>,
     ) -> Result<Renewed, E> {
         let mut state = self.state();
-        let (epoch, has_it, before) = read()?;
+        let Found { epoch, version, has_it, before } = read()?;
+        state.is_ahead = asked.seen_version > version || asked.seen > epoch;
         if let Some(Attended { host, length, .. }) = before {
             state.granter.remember(host, length);
         }
@@ -158,14 +180,14 @@ impl Link {
             let (app, cell) = (&self.app, &self.cell);
             tracing::error!(app, cell, host, "another agent speaks for the cell already");
             let terms = state.granter.terms();
-            return Ok(Renewed { granted: None, terms, neighbours: Vec::new() });
+            return Ok(Renewed { granted: None, version, terms, neighbours: Vec::new() });
         }
         // What this one says of its server is not said of the other's.
         if before.is_some_and(|before| {
             before.may_go_on(epoch, asked.sender.directory, asked.place) && settled != Some(before)
         }) {
             let terms = state.granter.terms();
-            return Ok(Renewed { granted: None, terms, neighbours: Vec::new() });
+            return Ok(Renewed { granted: None, version, terms, neighbours: Vec::new() });
         }
         let has_twin = state.has_twin(self.mailbox.heard_last(), identity(&asked.sender), now());
         if has_twin {
@@ -179,6 +201,7 @@ impl Link {
         }
         // What is not recorded is not given: a later control has to know of it.
         let mut granter = state.granter;
+        let is_its = has_it;
         let has_it = has_it && asked.is_in_hand && !state.is_another() && !has_twin;
         let granted = granter.answer(now(), host, has_it.then_some(epoch));
         let mut length = granter.terms().length;
@@ -204,9 +227,13 @@ impl Link {
         }
         state.listens.clone_from(&asked.listens);
         state.directory = Some(asked.sender.directory);
+        // What was compared was another one, or is no primary any more.
+        if state.postmaster != asked.postmaster || asked.process != Process::Lives || !is_its {
+            state.differs_since = None;
+        }
         state.postmaster = asked.postmaster;
         let terms = state.granter.terms();
-        Ok(Renewed { granted, terms, neighbours: Vec::new() })
+        Ok(Renewed { granted, version, terms, neighbours: Vec::new() })
     }
 
     fn haunt(&self, ghost: Option<String>) {
@@ -269,13 +296,18 @@ impl Link {
         (!state.is_in_hand || state.is_another()) && self.mailbox.heard().is_some()
     }
 
+    pub(crate) fn is_ahead(&self) -> bool {
+        self.state().is_ahead
+    }
+
     /// Whether the server that control reaches is the one that the agent has in hand.
     pub(crate) fn compare(&self, found: Postmaster) {
         let mut state = self.state();
         let before = state.is_another();
+        // Of one that was not heard yet, or has none at the moment, this says nothing.
         state.differs_since = match state.postmaster {
-            Some(said) if said == found => None,
-            _ => Some(state.differs_since.unwrap_or_else(now)),
+            Some(said) if said != found => Some(state.differs_since.unwrap_or_else(now)),
+            _ => None,
         };
         if state.is_another() && !before {
             let (app, cell) = (&self.app, &self.cell);
@@ -354,12 +386,14 @@ impl Control {
         let Sender { app, cell, .. } = &asked.sender;
         let read = || {
             let application = records::application(&*self.store, app)?.application;
-            let (epoch, seen) = (application.epoch, asked.seen);
-            if epoch < seen {
-                tracing::error!(app, cell, %epoch, %seen, "the store is older than what the agent has seen; `holdfast store restore` says what to do");
+            let (epoch, version, seen) = (application.epoch, application.version, asked.seen);
+            if epoch < seen || version < asked.seen_version {
+                tracing::error!(app, cell, %epoch, %seen, version, asked.seen_version, "the store is older than what the agent has seen; `holdfast store restore` says what to do");
             }
-            let has_it = application.granted_to.as_ref() == Some(cell) && epoch >= seen;
-            Ok((epoch, has_it, records::attended(&*self.store, app, cell)?))
+            let is_older = epoch < seen || version < asked.seen_version;
+            let has_it = application.granted_to.as_ref() == Some(cell) && !is_older;
+            let before = records::attended(&*self.store, app, cell)?;
+            Ok(Found { epoch, version, has_it, before })
         };
         let attend =
             |attended| Ok(records::put(&*self.store, &attended_key(app, cell), &attended)?);
@@ -433,12 +467,22 @@ impl Control {
         Ok(others.map(neighbour).collect::<Option<_>>().unwrap_or_default())
     }
 
+    /// An agent has seen more of an application than the store knows: that was restored from a copy, or is new. Nothing that it
+    /// says of commits is relied on.
+    pub(crate) fn is_older(&self, app: &str) -> bool {
+        let is_ahead = |server: &CellServer| matches!(&server.member, Some(Member::Agent(link)) if link.is_ahead());
+        self.servers(app).is_ok_and(|servers| servers.cells.values().any(is_ahead))
+    }
+
     /// What is wrong with the agents of an application.
     ///
     /// # Errors
     /// There is no such application.
     pub fn troubled_agents(&self, app: &str) -> Result<Vec<String>, ControlError> {
         let trouble = |(cell, server): (&String, &CellServer)| match &server.member {
+            Some(Member::Agent(link)) if link.is_ahead() => Some(format!(
+                "the agent of `{cell}` has seen a later store than this one, which goes by nothing of it: `holdfast store backup`, and then `store restore` of that copy, makes this the newest"
+            )),
             Some(Member::Agent(link)) if link.haunted().is_some() => link.haunted(),
             Some(Member::Agent(link)) if !link.is_heard() => {
                 Some(format!("the agent of `{cell}` is not heard: start it, or look at its log"))

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use model::cell::Application;
 use model::persisted::Execution;
@@ -18,6 +18,8 @@ use crate::requests::{ControlError, Served};
 use crate::seat::Seated;
 use crate::watch::Seen;
 
+/// Between two looks whether it is somebody's turn.
+const LOOK: Duration = Duration::from_millis(5);
 /// Executions that are shown and kept in mind; older ones stay in the store.
 pub const EXECUTIONS_SHOWN_MAX: usize = 100;
 
@@ -182,6 +184,21 @@ impl Control {
             let id = application.ok().and_then(|seen| seen.application.execution).unwrap_or(0);
             ControlError::UnderWay { app: app.into(), id }
         })
+    }
+
+    /// As [`Control::take`], for people: what is done meanwhile to the server of an application that nothing is changing is
+    /// waited for.
+    pub(crate) async fn take_in_turn(&self, app: &str) -> Result<MutexGuard<'_, ()>, ControlError> {
+        const TURN_MAX: Duration = Duration::from_secs(20);
+        let deadline = Instant::now() + TURN_MAX;
+        loop {
+            match self.take(app) {
+                Err(ControlError::UnderWay { id: 0, .. }) if Instant::now() < deadline => {
+                    tokio::time::sleep(LOOK).await;
+                }
+                taken => return taken,
+            }
+        }
     }
 
     pub(crate) fn check_cell(&self, app: &str, cell: &str) -> Result<(), ControlError> {

@@ -33,7 +33,8 @@ pub(crate) async fn look(
     let recorded = application.protected.as_ref();
     let asked = "SELECT current_setting('synchronous_standby_names'), pg_current_wal_flush_lsn()::text, \
         (SELECT coalesce(json_agg(json_build_array(application_name, flush_lsn::text)), '[]')::text \
-        FROM pg_stat_replication WHERE state = 'streaming')";
+        FROM pg_stat_replication WHERE state = 'streaming'), \
+        (SELECT setting FROM pg_file_settings WHERE name = 'synchronous_standby_names' AND applied)";
     let rows = active.rows(asked).await.map_err(|error| chain(&error))?;
     let value = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
     let listed: Vec<(String, Option<String>)> = serde_json::from_str(value(2).unwrap_or("[]"))
@@ -50,7 +51,12 @@ pub(crate) async fn look(
     let listed: Vec<Follower> = others.iter().filter_map(of_cell).collect();
     let written = value(1).and_then(Lsn::read).unwrap_or_default();
     let streaming = keeper.follow(Instant::now(), written, &listed);
-    let configured = value(0).unwrap_or_default();
+    // What an earlier control has asked for may have come late, and counts from the next start of the server on.
+    let (runs, written_down) = (value(0).unwrap_or_default(), value(3).unwrap_or_default());
+    let configured = match Protection::is_ours(runs) && runs != written_down {
+        true => "",
+        false => runs,
+    };
     let policy = servers.durability;
     if policy.acks > 0
         && let Err(why) = check_commits(active).await

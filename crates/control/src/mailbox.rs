@@ -139,6 +139,8 @@ impl<O: Clone, R> Mailbox<O, R> {
             if !is_current || state.fetches != own {
                 return Some(Vec::new());
             }
+            // What an earlier control gave is not what this one did.
+            let last = if last >= state.next_id { 0 } else { last };
             let wanted =
                 |(order, is_fetched): &&mut (Posted<O>, bool)| !*is_fetched || order.id > last;
             let orders: Vec<Posted<O>> = state

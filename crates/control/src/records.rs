@@ -104,9 +104,13 @@ pub fn write(
     let (app_key, key) = (application_key(app), execution_key(app, execution.id));
     let txn = Txn::default()
         .expect(&app_key, Some(seen))
-        .put(&app_key, encode(&app_key, application)?)
+        .put(&app_key, encode(&app_key, &changed(application))?)
         .put(&key, encode(&key, execution)?);
     commit(store, txn, draft)
+}
+
+fn changed(application: &Application) -> Application {
+    Application { version: application.version.saturating_add(1), ..application.clone() }
 }
 
 fn commit(store: &dyn Store, txn: Txn, draft: Option<Draft>) -> Result<Revision, RecordError> {
@@ -129,7 +133,8 @@ pub fn update(
     draft: Draft,
 ) -> Result<Revision, RecordError> {
     let key = application_key(app);
-    let txn = Txn::default().expect(&key, Some(seen)).put(&key, encode(&key, application)?);
+    let changed = encode(&key, &changed(application))?;
+    let txn = Txn::default().expect(&key, Some(seen)).put(&key, changed);
     commit(store, txn, Some(draft))
 }
 

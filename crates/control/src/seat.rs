@@ -85,13 +85,23 @@ impl Seated {
     }
 
     /// Waits until the seat is free, and takes it.
-    pub async fn take(store: Arc<dyn Store>, node: &str, terms: Terms) -> Arc<Seated> {
+    ///
+    /// # Errors
+    /// Another process goes by the name of this node, or the store is not the one that was opened.
+    pub async fn take(
+        store: Arc<dyn Store>,
+        node: &str,
+        terms: Terms,
+    ) -> Result<Arc<Seated>, StoreError> {
         let mut candidate = Candidate::default();
         let mut said: Option<String> = None;
         loop {
             let looked = Seated::look(&store, node, terms, &mut candidate);
             let (found, pause) = match looked {
-                Ok(Ok(seated)) => return seated,
+                Ok(Ok(seated)) => return Ok(seated),
+                Err(RecordError::Store(
+                    gone @ (StoreError::Taken(_) | StoreError::Replaced(_)),
+                )) => return Err(gone),
                 Ok(Err(before)) => {
                     (format!("node `{}` is control", before.seat.node), before.sight.length)
                 }
@@ -238,9 +248,10 @@ impl Store for Seated {
                 self.lose("another node has taken it");
             }
             // What it has begun is gone on with as after a crash.
-            Err(StoreError::Unreachable(why) | StoreError::Unknown(why)) => {
-                self.lose(&format!("the store could not be written: {why}"));
-            }
+            Err(
+                error
+                @ (StoreError::Unreachable(_) | StoreError::Unknown(_) | StoreError::Taken(_)),
+            ) => self.lose(&format!("the store could not be written: {error}")),
             _ => (),
         }
         done
@@ -258,11 +269,11 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_seat_is_taken_when_its_holder_is_silent() {
         let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
-        let first = Seated::take(store.clone(), "a", TERMS).await;
+        let first = Seated::take(store.clone(), "a", TERMS).await.unwrap();
         assert!(first.is_valid());
         first.commit(&Txn::default().put("k", vec![1])).unwrap();
         // It writes, and does not beat: which is what counts.
-        let second = Seated::take(store.clone(), "b", TERMS).await;
+        let second = Seated::take(store.clone(), "b", TERMS).await.unwrap();
         assert!(!first.is_valid() && second.is_valid());
         assert!(second.tenure() > first.tenure());
         let late = first.commit(&Txn::default().put("k", vec![2]));
@@ -270,7 +281,7 @@ mod tests {
         assert_eq!(first.hold().await, "another node has taken it");
         second.leave();
         assert!(!second.is_valid());
-        let third = Seated::take(store.clone(), "a", TERMS).await;
+        let third = Seated::take(store.clone(), "a", TERMS).await.unwrap();
         assert!(third.is_valid());
         let held = third.clone();
         let holds = tokio::spawn(async move { held.hold().await });

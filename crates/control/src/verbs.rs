@@ -184,7 +184,7 @@ impl Control {
         request: SwitchoverRequest,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
-        let _taken = self.take(app)?;
+        let _taken = self.take_in_turn(app).await?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
         let SwitchoverRequest { to, deadline_ms, on_timeout, .. } = request;
@@ -233,7 +233,7 @@ impl Control {
         is_automatic: bool,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
-        let _taken = self.take(app)?;
+        let _taken = self.take_in_turn(app).await?;
         let FailoverRequest { to, allow_data_loss, .. } = request;
         if let Some((stuck, application)) = self.stands_in_the_way(app)? {
             // It may have left its server fenced, so it goes only if this one comes about.
@@ -315,7 +315,7 @@ impl Control {
         request: FenceRequest,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
-        let _taken = self.take(app)?;
+        let _taken = self.take_in_turn(app).await?;
         let (seen, state) = self.see(app, cell)?;
         if state != CellState::Active {
             return Err(ControlError::NotActive { cell: cell.into(), state });
@@ -336,7 +336,7 @@ impl Control {
         cell: &str,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
-        let _taken = self.take(app)?;
+        let _taken = self.take_in_turn(app).await?;
         let (seen, state) = self.see(app, cell)?;
         match seen.application.served() {
             Some((newest, _)) if newest != cell => {

@@ -24,6 +24,8 @@ use crate::stages;
 
 /// Between two questions to the server.
 const PAUSE: Duration = Duration::from_millis(250);
+/// How long a server that answers may take to say more.
+const LOOK_MAX: Duration = Duration::from_secs(2);
 /// Between two tries of what did not succeed, which double each time, and the longest. After that it is new.
 const TRY_PAUSE: Duration = Duration::from_secs(5);
 const TRY_PAUSE_MAX: Duration = Duration::from_secs(300);
@@ -50,6 +52,7 @@ pub async fn run(control: Arc<Control>, app: String) {
     let mut rejoins = Patience::default();
     let mut reverts = Patience::default();
     let mut forwards = Patience::default();
+    let mut orphans = Patience::default();
     let mut keeping: Option<JoinHandle<()>> = None;
     let mut keeper = Keeper::default();
     loop {
@@ -70,6 +73,13 @@ pub async fn run(control: Arc<Control>, app: String) {
                     tracing::warn!(app, execution = id, error = model::chain(&error), "no rejoin");
                 }
             });
+            continue;
+        }
+        if control.is_orphaned(&app, &application) && orphans.may_try(Instant::now()) {
+            orphans.tries(Instant::now());
+            if let Err(error) = control.recover(&app).await {
+                tracing::warn!(app, error = model::chain(&error), "what was cut off stands still");
+            }
             continue;
         }
         if let Some(id) = control.stuck_after(&app)
@@ -96,9 +106,11 @@ pub async fn run(control: Arc<Control>, app: String) {
             && keeping.as_ref().is_none_or(JoinHandle::is_finished)
         {
             let at = (&*app, &*cell);
-            match durability::look(&control, servers, at, &mut admin, &mut keeper).await {
-                Ok(step) => keeping = keep(&control, &app, &cell, step),
-                Err(error) => tracing::warn!(app, cell, error, "standbys cannot be asked for"),
+            let looked = durability::look(&control, servers, at, &mut admin, &mut keeper);
+            match timeout(LOOK_MAX, looked).await {
+                Ok(Ok(step)) => keeping = keep(&control, &app, &cell, step),
+                Ok(Err(error)) => tracing::warn!(app, cell, error, "standbys cannot be asked for"),
+                Err(_) => tracing::warn!(app, cell, "standbys cannot be asked for in {LOOK_MAX:?}"),
             }
         }
         if !analysis.calls_for_failover() {
@@ -250,9 +262,15 @@ async fn look(
     let Some(server) = servers.cells.get(cell) else { return (Analysis::NoProblem, None) };
     let (answer, mut admin) = stages::probe(server).await;
     let mut lsn = None;
-    if let (Answer::Primary, Some(admin)) = (answer, &mut admin) {
-        lsn = admin.flush_lsn().await.ok();
-        compare(server, admin).await;
+    if let (Answer::Primary, Some(asked)) = (answer, &mut admin) {
+        let ask = async {
+            lsn = asked.flush_lsn().await.ok();
+            compare(server, asked).await;
+        };
+        // One that is frozen meanwhile is looked at again, not waited for.
+        if timeout(LOOK_MAX, ask).await.is_err() {
+            admin = None;
+        }
     }
     let (mut process, mut streams, mut is_lease_over) = (None, None, false);
     if answer == Answer::Nothing {
@@ -310,6 +328,12 @@ async fn begin(
             && one.ending != Some(Ending::Aborted)
             && now_ms().saturating_sub(one.started_at_ms) < block_ms
     };
+    if control.is_older(app) {
+        return Err(
+            "an agent has seen a later store than this one: `holdfast status` says what to do"
+                .into(),
+        );
+    }
     let to = stages::choose(control, servers, (app, cell)).await?;
     if let Some(one) = recent.iter().find(is_recent) {
         return Err(format!(
@@ -384,6 +408,12 @@ impl Control {
         self.stands_in_the_way(app).ok().flatten().map(|(execution, _)| execution.id)
     }
 
+    /// An execution is under way that nobody runs: what it was to write could not be written.
+    fn is_orphaned(&self, app: &str, application: &Application) -> bool {
+        let execution = application.execution.and_then(|id| self.execution(app, id).ok());
+        execution.is_some_and(|one| one.ending.is_none()) && self.take(app).is_ok()
+    }
+
     /// The execution that stands still beyond its point of no return: nobody is active until it goes on.
     fn stuck_after(&self, app: &str) -> Option<u64> {
         let application = self.application(app).ok()?;
@@ -400,7 +430,8 @@ impl Control {
         member: &Member,
     ) -> Result<(), String> {
         let _taken = self.take(app).map_err(|error| model::chain(&error))?;
-        let application = self.application(app).map_err(|error| model::chain(&error))?;
+        // One that stands still before its point of no return is in nobody's way.
+        let application = self.watched(app).map_err(|error| model::chain(&error))?;
         if application.active() != Some(cell) || application.execution.is_some() {
             return Err(format!("`{cell}` is not the active cell any more"));
         }

@@ -34,6 +34,9 @@ pub struct Renew {
     pub sender: Sender,
     /// The highest epoch that this host has seen.
     pub seen: Epoch,
+    /// The highest version of the application that it has seen (`model::cell`).
+    #[serde(default)]
+    pub seen_version: u64,
     pub process: Process,
     /// The agent could see and end the server's processes, if there are any. Without it, it gets no lease.
     pub is_in_hand: bool,
@@ -69,6 +72,9 @@ impl Postmaster {
 pub struct Renewed {
     /// None: another may have it.
     pub granted: Option<Epoch>,
+    /// Of the application: one that is lower than what was seen is of a store that was restored, which nobody goes by.
+    #[serde(default)]
+    pub version: u64,
     pub terms: Terms,
     /// All other agents of the application. None of them if not all are known: a lease cannot go on by pledges then.
     pub neighbours: Vec<Neighbour>,

@@ -117,6 +117,9 @@ pub struct Application {
     pub granted_to: Option<String>,
     /// The execution that is changing it; at most one at a time.
     pub execution: Option<u64>,
+    /// Grows with each change: whoever has seen a higher one knows of something that this record does not.
+    #[serde(default)]
+    pub version: u64,
     /// What is proven of commits in this epoch. None: they may be acknowledged by one server alone.
     #[serde(default)]
     pub protected: Option<Protection>,
@@ -139,7 +142,8 @@ impl Application {
             |name: &str| if name == active { CellState::Active } else { CellState::Passive };
         let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
         let granted_to = Some(active.to_owned());
-        Application { epoch: Epoch(1), cells, granted_to, execution: None, protected: None }
+        let (execution, protected) = (None, None);
+        Application { epoch: Epoch(1), cells, granted_to, execution, version: 1, protected }
     }
 
     /// Cells that were configured since it was new; they have to become standbys. Whether there were any.
@@ -155,6 +159,7 @@ impl Application {
     /// is of an epoch that nobody can have seen. A person says which cell goes on.
     pub fn restored(mut self) -> Application {
         self.epoch = Epoch(self.epoch.0.saturating_add(RESTORE_JUMP));
+        self.version = self.version.saturating_add(RESTORE_JUMP * RESTORE_JUMP);
         self.cells.values_mut().for_each(|state| *state = CellState::Passive);
         (self.granted_to, self.execution, self.protected) = (None, None, None);
         self

@@ -69,6 +69,10 @@ pub enum StoreError {
     Unreachable(String),
     #[error("nobody knows whether the store was written: {0}")]
     Unknown(String),
+    #[error("the store is another than it was: {0}")]
+    Replaced(String),
+    #[error("another process goes by the name of node `{0}`")]
+    Taken(String),
     #[error("the store refuses: {0}")]
     Refused(String),
     #[error("store cannot be used")]

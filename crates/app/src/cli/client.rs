@@ -10,6 +10,9 @@ use super::Global;
 /// A switchover may wait for its deadline and for the old server to come back.
 const WAIT_MAX: Duration = Duration::from_secs(3_600);
 const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// How long one of several nodes may take to say that it lives, and to be read.
+const ALIVE_MAX: Duration = Duration::from_secs(2);
+const READ_MAX: Duration = Duration::from_secs(20);
 /// Largest answer that is read.
 const ANSWER_LEN_MAX: u64 = 256 * 1024 * 1024;
 
@@ -43,11 +46,15 @@ fn send(request: &Request<'_>) -> Result<String, String> {
     loop {
         let mut failures = Vec::new();
         for api in &apis {
-            match send_to(api, request) {
+            match send_to(api, request, apis.len() > 1) {
                 Ok(text) => return Ok(text),
                 Err(Failure::Elsewhere(why)) => failures.push(why),
                 Err(Failure::Lost(why)) if request.key.is_some() => {
                     is_lost = true;
+                    failures.push(why);
+                }
+                // It only reads.
+                Err(Failure::Lost(why)) if request.body.is_none() && apis.len() > 1 => {
                     failures.push(why);
                 }
                 Err(Failure::Lost(why) | Failure::Here(why)) => return Err(why),
@@ -70,13 +77,26 @@ fn send(request: &Request<'_>) -> Result<String, String> {
     }
 }
 
-fn send_to(api: &str, request: &Request<'_>) -> Result<String, Failure> {
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_global(Some(WAIT_MAX))
-        .timeout_connect(Some(CONNECT_MAX))
+fn agent(limit: Duration) -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .timeout_global(Some(limit))
+        .timeout_connect(Some(CONNECT_MAX.min(limit)))
         .http_status_as_error(false)
         .build()
-        .into();
+        .into()
+}
+
+/// `is_one_of_several`: whoever stands still is not waited for.
+fn send_to(api: &str, request: &Request<'_>, is_one_of_several: bool) -> Result<String, Failure> {
+    if is_one_of_several {
+        let url = format!("{}/liveness", api.trim_end_matches('/'));
+        agent(ALIVE_MAX)
+            .get(&url)
+            .call()
+            .map_err(|error| Failure::Elsewhere(format!("`{url}` does not answer: {error}")))?;
+    }
+    let limit = if is_one_of_several && request.body.is_none() { READ_MAX } else { WAIT_MAX };
+    let agent = agent(limit);
     let url = format!("{}{}", api.trim_end_matches('/'), request.path);
     let lost = |error: ureq::Error| {
         let text = format!(

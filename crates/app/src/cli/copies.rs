@@ -89,7 +89,8 @@ fn restore(node: NodeConfig, from: &Path) -> Result<Vec<(String, model::cell::Ep
         let take = Seated::take(store, "restore", terms);
         let seat = timeout(terms.length * 3, take)
             .await
-            .map_err(|_| "a node is control: end every node, and restore then".to_owned())?;
+            .map_err(|_| "a node is control: end every node, and restore then".to_owned())?
+            .map_err(|error| chain(&error))?;
         let holding = seat.clone();
         let holding = tokio::spawn(async move { holding.hold().await });
         let put = put_all(&*seat, wanted);

@@ -204,3 +204,63 @@ async fn a_copy_of_etcd_is_put_back_with_higher_epochs() {
     signal(node.id(), "TERM");
     node.wait().unwrap();
 }
+
+/// A store that was wiped, or put back from a copy, knows less than agents have seen: it ends nobody's server, and what it
+/// says of commits is not believed.
+#[tokio::test]
+async fn a_store_that_was_put_back_is_not_believed() {
+    let installation = Installation::start_nodes("nodes-older", &["--acks", "1"]);
+    let etcd = installation.facts.etcd.unwrap();
+    let writers = begin(&installation).await;
+    wait_active(&installation, "a").await;
+    switch_to(&installation, "b").await;
+    wait_active(&installation, "b").await;
+    // Nobody is control, and etcd begins anew.
+    let command = std::fs::read(format!("/proc/{etcd}/cmdline")).unwrap();
+    signal(etcd, "KILL");
+    wait_until("nobody is control", async || control_of(&installation).is_none()).await;
+    std::fs::remove_dir_all(installation.dir.join("etcd")).unwrap();
+    let words: Vec<String> = String::from_utf8(command)
+        .unwrap()
+        .split('\0')
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect();
+    let mut etcd = Command::new(&words[0])
+        .args(&words[1..])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    for pid in &installation.facts.controls {
+        signal(*pid, "KILL");
+    }
+    let mut node = start_node(&installation, 0, &[]);
+    wait_for_control(&installation).await;
+    tokio::time::sleep(SEAT_AND_MORE).await;
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("has seen a later store than this one"), "{status}");
+    let mut direct = installation.direct("b").await;
+    assert_eq!(value(&mut direct, "SELECT pg_is_in_recovery()").await, "f");
+    for writer in writers {
+        let (acknowledged, told) = writer.stop().await;
+        assert!(acknowledged.len() > 50 && told.is_empty(), "{} {told:?}", acknowledged.len());
+    }
+    node.kill().unwrap();
+    node.wait().unwrap();
+    etcd.kill().unwrap();
+    etcd.wait().unwrap();
+}
+
+/// A second process of a node ends; the first goes on.
+#[tokio::test]
+async fn a_node_that_is_started_twice_goes_on() {
+    let installation = Installation::start_nodes("nodes-twice", &["--no-failover"]);
+    let at = wait_for_control(&installation).await;
+    let mut second = start_node(&installation, at, &[]);
+    assert!(!second.wait().unwrap().success());
+    tokio::time::sleep(SEAT_AND_MORE).await;
+    assert_eq!(control_of(&installation), Some(at));
+    switch_to(&installation, "b").await;
+}

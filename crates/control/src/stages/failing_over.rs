@@ -111,6 +111,12 @@ pub(crate) async fn choose(
 ) -> Result<String, String> {
     let pleads = records::pleads(&*control.store, app, from).map_err(chain)?;
     let mut all = candidates(servers, from).await;
+    for one in &all {
+        // Control may have begun a moment ago.
+        if let Some(member) = servers.cells.get(&one.cell).and_then(|one| one.member.as_ref()) {
+            let _ = member.must_be_heard().await;
+        }
+    }
     let mut why = None;
     all.retain(|one| {
         let member = servers.cells.get(&one.cell).and_then(|server| server.member.as_ref());
@@ -255,7 +261,8 @@ fn beyond(control: &Control, app: &str, received: Lsn) -> String {
 /// Whether the furthest of these has every commit that was acknowledged, in words.
 fn covers(control: &Control, app: &str, all: &[Candidate]) -> Result<Option<String>, String> {
     let application = control.application(app).map_err(chain)?;
-    let Some(protection) = application.protected else { return Ok(None) };
+    let protection = application.protected.filter(|_| !control.is_older(app));
+    let Some(protection) = protection else { return Ok(None) };
     let sure: Vec<&Candidate> = all.iter().filter(|one| one.is_sure).collect();
     let is_covered = protection.is_covered_by(sure.iter().map(|one| one.cell.as_str()));
     let Protection { acks, standbys } = &protection;

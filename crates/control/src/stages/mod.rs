@@ -258,6 +258,11 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
     for cell in [&execution.from, &execution.to] {
         if let Some(member) = servers.cells.get(cell).and_then(|server| server.member.as_ref()) {
             member.must_be_heard().await?;
+            if member.is_out_of_hand() {
+                return Err(format!(
+                    "the agent of `{cell}` cannot see or end its server, and would get no lease: its log says why"
+                ));
+            }
         }
     }
     // What is written out now need not be during the pause, nor when the old server is rewound.

@@ -31,6 +31,8 @@ pub(super) enum Failure {
     Unknown(String),
     /// It was not carried out, and asking again does not change that.
     Refused(String),
+    /// What answers is not the store that was opened; nothing was written.
+    Replaced(String),
 }
 
 #[derive(Debug)]
@@ -88,6 +90,11 @@ impl Gateway {
         }
         let answer = answer?;
         let header = answer.header();
+        // What writes may have been carried out there.
+        let replaced = |why: String| match path {
+            "kv/range" => Failure::Replaced(why),
+            _ => Failure::Unknown(why),
+        };
         let cluster = self.cluster.compare_exchange(
             0,
             header.cluster_id,
@@ -97,14 +104,14 @@ impl Gateway {
         if let Err(known) = cluster
             && known != header.cluster_id
         {
-            return Err(Failure::Refused(format!(
+            return Err(replaced(format!(
                 "`{}` is of cluster {:x}, {known:x} was found before; if etcd was restored, start Holdfast again",
                 self.endpoint(at),
                 header.cluster_id
             )));
         }
         if header.revision < before {
-            return Err(Failure::Refused(format!(
+            return Err(replaced(format!(
                 "`{}` is at revision {}, {before} was seen before: etcd was restored from an older copy; start Holdfast again",
                 self.endpoint(at),
                 header.revision
@@ -190,6 +197,8 @@ impl Gateway {
         let why = if refusal.message.is_empty() { refusal.error } else { refusal.message };
         let why = format!("etcd at `{endpoint}`: {why} (HTTP {status}, code {})", refusal.code);
         let failure = match refusal.code {
+            // It is busy (`ErrTooManyRequests`), and was not asked.
+            RESOURCE_EXHAUSTED if why.contains("too many requests") => Failure::NotSent(why),
             INVALID_ARGUMENT | PERMISSION_DENIED | RESOURCE_EXHAUSTED | UNAUTHENTICATED => {
                 Failure::Refused(why)
             }

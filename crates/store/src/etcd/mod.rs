@@ -131,6 +131,7 @@ impl EtcdStore {
             match act() {
                 Ok(done) => return Ok(done),
                 Err(Failure::Refused(why)) => return Err(StoreError::Refused(why)),
+                Err(Failure::Replaced(why)) => return Err(StoreError::Replaced(why)),
                 Err(Failure::NotSent(why) | Failure::Unknown(why)) => {
                     if Instant::now() >= deadline {
                         return Err(StoreError::Unreachable(why));
@@ -208,8 +209,7 @@ impl EtcdStore {
     }
 
     fn taken(&self) -> StoreError {
-        let node = &self.node;
-        StoreError::Refused(format!("another process goes by the name of node `{node}`"))
+        StoreError::Taken(self.node.clone())
     }
 
     fn commit_marked(&self, marks: &mut Marks, txn: &Txn) -> Result<Revision, StoreError> {
@@ -227,14 +227,13 @@ impl EtcdStore {
                 }
                 Ok(answer) => return Err(self.refused(marks, txn, &answer)),
                 Err(Failure::Refused(why)) => return Err(StoreError::Refused(why)),
-                Err(Failure::NotSent(why)) => why,
+                Err(Failure::NotSent(why) | Failure::Replaced(why)) => why,
                 Err(Failure::Unknown(why)) => {
                     marks.pending = Some(mark);
                     match self.settle(marks, deadline) {
                         Ok(Outcome::Written(revision)) => return Ok(revision),
                         Ok(Outcome::Never) => why,
-                        Err(StoreError::Refused(why)) => return Err(StoreError::Refused(why)),
-                        Err(_) => return Err(StoreError::Unknown(why)),
+                        Err(error) => return Err(StoreError::Unknown(format!("{why}; {error}"))),
                     }
                 }
             };

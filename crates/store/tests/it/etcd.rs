@@ -170,7 +170,7 @@ fn a_second_process_of_a_node_ends_the_first() {
     first.commit(&Txn::default().put("k", vec![1])).unwrap();
     let second = EtcdStore::open(etcd.config("a"), 2).unwrap();
     let refused = first.commit(&Txn::default().put("k", vec![2]));
-    assert!(matches!(&refused, Err(StoreError::Refused(why)) if why.contains("another process")));
+    assert!(matches!(&refused, Err(StoreError::Taken(node)) if node == "a"));
     assert_eq!(second.get("k").unwrap().unwrap().value, [1]);
     second.commit(&Txn::default().put("k", vec![3])).unwrap();
     let other = EtcdStore::open(etcd.config("b"), 1).unwrap();
