@@ -41,6 +41,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a lease of a new epoch may take to arrive.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(5);
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// How long an agent before this one may take to be gone.
+const LOCK_MAX: Duration = Duration::from_secs(5);
 /// Between two tries to end a server that does not end.
 const END_PAUSE: Duration = Duration::from_millis(500);
 /// Between two starts of a standby that crashes.
@@ -127,7 +129,14 @@ impl Agent {
             .write(true)
             .open(dir.join("agent.lock"))
             .map_err(file("locked"))?;
-        lock.try_lock().map_err(|_| AgentError::InUse(dir.clone()))?;
+        // One that was killed may take a moment to be gone.
+        let began = clock::now();
+        while lock.try_lock().is_err() {
+            if began.plus(LOCK_MAX).from(clock::now()).is_zero() {
+                return Err(AgentError::InUse(dir));
+            }
+            sleep(TICK).await;
+        }
         let seen = read_epoch(&dir.join("epoch"))?;
         let guard = Guard::new(&dir, &config.guard).map_err(file("used"))?;
         let pledges = Pledges::read(&dir).map_err(file("read"))?;

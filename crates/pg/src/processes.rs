@@ -172,7 +172,10 @@ impl Instance {
     /// # Errors
     /// It could not be, or the data directory is not there.
     pub fn is_in_hand(&self) -> Result<(), InstanceError> {
-        for path in ["PG_VERSION", "global/pg_control"].map(|name| self.data_dir.join(name)) {
+        // While its files are made anew, they are under other names, and no server runs.
+        let is_rejoining = crate::rejoin::Aside::of(self).is_there();
+        let files = ["PG_VERSION", "global/pg_control"].map(|name| self.data_dir.join(name));
+        for path in files.into_iter().filter(|_| !is_rejoining) {
             std::fs::metadata(&path).map_err(|source| InstanceError::File {
                 path,
                 what: "seen",

@@ -225,7 +225,7 @@ class Holdfast:
         shutil.rmtree(directory, ignore_errors=True)
         args = [HOLDFAST, "demo", "--no-tour", "--sessions", "0", "--pool", "8", "--agents", "--dir", str(directory)]
         args += ["--acks", "1"] if is_sync else []
-        args += ["--proxies", "2"] if scenario == "store" else []
+        args += self.more(scenario)
         log = directory.parent / f"{directory.name}.log"
         self.process = spawn(args, log, env={**os.environ, "HOLDFAST_LOG": "info"})
         path = directory / "demo.json"
@@ -236,6 +236,9 @@ class Holdfast:
         self.ports = {name: port(dsn) for name, dsn in self.facts["servers"].items()}
         self.agents = dict(zip(("a", "b"), self.facts["pids"]["agents"]))
         wait("all in order", lambda: "!" not in self.command("status"))
+
+    def more(self, scenario):
+        return ["--proxies", "2"] if scenario == "store" else []
 
     def store_down(self):
         send([self.process.pid], signal.SIGKILL)
@@ -270,6 +273,7 @@ class Holdfast:
 
     def stop(self):
         pids = tree(self.process.pid) + list(self.agents.values()) + self.facts["pids"]["proxies"]
+        pids += self.facts["pids"]["controls"] + [pid for pid in [self.facts["pids"]["etcd"]] if pid]
         for name in self.ports:
             pids += self.guard(name)
             try:
@@ -279,6 +283,31 @@ class Holdfast:
         send(pids, signal.SIGCONT)
         send(pids, signal.SIGKILL)
         self.process.wait()
+
+
+class Nodes(Holdfast):
+    """Three nodes of control with etcd; whichever is control is on the primary's host, and is lost with it."""
+
+    def more(self, scenario):
+        return ["--controls", "3"]
+
+    def store_down(self):
+        pid = self.facts["pids"]["etcd"]
+        self.etcd = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+        send([pid], signal.SIGKILL)
+
+    def store_up(self):
+        etcd = spawn(self.etcd, self.dir / "etcd.log")
+        self.facts["pids"]["etcd"] = etcd.pid
+
+    def guard(self, name):
+        return super().guard(name) + [pid for pid in [self.control()] if pid]
+
+    def control(self):
+        for api, pid in zip(self.facts["api"].split(","), self.facts["pids"]["controls"]):
+            asked = subprocess.run([HOLDFAST, "--api", api, "executions"], capture_output=True, timeout=60)
+            if asked.returncode == 0:
+                return pid
 
 
 class Writers:
@@ -425,14 +454,14 @@ def main():
     scenarios = sys.argv[4:] or ["switchover", "postgres", "host", "agent", "frozen", "store"]
     base.mkdir(parents=True, exist_ok=True)
     base.chmod(0o755)
-    contestants = [("Patroni", Patroni), ("Holdfast", Holdfast)]
+    contestants = [("Patroni", Patroni), ("Holdfast", Holdfast), ("with etcd", Nodes)]
     print("scenario    contestant  n  outage s: median, min-max  errors  acknowledged and lost  written past the new primary", flush=True)
     for scenario in scenarios:
         results = {name: [] for name, _ in contestants}
         for number in range(rounds):
             for name, contestant in contestants:
                 try:
-                    result = trial(contestant, scenario, base / f"{name.lower()}-{scenario}-{number}", True)
+                    result = trial(contestant, scenario, base / f"{name.lower().replace(' ', '-')}-{scenario}-{number}", True)
                     results[name].append(result)
                     print(f"  {scenario} {name} {result}", file=sys.stderr, flush=True)
                 except RuntimeError as error:

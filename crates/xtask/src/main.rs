@@ -16,6 +16,7 @@ cargo xtask test [FILTER]  install what is missing, check format and lints, and 
 cargo xtask check          format, lints and documentation only
 cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause,
                            pool, policy; failover [ROUNDS] [SCENARIO...] beside Patroni, HAProxy and etcd
+cargo xtask sim [N] [FIRST] so many seeded worlds (10000) of leases, pledges, seats and epochs
 cargo xtask regress        PostgreSQL's own regression suite, direct and through the proxy
 cargo xtask majors [MAJOR] the tests of moves and pins on PostgreSQL 16, 17 and 18, which it fetches
 cargo xtask battery        each kind of session state by each way to move on 15 to 18, into docs/battery.md
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Some("bench") => bench::run(rest),
         Some("majors") => majors::run(rest),
         Some("battery") => majors::battery(),
+        Some("sim") => sim(rest),
         Some("regress") => regress::run(),
         Some("setup") => setup::servers().and_then(|()| setup::drivers()),
         _ => {
@@ -49,6 +51,15 @@ fn main() -> ExitCode {
             eprintln!("xtask: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Optimised, as it is nothing but computation.
+fn sim(args: &[String]) -> Done {
+    let mut command = cargo(&["run", "--release", "-q", "-p", "sim", "--"]);
+    match args {
+        [] => run(command.arg("10000")),
+        args => run(command.args(args)),
     }
 }
 
