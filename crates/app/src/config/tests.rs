@@ -86,7 +86,7 @@ active = "yes"
              idle_timeout, keepalive_idle, keepalive_interval, listen, login_timeout, logins_max, \
              moves_at_once, tcp_user_timeout, tls",
             "6: `proxy.login_timeout` must be a duration such as \"500ms\", \"5s\" or \"2m\", it is `soon`",
-            "9: `control.listen` is `0.0.0.0:7432`, which others can reach, so `token_file` is needed",
+            "9: `control.listen` is `0.0.0.0:7432`, which others can reach, so `token_file` or [[control.token]] is needed",
             "11: application `shop` has 0 cells with `active = true`, exactly 1 is needed",
             "11: application `shop` has 0 cells, at least 2 are needed",
             "13: `app.auth` must be one of scram, trust, file, it is `kerberos`",
