@@ -540,7 +540,6 @@ impl Beside {
     async fn obey(self: Arc<Self>, mut orders: mpsc::Receiver<Fresh>) {
         let mut client = self.client();
         while let Some(Fresh { at, tenure, order }) = orders.recv().await {
-            let working = self.working.lock().await;
             let result = loop {
                 let now = clock::now();
                 if at.plus(order.wait_max).from(now).is_zero() {
@@ -550,12 +549,16 @@ impl Beside {
                     break Err("it was given by an earlier control".into());
                 }
                 // Until it is heard, another may be control.
-                if self.hears_control(now) {
-                    break self.carry_out(&order).await;
+                if !self.hears_control(now) {
+                    sleep(TICK).await;
+                    continue;
                 }
-                sleep(TICK).await;
+                // Whoever works on the server is waited for, and all is asked anew.
+                match self.working.try_lock() {
+                    Ok(_working) => break self.carry_out(&order).await,
+                    Err(_) => sleep(TICK).await,
+                }
             };
-            drop(working);
             if let Err(error) = &result {
                 tracing::warn!(order = order.id, error, "an order was not carried out");
             }

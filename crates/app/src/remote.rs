@@ -2,6 +2,7 @@
 //! What it makes of what it is told is said by `model::proxies`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr as TcpAddr;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -173,7 +174,11 @@ impl Remote {
 async fn take_name(name: &str, controls: &Controls) -> Result<UnixListener, RunError> {
     let mut said: Option<Moment> = None;
     loop {
-        let own = SocketAddr::from_abstract_name(format!("holdfast-proxy-{controls}-{name}"));
+        // Such a name has 107 bytes at most (unix(7)), which the addresses of a few nodes may exceed.
+        let mut of = DefaultHasher::new();
+        controls.to_string().hash(&mut of);
+        let own = format!("holdfast-proxy-{:016x}-{name}", of.finish());
+        let own = SocketAddr::from_abstract_name(own);
         match own.and_then(|own| UnixListener::bind_addr(&own)) {
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
                 say_now_and_then(&mut said, || {

@@ -12,7 +12,7 @@ pub enum Planted {
     SeatNotCompared,
     /// Nobody pleads while control is gone.
     NobodyPleads,
-    /// A new control takes it that no lease was given before, and listens for nobody first. (Either alone does no harm here.)
+    /// A new control takes it that no lease was given before, and listens for nobody first. (The first alone does no harm here.)
     GrantsForgotten,
     /// The highest epoch is not on the agent's disk.
     EpochNotKept,

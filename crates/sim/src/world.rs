@@ -160,11 +160,11 @@ impl Store {
     /// A transaction compares the seat.
     pub fn may_write(&mut self, by: Tenure, planted: Option<Planted>) -> bool {
         let Some(seat) = self.seat else { return false };
-        if seat != by && planted == Some(Planted::SeatNotCompared) {
+        let may = seat == by || planted == Some(Planted::SeatNotCompared);
+        if may && seat != by {
             self.late_write = Some((by, seat));
-            return true;
         }
-        seat == by
+        may
     }
 }
 

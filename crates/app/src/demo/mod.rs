@@ -486,7 +486,8 @@ impl Demo {
         let api = global.api();
         println!("\neverything runs; SIGINT (Ctrl-C) ends it. Try, in another terminal:");
         println!("  psql '{}'", self.dsn());
-        for (_, port) in &self.proxies {
+        let others = self.proxies.iter().filter(|(_, port)| *port != self.dsn().port);
+        for (_, port) in others {
             println!("  psql '{}'", Dsn { port: *port });
         }
         println!("  holdfast --api {api} status");
