@@ -128,14 +128,15 @@ impl Authenticator {
     ) -> Result<Option<Verifier>, AuthError> {
         let mut slot = self.admin.lock().await;
         let address = server.address.to_string();
-        // The connection may have died since it was used; then a fresh one is asked once.
-        if let Some((at, admin)) = slot.as_mut()
-            && *at == address
+        // The connection may have died since it was used; then a fresh one is asked once. Whoever gives up meanwhile takes it
+        // along: what it answers late is about somebody else.
+        if let Some((at, mut admin)) = slot.take()
+            && at == address
             && let Ok(found) = admin.verifier(query, user).await
         {
+            *slot = Some((address, admin));
             return Ok(found);
         }
-        *slot = None;
         let mut admin = Admin::connect(server, &self.login)
             .await
             .map_err(|error| AuthError::Server(Box::new(error)))?;

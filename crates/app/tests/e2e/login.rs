@@ -50,6 +50,30 @@ async fn scram_is_passed_through_without_a_password() {
 }
 
 #[tokio::test]
+async fn what_is_answered_late_is_about_nobody_else() {
+    let installation = Installation::start("late-verifier");
+    ask_for_scram(&installation).await;
+    let mut direct = installation.direct("a").await;
+    run(
+        &mut direct,
+        "CREATE ROLE slow LOGIN PASSWORD 'slow'; CREATE ROLE other LOGIN PASSWORD 'other'",
+    )
+    .await;
+    let limits = "login_timeout = \"1s\"";
+    let proxy = second(&installation, "late", limits, "auth = \"scram\"\nsslmode = \"disable\"");
+    drop(connect(proxy.port, "app", Some("sesame")).await.unwrap());
+    // The connection on which secrets are asked for.
+    let asks = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%rolpassword%' AND pid <> pg_backend_pid()";
+    let pid: u32 = value(&mut direct, asks).await.parse().unwrap();
+    crate::support::signal(pid, "STOP");
+    let given_up = connect(proxy.port, "slow", Some("slow")).await;
+    crate::support::signal(pid, "CONT");
+    assert!(given_up.is_err());
+    let mut session = connect(proxy.port, "other", Some("other")).await.unwrap();
+    assert_eq!(value(&mut session, "SELECT current_user").await, "other");
+}
+
+#[tokio::test]
 async fn a_password_file_serves_development() {
     let installation = Installation::start("file");
     ask_for_scram(&installation).await;
