@@ -261,6 +261,25 @@ impl App {
         }
     }
 
+    /// Does something at a cell's server. None if the application goes on elsewhere meanwhile: a server that is lost may never
+    /// answer.
+    pub(crate) async fn while_at<T>(
+        &self,
+        cell: &Arc<Cell>,
+        what: impl Future<Output = T>,
+    ) -> Option<T> {
+        let mut gate = self.gate.subscribe();
+        let is_left = |gate: &Gate| match gate {
+            Gate::Open(open) => !Arc::ptr_eq(open, cell),
+            Gate::Held => self.is_lost(cell),
+        };
+        tokio::select! {
+            biased;
+            done = what => Some(done),
+            _ = gate.wait_for(is_left) => None,
+        }
+    }
+
     pub fn hold(&self) {
         self.holding.store(true, Ordering::SeqCst);
         self.gate.send_replace(Gate::Held);

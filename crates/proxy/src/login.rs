@@ -19,7 +19,7 @@ use wire::sqlstate::SqlState;
 use wire::startup::{self, First, Startup, TLS_HANDSHAKE_BYTE, Version};
 
 use crate::app::{App, Cell, Params};
-use crate::auth::Check;
+use crate::auth::{AuthError, Check};
 use crate::console;
 use crate::engine::Command;
 use crate::pool::Sharing;
@@ -122,14 +122,20 @@ async fn connection(mut client: Client, shared: &Arc<Shared>, place: Place) -> O
         return client.refuse(report).await;
     };
     // Authentication reads from the server, so it waits for the gate as the login does.
-    let Some(cell) = app.pass_gate().await else { return Err(Refused) };
+    let mut cell = app.pass_gate().await.ok_or(Refused)?;
     if let Some(why) = app.refuses_logins() {
         let hint = format!("`holdfast status {}` says what to do", app.name);
         let report = Report::fatal(SqlState::CANNOT_CONNECT_NOW, why).hint(hint);
         return client.refuse(report).await;
     }
+    let check = loop {
+        match app.while_at(&cell, app.auth.check(&request.user, &cell.target)).await {
+            Some(check) => break check,
+            None => cell = app.pass_gate().await.ok_or(Refused)?,
+        }
+    };
     let credential =
-        Box::pin(authenticate(&mut client, shared, &app, &cell, &request.user)).await?;
+        Box::pin(authenticate(&mut client, shared, &app, check, &request.user)).await?;
     Box::pin(attach(client, shared, app, request, credential, startup.version, place)).await
 }
 
@@ -151,7 +157,8 @@ async fn console(
     // The console must work while an application is held, so any cell will do for the verifier.
     let cell = app.active().or_else(|| app.cells.values().next().cloned());
     let Some(cell) = cell else { return Err(Refused) };
-    Box::pin(authenticate(&mut client, shared, &app, &cell, &request.user)).await?;
+    let check = app.auth.check(&request.user, &cell.target).await;
+    Box::pin(authenticate(&mut client, shared, &app, check, &request.user)).await?;
     let shared = shared.clone();
     // The session lasts longer than a login may take.
     tokio::spawn(async move {
@@ -299,7 +306,7 @@ async fn authenticate(
     client: &mut Client,
     shared: &Arc<Shared>,
     app: &App,
-    cell: &Cell,
+    check: Result<Check, AuthError>,
     user: &str,
 ) -> Outcome<Option<Credential>> {
     if let Some(tls) = &shared.config.tls
@@ -314,7 +321,7 @@ async fn authenticate(
             return client.refuse(report).await;
         }
     }
-    let check = match app.auth.check(user, &cell.target).await {
+    let check = match check {
         Ok(check) => check,
         Err(error) => {
             tracing::error!(
@@ -399,84 +406,26 @@ async fn attach(
     version: Version,
     place: Place,
 ) -> Outcome<()> {
-    let login = Login { params: request.params, credential };
-    // From here on the session counts, so that a move waits for it; the gate is looked at afterwards.
-    app.sessions.fetch_add(1, Ordering::SeqCst);
-    let counted = Counted(&app);
-    let Some(cell) = app.active() else {
-        drop(counted);
-        let Some(_) = app.pass_gate().await else { return Err(Refused) };
-        let request = Request { params: login.params, ..request };
-        return Box::pin(attach(client, shared, app, request, login.credential, version, place))
-            .await;
-    };
-    app.learn_catalog(&cell, &request.database).await;
-    let pool = match app.pool {
-        Some(_) if !request.replication => {
-            app.pools.of(&request.user, &request.database, &login.params)
-        }
-        _ => None,
-    };
     let identity = Arc::new(Identity {
         user: request.user,
         database: request.database,
-        params: login.params,
-        credential: login.credential,
+        params: request.params,
+        credential,
         peer: client.peer.to_string(),
         tls: client.stream.is_tls(),
         replication: request.replication,
     });
-    let mut sharing = None;
-    let server = match pool {
-        None => log_in(&mut client, shared, &app, &cell, &identity).await?,
-        Some(mut pool) => {
-            pool.knows(&identity);
-            // One of a kind logs in, the others wait to be told what it was told.
-            let one = match pool.welcome(&cell) {
-                Some(_) => None,
-                None => Some(pool.welcoming.lock().await),
-            };
-            let mut next = None;
-            let server = match pool.welcome(&cell) {
-                Some(welcome) => Begun {
-                    leg: Leg::vacant(),
-                    pid: 0,
-                    secret: Vec::new(),
-                    params: welcome.params.clone(),
-                    aside: Vec::new(),
-                },
-                None => {
-                    let mut connection =
-                        log_in_as(&mut client, shared, &app, &cell, &identity).await?;
-                    let aside = std::mem::take(&mut connection.aside);
-                    let learned = pool.learn(&app, &cell, &identity, &mut connection).await;
-                    connection.aside = aside;
-                    match learned {
-                        Ok(Learned::Same(_)) => (),
-                        Ok(Learned::Other { here, .. }) => {
-                            // Those who were there before keep what they had; this one has what it was told.
-                            app.pools.retire_one(&pool);
-                            let (user, database) = (&identity.user, &identity.database);
-                            if let Some(other) = app.pools.of(user, database, &identity.params) {
-                                other.knows(&identity);
-                                other.know(&here);
-                                next = Some(other);
-                            }
-                        }
-                        Err(error) => {
-                            tracing::warn!(app = app.name, error, "a session cannot share servers");
-                        }
-                    }
-                    Begun::of(connection, &app)?
-                }
-            };
-            drop(one);
-            if let Some(next) = next {
-                pool = next;
-            }
-            sharing = pool.welcome(&cell).map(|_| Box::new(Sharing::new(pool)));
-            server
+    let (cell, counted, Begun { server, sharing }) = loop {
+        // From here on the session counts, so that a move waits for it; the gate is looked at afterwards.
+        app.sessions.fetch_add(1, Ordering::SeqCst);
+        let counted = Counted(&app);
+        if let Some(cell) = app.active()
+            && let Some(begun) = begin(&mut client, shared, &app, &cell, &identity).await?
+        {
+            break (cell, counted, begun);
         }
+        drop(counted);
+        app.pass_gate().await.ok_or(Refused)?;
     };
     if app.lifts_fence(&server.params).await {
         let why = "a login that sets `default_transaction_read_only` to off is refused in a cell that takes no writes";
@@ -553,6 +502,12 @@ async fn attach(
 
 /// What a session begins with.
 struct Begun {
+    server: Attached,
+    sharing: Option<Box<Sharing>>,
+}
+
+/// The server that it is attached to, and what that has said.
+struct Attached {
     leg: Leg,
     /// 0 while there is no server.
     pid: i32,
@@ -562,39 +517,102 @@ struct Begun {
     aside: Vec<u8>,
 }
 
-impl Begun {
-    fn of(mut connection: Connection, app: &App) -> Outcome<Begun> {
+impl Attached {
+    fn of(mut connection: Connection, app: &App) -> Outcome<Attached> {
         let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
         let params = app.share(std::mem::take(&mut connection.params));
         let aside = std::mem::take(&mut connection.aside);
         let (server, unread) = connection.into_stream();
         let leg = Leg::new(server.into_parts().map_err(|_| Refused)?, unread, Side::Backend);
-        Ok(Begun { leg, pid, secret, params, aside })
+        Ok(Attached { leg, pid, secret, params, aside })
+    }
+
+    /// Not attached yet, and told what others of its kind were told.
+    fn nowhere(params: Params) -> Attached {
+        Attached { leg: Leg::vacant(), pid: 0, secret: Vec::new(), params, aside: Vec::new() }
     }
 }
 
+/// Begins a session on a cell. None if the application goes on elsewhere meanwhile: the client was told nothing yet.
+async fn begin(
+    client: &mut Client,
+    shared: &Shared,
+    app: &App,
+    cell: &Arc<Cell>,
+    identity: &Arc<Identity>,
+) -> Outcome<Option<Begun>> {
+    let Some(()) = app.while_at(cell, app.learn_catalog(cell, &identity.database)).await else {
+        return Ok(None);
+    };
+    let pool = match app.pool {
+        Some(_) if !identity.replication => {
+            app.pools.of(&identity.user, &identity.database, &identity.params)
+        }
+        _ => None,
+    };
+    let Some(mut pool) = pool else {
+        let Some(connection) = log_in(client, shared, app, cell, identity).await? else {
+            return Ok(None);
+        };
+        return Ok(Some(Begun { server: Attached::of(connection, app)?, sharing: None }));
+    };
+    pool.knows(identity);
+    // One of a kind logs in, the others wait to be told what it was told.
+    let one = match pool.welcome(cell) {
+        Some(_) => None,
+        None => Some(pool.welcoming.lock().await),
+    };
+    let mut next = None;
+    let server = match pool.welcome(cell) {
+        Some(welcome) => Attached::nowhere(welcome.params.clone()),
+        None => {
+            let Some(mut connection) = log_in(client, shared, app, cell, identity).await? else {
+                return Ok(None);
+            };
+            let aside = std::mem::take(&mut connection.aside);
+            let learned = pool.learn(app, cell, identity, &mut connection);
+            let Some(learned) = app.while_at(cell, learned).await else { return Ok(None) };
+            connection.aside = aside;
+            match learned {
+                Ok(Learned::Same(_)) => (),
+                Ok(Learned::Other { here, .. }) => {
+                    // Those who were there before keep what they had; this one has what it was told.
+                    app.pools.retire_one(&pool);
+                    let (user, database) = (&identity.user, &identity.database);
+                    if let Some(other) = app.pools.of(user, database, &identity.params) {
+                        other.knows(identity);
+                        other.know(&here);
+                        next = Some(other);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(app = app.name, error, "a session cannot share servers");
+                }
+            }
+            Attached::of(connection, app)?
+        }
+    };
+    drop(one);
+    if let Some(next) = next {
+        pool = next;
+    }
+    let sharing = pool.welcome(cell).map(|_| Box::new(Sharing::new(pool)));
+    Ok(Some(Begun { server, sharing }))
+}
+
+/// Logs in to the server. What it refuses, the client is told. None if the application goes on elsewhere meanwhile.
 async fn log_in(
     client: &mut Client,
     shared: &Shared,
     app: &App,
-    cell: &Cell,
+    cell: &Arc<Cell>,
     identity: &Identity,
-) -> Outcome<Begun> {
-    Begun::of(log_in_as(client, shared, app, cell, identity).await?, app)
-}
-
-/// Logs in to the server. What it refuses, the client is told.
-async fn log_in_as(
-    client: &mut Client,
-    shared: &Shared,
-    app: &App,
-    cell: &Cell,
-    identity: &Identity,
-) -> Outcome<Connection> {
+) -> Outcome<Option<Connection>> {
     let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
-    let error = match cell.target.login(&login).await {
-        Ok(connection) => return Ok(connection),
-        Err(error) => error,
+    let error = match app.while_at(cell, cell.target.login(&login)).await {
+        None => return Ok(None),
+        Some(Ok(connection)) => return Ok(Some(connection)),
+        Some(Err(error)) => error,
     };
     if matches!(&error, ConnectError::Refused { sqlstate, .. } if *sqlstate == SqlState::INVALID_PASSWORD)
     {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::outlive::wait_shared;
-use crate::support::{Installation, named, run, shown, signal, value};
+use crate::support::{Installation, connect, named, run, shown, signal, value};
 
 const POLL: Duration = Duration::from_millis(20);
 
@@ -125,6 +125,22 @@ async fn a_killed_server_is_replaced_and_clients_stay() {
     while value(&mut old, "SELECT count(*) FROM written").await != all {
         tokio::time::sleep(POLL).await;
     }
+}
+
+#[tokio::test]
+async fn a_login_at_a_server_that_hangs_goes_on_elsewhere() {
+    let installation = Installation::start_failing_over("failover-login");
+    // Another kind of login, of which nothing is known.
+    let sql = "CREATE ROLE app LOGIN; CREATE ROLE other LOGIN";
+    run(&mut installation.connect().await, sql).await;
+    installation.signal_server("a", "STOP");
+    let port = installation.facts.port;
+    let logins = ["app", "other"].map(|user| tokio::spawn(connect(port, user, None)));
+    for login in logins {
+        let mut session = login.await.unwrap().unwrap();
+        assert_eq!(value(&mut session, "SELECT pg_is_in_recovery()").await, "f");
+    }
+    wait_active(&installation, "b").await;
 }
 
 /// Its process lives and answers nobody: it is ended before another is granted anything.

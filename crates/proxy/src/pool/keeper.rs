@@ -58,15 +58,17 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
     while let Some(job) = jobs.recv().await {
         let (shared, places) = (shared.clone(), places.clone());
         tokio::spawn(async move {
-            if let Job::Open { app, .. } = &job {
-                // While it is held there is nothing to open; once it is released nobody waits for the next tick. Whoever is
-                // to be looked at does not wait behind it.
-                let _ = timeout(OPEN_MAX, app.pass_gate()).await;
-            }
-            let _place = places.acquire_owned().await;
             match job {
                 Job::Open { app, pool, engine } => {
-                    let result = open(&app, &pool).await;
+                    let result = loop {
+                        // While it is held there is nothing to open; once it is released nobody waits for the next tick.
+                        // Whoever is to be looked at does not wait behind it.
+                        let _ = timeout(OPEN_MAX, app.pass_gate()).await;
+                        let _place = places.acquire().await;
+                        if let Some(result) = open(&app, &pool).await {
+                            break result;
+                        }
+                    };
                     if let Err(NotOpened { error, .. }) = &result {
                         tracing::warn!(
                             app = app.name,
@@ -76,7 +78,10 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
                     }
                     engine.send(Command::Opened(pool, result));
                 }
-                Job::Look(session) => look(&shared, session).await,
+                Job::Look(session) => {
+                    let _place = places.acquire().await;
+                    look(&shared, session).await;
+                }
             }
         });
     }
@@ -90,13 +95,18 @@ pub(crate) enum Learned {
     Other { here: Arc<Welcome>, before: Arc<Welcome> },
 }
 
-async fn open(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
-    let opened = timeout(OPEN_MAX, log_in(app, pool)).await;
-    opened.unwrap_or_else(|_| Err(NotOpened::new(format!("it is not open within {OPEN_MAX:?}"))))
+/// None if the application goes on elsewhere meanwhile, where another is to be opened.
+async fn open(app: &App, pool: &Pool) -> Option<Result<Box<Server>, NotOpened>> {
+    let Some(cell) = app.active() else {
+        return Some(Err(NotOpened::new("the application is held")));
+    };
+    let opened = timeout(OPEN_MAX, app.while_at(&cell, log_in(app, pool, cell.clone()))).await;
+    opened.unwrap_or_else(|_| {
+        Some(Err(NotOpened::new(format!("it is not open within {OPEN_MAX:?}"))))
+    })
 }
 
-async fn log_in(app: &App, pool: &Pool) -> Result<Box<Server>, NotOpened> {
-    let cell = app.active().ok_or_else(|| NotOpened::new("the application is held"))?;
+async fn log_in(app: &App, pool: &Pool, cell: Arc<Cell>) -> Result<Box<Server>, NotOpened> {
     let identity = pool.identity().ok_or_else(|| NotOpened::new("nobody has logged in"))?;
     let login = Login { params: identity.params.clone(), credential: identity.credential.clone() };
     if pool.is_lost.load(Ordering::Relaxed) {
@@ -349,7 +359,12 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
         kept.retain(|(of_cell, _), _| *of_cell == cell.name);
         for database in app.pools.databases() {
             let admin = kept.entry((cell.name.clone(), database.name.clone())).or_default();
-            let renewed = renew(&app, &cell, &database, admin).await;
+            let Some(renewed) = app.while_at(&cell, renew(&app, &cell, &database, admin)).await
+            else {
+                // Whoever waits asks again there.
+                app.pools.ask_now();
+                break;
+            };
             tell_learned(&shared, &app, &database, renewed.is_ok());
             if let Err(error) = renewed {
                 // Nothing is known of what may have been defined since.
@@ -421,7 +436,8 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
     let pool = sharing.pool.clone();
     if pool.welcome(&session.cell).is_none() {
         // Since a reload nobody has logged in.
-        let mut server = open(&session.app, &pool).await.map_err(|failure| failure.error)?;
+        let opened = open(&session.app, &pool).await.ok_or("its server is lost")?;
+        let mut server = opened.map_err(|failure| failure.error)?;
         terminate(&mut server.leg);
     }
     let welcome = pool.welcome(&session.cell).ok_or("nothing is known of its server")?;
