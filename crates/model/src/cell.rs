@@ -27,7 +27,7 @@ impl std::fmt::Display for Epoch {
 const RESTORE_JUMP: u64 = 1_000;
 
 /// What a cell may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CellState {
     /// Reads and writes.
@@ -117,6 +117,9 @@ pub struct Application {
     pub granted_to: Option<String>,
     /// The execution that is changing it; at most one at a time.
     pub execution: Option<u64>,
+    /// The execution of a plan that is under way; at most one at a time.
+    #[serde(default)]
+    pub plan: Option<u64>,
     /// Grows with each change: whoever has seen a higher one knows of something that this record does not.
     #[serde(default)]
     pub version: u64,
@@ -142,8 +145,8 @@ impl Application {
             |name: &str| if name == active { CellState::Active } else { CellState::Passive };
         let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
         let granted_to = Some(active.to_owned());
-        let (execution, protected) = (None, None);
-        Application { epoch: Epoch(1), cells, granted_to, execution, version: 1, protected }
+        let (execution, plan, protected) = (None, None, None);
+        Application { epoch: Epoch(1), cells, granted_to, execution, plan, version: 1, protected }
     }
 
     /// Cells that were configured since it was new; they have to become standbys. Whether there were any.

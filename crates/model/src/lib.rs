@@ -15,6 +15,7 @@
 //! - [`pledge`]: how that goes on while control is gone.
 //! - [`agent`]: what an agent and control say to each other.
 //! - [`durability`]: on how many servers a commit is before it is acknowledged.
+//! - [`plan`]: steps that change an application and what hangs on it, and what is to be done next in them.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`proxies`]: what proxies of other processes and control say to each other, and what they make of it.
 //! - [`seat`]: which of several control nodes is control.
@@ -35,6 +36,7 @@ pub mod lease;
 pub mod lsn;
 pub mod member;
 pub mod persisted;
+pub mod plan;
 pub mod pledge;
 pub mod policy;
 pub mod proxies;
