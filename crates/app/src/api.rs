@@ -17,6 +17,7 @@ use model::audit::Record;
 use model::cell::CellState;
 use model::failover::Analysis;
 use model::persisted::Execution;
+use model::plan::run::{PlanError, PlanExecution, StepState};
 use model::switchover::Kind;
 use pg::admin::Admin;
 use proxy::Proxy;
@@ -29,6 +30,7 @@ const STATUS_MAX: Duration = Duration::from_secs(2);
 
 pub(crate) mod access;
 pub(crate) mod agents;
+pub(crate) mod plans;
 mod proxies;
 
 #[derive(Clone)]
@@ -55,6 +57,10 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/applications/{app}/cells/{cell}/fence", post(fence))
         .route("/v1/applications/{app}/cells/{cell}/unfence", post(unfence))
         .route("/v1/applications/{app}/executions/{id}/retry", post(retry))
+        .route("/v1/applications/{app}/plans", get(plans::list))
+        .route("/v1/applications/{app}/plans/{plan}/execute", post(plans::execute))
+        .route("/v1/applications/{app}/plan-executions/{id}/{verb}", post(plans::say))
+        .route("/v1/plan-executions", get(plans::executions))
         .route("/v1/executions", get(executions))
         .route("/v1/audit", get(audit))
         .route("/v1/openapi.json", get(openapi))
@@ -90,7 +96,10 @@ impl From<ControlError> for ApiError {
             ControlError::NoApp { .. }
             | ControlError::NoCell { .. }
             | ControlError::NoAgent { .. }
+            | ControlError::NoPlan { .. }
+            | ControlError::Plan(PlanError::NoStep { .. })
             | ControlError::NoExecution(_) => StatusCode::NOT_FOUND,
+            ControlError::Plan(PlanError::Own { .. }) => StatusCode::FORBIDDEN,
             ControlError::AlreadyActive { .. }
             | ControlError::NotPassive { .. }
             | ControlError::UnderWay { .. }
@@ -99,6 +108,8 @@ impl From<ControlError> for ApiError {
             | ControlError::NotFenced { .. }
             | ControlError::Refused(_)
             | ControlError::NotNewest { .. }
+            | ControlError::PlanUnderWay { .. }
+            | ControlError::Plan(_)
             | ControlError::NotRetryable { .. } => StatusCode::CONFLICT,
             ControlError::OtherEpoch { .. } => StatusCode::PRECONDITION_FAILED,
             ControlError::OtherRequest { .. } => StatusCode::UNPROCESSABLE_ENTITY,
@@ -260,6 +271,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     if let Some(id) = application.execution {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
     }
+    problems.extend(state.control.plan_under_way(name)?.iter().flat_map(troubles_of));
     let served = application.served().map(|(cell, _)| cell);
     if served.is_none() {
         let next = format!("holdfast unfence {name} CELL");
@@ -298,6 +310,25 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         proxies,
         problems,
     })
+}
+
+/// What of a plan waits for a person.
+fn troubles_of(execution: &PlanExecution) -> Vec<String> {
+    let (id, plan) = (execution.id, &execution.plan.name);
+    if execution.is_paused {
+        return vec![format!("plan `{plan}` is paused: holdfast resume {id}")];
+    }
+    let trouble = |step: &str| {
+        let progress = execution.progress(step);
+        let (state, text) = (progress.state, progress.text);
+        let next = match state {
+            StepState::Asking => format!("holdfast approve {id} {step}"),
+            _ => format!("holdfast retry {id} {step}"),
+        };
+        let why = if text.is_empty() { String::new() } else { format!(" ({text})") };
+        format!("plan `{plan}`: step `{step}` is {state}{why}: {next}")
+    };
+    execution.stuck().into_iter().map(trouble).collect()
 }
 
 fn proxies(state: &State, app: &str, problems: &mut Vec<String>) -> Vec<ProxyStatus> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use model::durability::Durability;
 use model::lease::Terms;
+use model::plan::Plan;
 use pg::Target;
 use pg::admin::AdminLogin;
 
@@ -45,6 +46,8 @@ pub struct AppServers {
     pub cells: BTreeMap<String, CellServer>,
     pub failover: FailoverConfig,
     pub durability: Durability,
+    /// By name.
+    pub plans: BTreeMap<String, Plan>,
 }
 
 /// When another cell takes the place of one whose server is lost.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use model::cell::Application;
 use model::persisted::Execution;
 use store::Store;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, Notify};
 
 use crate::Proxies;
 use crate::config::{AppServers, ControlConfig};
@@ -41,6 +41,9 @@ pub struct Control {
     pub(crate) seen: std::sync::Mutex<BTreeMap<String, Seen>>,
     /// Whoever reads an application to write it holds this, never across a wait: an execution is not to meet a conflict.
     pub(crate) writing: std::sync::Mutex<()>,
+    /// Something was said to a plan of the application, or of it was done.
+    pub(crate) stirred: BTreeMap<String, Notify>,
+    pub(crate) never: Notify,
 }
 
 pub(crate) fn now_ms() -> u64 {
@@ -100,6 +103,8 @@ impl Control {
         let running = config.apps.keys().map(|app| (app.clone(), Mutex::default())).collect();
         let seen = Default::default();
         let writing = std::sync::Mutex::default();
+        let stirred = config.apps.keys().map(|app| (app.clone(), Notify::new())).collect();
+        let never = Notify::new();
         Ok(Arc::new(Control {
             config,
             seat,
@@ -110,6 +115,8 @@ impl Control {
             running,
             seen,
             writing,
+            stirred,
+            never,
         }))
     }
 

@@ -13,6 +13,7 @@
 //! - [`control`]: what it has. `verbs`: what people ask for.
 //! - `runner`: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
+//! - [`plans`]: executions of plans. `actions`: what their steps do elsewhere.
 //! - [`watch`]: looks at the active cells, and fails over.
 //! - `durability`: has commits wait for standbys.
 //! - [`hba`]: who may still log in to a fenced server.
@@ -24,6 +25,7 @@
 use model::barrier::{Order, Report};
 use tokio::sync::{mpsc, oneshot};
 
+mod actions;
 pub mod agents;
 pub mod audit;
 pub mod config;
@@ -32,6 +34,7 @@ mod durability;
 pub mod hba;
 mod mailbox;
 pub mod member;
+pub mod plans;
 pub mod proxies;
 pub mod records;
 pub mod requests;

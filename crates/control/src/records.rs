@@ -6,6 +6,7 @@ use model::persisted::{
     Application, Attended, Execution, Pleads, Registered, application_key, attended_key,
     execution_key, execution_prefix, pleads_key, proxy_key,
 };
+use model::plan::run::{PlanExecution, plan_execution_key, plan_execution_prefix};
 use model::switchover::Ending;
 use store::{Revision, Store, StoreError, Txn};
 use thiserror::Error;
@@ -190,6 +191,56 @@ pub fn proxies(store: &dyn Store) -> Result<Vec<(String, Registered)>, RecordErr
     all.iter().map(|(key, found)| Ok((name(key), decode(key, &found.value)?))).collect()
 }
 
+/// # Errors
+/// The store cannot be read.
+pub fn plan_executions(store: &dyn Store, app: &str) -> Result<Vec<PlanExecution>, RecordError> {
+    let all = store.list(&plan_execution_prefix(app))?;
+    all.iter().map(|(key, found)| decode(key, &found.value)).collect()
+}
+
+/// # Errors
+/// The store cannot be read.
+pub fn plan_execution(
+    store: &dyn Store,
+    app: &str,
+    id: u64,
+) -> Result<Option<(PlanExecution, Revision)>, RecordError> {
+    let key = plan_execution_key(app, id);
+    let found = store.get(&key)?;
+    found.map(|found| Ok((decode(&key, &found.value)?, found.revision))).transpose()
+}
+
+/// The number of the next execution, of cells or of a plan. Whoever asks writes it before anybody else does.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn next_id(store: &dyn Store, app: &str) -> Result<u64, RecordError> {
+    let executions = executions(store, app)?.last().map_or(0, |one| one.id);
+    let plans = plan_executions(store, app)?.last().map_or(0, |one| one.id);
+    Ok(executions.max(plans) + 1)
+}
+
+/// Writes an execution of a plan, if it is as it was seen, and the application if that changes.
+///
+/// # Errors
+/// Somebody else has changed it, or the store cannot be written.
+pub fn write_plan(
+    store: &dyn Store,
+    app: &str,
+    application: Option<(Revision, &Application)>,
+    (seen, execution): (Option<Revision>, &PlanExecution),
+    draft: Option<Draft>,
+) -> Result<Revision, RecordError> {
+    let key = plan_execution_key(app, execution.id);
+    let mut txn = Txn::default().expect(&key, seen).put(&key, encode(&key, execution)?);
+    if let Some((seen, application)) = application {
+        let key = application_key(app);
+        let changed = encode(&key, &changed(application))?;
+        txn = txn.expect(&key, Some(seen)).put(&key, changed);
+    }
+    commit(store, txn, draft)
+}
+
 /// Executions of an application, oldest first.
 ///
 /// # Errors
@@ -225,6 +276,14 @@ pub fn after_restore(store: &dyn Store) -> Result<Vec<(String, Epoch)>, RecordEr
                 let key = execution_key(&app, execution.id);
                 txn = txn.put(&key, encode(&key, &execution)?);
             }
+        }
+        if let Some(id) = application.plan
+            && let Some((mut plan, _)) = plan_execution(store, &app, id)?
+        {
+            // What has become of its steps since, a person looks at first.
+            plan.is_paused = true;
+            let key = plan_execution_key(&app, id);
+            txn = txn.put(&key, encode(&key, &plan)?);
         }
         let text = "nobody holds the grant".to_owned();
         let reason = "the store was restored from a copy";

@@ -128,6 +128,14 @@ pub enum ControlError {
         "execution {id} has ended: {ending:?}; only one that is stuck or lacks its rejoin can be retried"
     )]
     NotRetryable { id: u64, ending: Option<Ending> },
+    #[error("application `{app}` has no plan `{plan}`; its plans are {known}")]
+    NoPlan { app: String, plan: String, known: String },
+    #[error(
+        "execution {id} carries out a plan of application `{app}`; see `holdfast executions {id}`"
+    )]
+    PlanUnderWay { app: String, id: u64 },
+    #[error(transparent)]
+    Plan(#[from] model::plan::run::PlanError),
     #[error("cell `{cell}` of application `{app}` has no agent by the configuration")]
     NoAgent { app: String, cell: String },
     #[error(transparent)]

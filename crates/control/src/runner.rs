@@ -21,8 +21,6 @@ impl Control {
         seen: records::Seen,
         asked: Asked,
     ) -> Result<Execution, ControlError> {
-        let before = records::executions(&*self.store, app)?;
-        let last = before.last().map_or(0, |execution| execution.id);
         let kind = asked.kind;
         if let Some(epoch) =
             asked.asking.if_epoch.filter(|epoch| *epoch != seen.application.epoch.0)
@@ -30,9 +28,10 @@ impl Control {
             let found = seen.application.epoch.0;
             return Err(ControlError::OtherEpoch { app: app.into(), epoch, found });
         }
-        let execution = asked.execution(app, last + 1, &seen.application);
+        let mut execution = asked.execution(app, 0, &seen.application);
         {
             let _writing = self.write_alone();
+            execution.id = records::next_id(&*self.store, app)?;
             let now = records::application(&*self.store, app)?;
             let mut application = now.application;
             // What is recorded of its commits may have changed since it was looked at, and is as good.
@@ -242,10 +241,13 @@ fn matters_after_a_crash(stage: Stage) -> bool {
 
 /// Tests kill the process here; a release build has no such point.
 fn crash_point(stage: Stage, at: &str) {
-    if cfg!(debug_assertions)
-        && std::env::var("HOLDFAST_CRASH_AT").is_ok_and(|point| point == format!("{stage}:{at}"))
+    crash_point_named(&format!("{stage}:{at}"));
+}
+
+pub(crate) fn crash_point_named(here: &str) {
+    if cfg!(debug_assertions) && std::env::var("HOLDFAST_CRASH_AT").is_ok_and(|point| point == here)
     {
-        eprintln!("holdfast: crash point {stage}:{at}");
+        eprintln!("holdfast: crash point {here}");
         std::process::abort();
     }
 }

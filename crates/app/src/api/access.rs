@@ -8,11 +8,13 @@ use wire::scram::Secret;
 
 use super::ApiError;
 
-/// What somebody may ask for; each may also what those before it may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// What somebody may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     /// Looks.
     Viewer,
+    /// Says that what somebody else has begun may go on.
+    Approver,
     /// Changes what can be changed back, and loses nothing.
     Operator,
     /// Gives up what is lost.
@@ -23,6 +25,7 @@ impl Role {
     pub(crate) fn read(text: &str) -> Option<Role> {
         match text {
             "viewer" => Some(Role::Viewer),
+            "approver" => Some(Role::Approver),
             "operator" => Some(Role::Operator),
             "admin" => Some(Role::Admin),
             _ => None,
@@ -32,8 +35,19 @@ impl Role {
     fn name(self) -> &'static str {
         match self {
             Role::Viewer => "viewer",
+            Role::Approver => "approver",
             Role::Operator => "operator",
             Role::Admin => "admin",
+        }
+    }
+
+    /// Whoever has this role may do what `needed` may. An operator approves nothing, and an approver changes nothing.
+    fn may(self, needed: Role) -> bool {
+        match needed {
+            Role::Viewer => true,
+            Role::Approver => matches!(self, Role::Approver | Role::Admin),
+            Role::Operator => matches!(self, Role::Operator | Role::Admin),
+            Role::Admin => self == Role::Admin,
         }
     }
 }
@@ -70,7 +84,7 @@ impl Access {
             let text = "a bearer token is needed: `--token-file` has it, `token_file` or [[control.token]] says which";
             return Err(ApiError(StatusCode::UNAUTHORIZED, text.into()));
         };
-        if token.role < role {
+        if !token.role.may(role) {
             let (name, has, needs) = (&token.name, token.role.name(), role.name());
             return Err(ApiError(
                 StatusCode::FORBIDDEN,
@@ -138,7 +152,11 @@ mod tests {
             role,
             secret: Secret::new(format!("{name}-secret")),
         };
-        let tokens = vec![token("alice", Role::Operator), token("root", Role::Admin)];
+        let tokens = vec![
+            token("alice", Role::Operator),
+            token("root", Role::Admin),
+            token("bob", Role::Approver),
+        ];
         Access { tokens, is_private: true }
     }
 
@@ -150,6 +168,10 @@ mod tests {
         assert_eq!(status("alice-secret", Role::Operator), Ok("alice".into()));
         assert_eq!(status("alice-secret", Role::Admin), Err(StatusCode::FORBIDDEN));
         assert_eq!(status("root-secret", Role::Admin), Ok("root".into()));
+        assert_eq!(status("root-secret", Role::Approver), Ok("root".into()));
+        assert_eq!(status("bob-secret", Role::Approver), Ok("bob".into()));
+        assert_eq!(status("bob-secret", Role::Operator), Err(StatusCode::FORBIDDEN));
+        assert_eq!(status("alice-secret", Role::Approver), Err(StatusCode::FORBIDDEN));
         for wrong in ["", "alice", "alice-secreT", "alice-secret2"] {
             assert_eq!(status(wrong, Role::Viewer), Err(StatusCode::UNAUTHORIZED), "{wrong}");
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use model::lease::Moment;
+use model::plan::Mode;
 use model::switchover::OnTimeout;
 
 /// Prints a line. Whoever has closed the other end of a pipe has seen enough.
@@ -20,6 +21,7 @@ macro_rules! say {
 
 pub(crate) mod client;
 mod copies;
+mod plans;
 pub(crate) mod show;
 
 use crate::config::{NodeConfig, Roles, chain, read_duration};
@@ -182,7 +184,12 @@ enum Verb {
     },
     /// What was done: the newest executions, or one with its steps.
     #[command(after_help = "Example: holdfast executions 3")]
-    Executions { id: Option<u64> },
+    Executions {
+        id: Option<u64>,
+        /// Where two applications have one of this number.
+        #[arg(long)]
+        app: Option<String>,
+    },
     /// Copies of the store, which holds the states of cells and what was done.
     #[command(subcommand)]
     Store(StoreVerb),
@@ -192,9 +199,83 @@ enum Verb {
     /// What was done, by whom and why; whether any of it was changed since.
     #[command(after_help = "Example: holdfast audit")]
     Audit,
-    /// Take up an execution that stands still.
+    /// Take up an execution that stands still, or a step of a plan that has failed.
     #[command(after_help = "Example: holdfast retry 3")]
-    Retry { id: u64 },
+    Retry {
+        #[command(flatten)]
+        which: plans::Which,
+        /// Of a plan; not needed if only one has failed.
+        step: Option<String>,
+    },
+    /// Plans of an application, and their steps.
+    #[command(after_help = "Example: holdfast plans shop")]
+    Plans { app: String },
+    /// Carry out a plan, and follow it until it ends or needs a person.
+    #[command(after_help = "Example: holdfast execute shop to-b --dry-run")]
+    Execute {
+        app: String,
+        plan: String,
+        /// Change nothing; say what would be done, and what is in the way.
+        #[arg(long)]
+        dry_run: bool,
+        /// The active cell is lost: activate by failovers, and do the steps that are for this.
+        #[arg(long)]
+        ungraceful: bool,
+        /// Undo all of it once it is done.
+        #[arg(long)]
+        drill: bool,
+        /// Do not follow it.
+        #[arg(long)]
+        detach: bool,
+    },
+    /// Say that a plan may go on.
+    #[command(after_help = "Example: holdfast approve 3 go")]
+    Approve {
+        #[command(flatten)]
+        which: plans::Which,
+        /// Not needed if only one is asked for.
+        step: Option<String>,
+    },
+    /// Say that a plan may not go on: the step has failed.
+    #[command(after_help = "Example: holdfast decline 3 go")]
+    Decline {
+        #[command(flatten)]
+        which: plans::Which,
+        step: Option<String>,
+    },
+    /// Leave a step out that has failed; or leave as it is what could not be undone.
+    #[command(after_help = "Example: holdfast skip 3 announce")]
+    Skip {
+        #[command(flatten)]
+        which: plans::Which,
+        step: Option<String>,
+    },
+    /// Let no more steps of a plan begin; those that run go on.
+    #[command(after_help = "Example: holdfast pause 3")]
+    Pause {
+        #[command(flatten)]
+        which: plans::Which,
+    },
+    /// Let steps of a plan begin again.
+    #[command(after_help = "Example: holdfast resume 3")]
+    Resume {
+        #[command(flatten)]
+        which: plans::Which,
+    },
+    /// Undo what a plan has done, once what runs has ended.
+    #[command(after_help = "Example: holdfast cancel 3 --reason 'wrong day'")]
+    Cancel {
+        #[command(flatten)]
+        which: plans::Which,
+    },
+    /// Have the steps of a plan that begin from now on go the other way.
+    #[command(after_help = "Example: holdfast mode 3 ungraceful")]
+    Mode {
+        #[command(flatten)]
+        which: plans::Which,
+        #[arg(value_name = "graceful|ungraceful", value_parser = mode)]
+        mode: Mode,
+    },
 }
 
 #[derive(Subcommand)]
@@ -233,6 +314,14 @@ fn on_timeout(text: &str) -> Result<OnTimeout, String> {
     }
 }
 
+fn mode(text: &str) -> Result<Mode, String> {
+    match text {
+        "graceful" => Ok(Mode::Graceful),
+        "ungraceful" => Ok(Mode::Ungraceful),
+        _ => Err("`graceful` or `ungraceful` is needed".into()),
+    }
+}
+
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.verb {
@@ -259,9 +348,22 @@ pub(crate) fn main() -> ExitCode {
             let request = control::MoveRequest { session, to, deadline_ms: deadline };
             show::move_sessions(&cli.global, &app, &request)
         }
-        Verb::Executions { id } => show::executions(&cli.global, id),
+        Verb::Executions { id, app } => show::executions(&cli.global, id, app.as_deref()),
         Verb::Audit => show::audit(&cli.global),
-        Verb::Retry { id } => show::retry(&cli.global, id),
+        Verb::Retry { which, step } => show::retry(&cli.global, &which, step),
+        Verb::Plans { app } => plans::list(&cli.global, &app),
+        Verb::Execute { app, plan, dry_run, ungraceful, drill, detach } => {
+            let mode = if ungraceful { Mode::Ungraceful } else { Mode::Graceful };
+            let request = control::plans::PlanRequest { mode, drill, dry_run };
+            plans::execute(&cli.global, &app, &plan, &request, detach)
+        }
+        Verb::Approve { which, step } => plans::say(&cli.global, &which, "approve", step, None),
+        Verb::Decline { which, step } => plans::say(&cli.global, &which, "decline", step, None),
+        Verb::Skip { which, step } => plans::say(&cli.global, &which, "skip", step, None),
+        Verb::Pause { which } => plans::say(&cli.global, &which, "pause", None, None),
+        Verb::Resume { which } => plans::say(&cli.global, &which, "resume", None, None),
+        Verb::Cancel { which } => plans::say(&cli.global, &which, "cancel", None, None),
+        Verb::Mode { which, mode } => plans::say(&cli.global, &which, "mode", None, Some(mode)),
         Verb::Store(verb) => copies::run(&verb),
         Verb::Guard { bin_dir, data_dir, state_dir, kill_at_ns } => {
             let kill_at = Moment(Duration::from_nanos(kill_at_ns));

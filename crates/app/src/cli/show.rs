@@ -8,15 +8,17 @@ use control::{FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest};
 use model::audit::Record;
 use model::barrier::{Blocker, Report, SessionView};
 use model::persisted::{Execution, LogEvent};
+use model::plan::run::{PlanEnding, PlanExecution};
 use model::switchover::{Ending, Kind};
 use serde::Serialize;
 
-use super::{Global, client};
+use super::plans::{Found, Which};
+use super::{Global, client, plans};
 use crate::api::{Audit, ProxyStatus, Status};
 
-type Done = Result<ExitCode, String>;
+pub(super) type Done = Result<ExitCode, String>;
 
-fn json(value: &impl Serialize) -> Result<(), String> {
+pub(super) fn json(value: &impl Serialize) -> Result<(), String> {
     let text = serde_json::to_string_pretty(value).map_err(|error| error.to_string())?;
     say!("{text}");
     Ok(())
@@ -218,10 +220,15 @@ pub(super) fn unfence(global: &Global, app: &str, cell: &str) -> Done {
     ended(global, &execution)
 }
 
-pub(super) fn retry(global: &Global, id: u64) -> Done {
-    let all: Vec<Execution> = client::get(global, "/v1/executions")?;
-    let found =
-        all.iter().find(|execution| execution.id == id).ok_or(format!("no execution {id}"))?;
+pub(super) fn retry(global: &Global, which: &Which, step: Option<String>) -> Done {
+    let id = which.id;
+    let found = match plans::find_any(global, id, which.app.as_deref())? {
+        Found::Cells(found) => found,
+        Found::Plan(plan) => return plans::say_to(global, &plan, "retry", step, None),
+    };
+    if let Some(step) = step {
+        return Err(format!("{}: it has no step `{step}`, it is retried as a whole", found.says()));
+    }
     let path = format!("/v1/applications/{}/executions/{id}/retry", found.app);
     let execution: Execution = client::post(global, &path, &serde_json::json!({}))?;
     ended(global, &execution)
@@ -336,39 +343,53 @@ pub(super) fn move_sessions(global: &Global, app: &str, request: &MoveRequest) -
     Ok(code)
 }
 
-pub(super) fn executions(global: &Global, id: Option<u64>) -> Done {
-    let all: Vec<Execution> = client::get(global, "/v1/executions")?;
+pub(super) fn executions(global: &Global, id: Option<u64>, app: Option<&str>) -> Done {
     if let Some(id) = id {
-        let found: Vec<&Execution> = all.iter().filter(|execution| execution.id == id).collect();
-        if found.is_empty() {
-            return Err(format!("no execution {id}"));
-        }
-        if global.json {
-            json(&found)?;
-        } else {
-            found.into_iter().for_each(print_execution);
+        match (plans::find_any(global, id, app)?, global.json) {
+            (Found::Cells(found), true) => json(&[found])?,
+            (Found::Plan(found), true) => json(&[found])?,
+            (Found::Cells(found), false) => print_execution(&found),
+            (Found::Plan(found), false) => plans::print(&found),
         }
         return Ok(ExitCode::SUCCESS);
     }
+    let mut cells: Vec<Execution> = client::get(global, "/v1/executions")?;
+    let mut plans: Vec<PlanExecution> = client::get(global, "/v1/plan-executions")?;
+    if let Some(app) = app {
+        cells.retain(|one| one.app == app);
+        plans.retain(|one| one.app == app);
+    }
     if global.json {
+        let value = |error: serde_json::Error| error.to_string();
+        let mut all = Vec::new();
+        for one in &cells {
+            all.push(serde_json::to_value(one).map_err(value)?);
+        }
+        for one in &plans {
+            all.push(serde_json::to_value(one).map_err(value)?);
+        }
         json(&all)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let of_cells = cells.iter().map(|one| {
+        let what = format!("{}: {} to {}", one.kind.name(), one.from, one.to);
+        let what = if one.from == one.to { one.kind.name().to_owned() } else { what };
+        (one.started_at_ms, one.id, &one.app, what, ending(one), &one.reason)
+    });
+    let of_plans = plans.iter().map(|one| {
+        let ending = one.ending.map_or("under way", PlanEnding::name);
+        let what = format!("plan {}", one.plan.name);
+        (one.started_at_ms, one.id, &one.app, what, ending, &one.reason)
+    });
+    let mut all: Vec<_> = of_cells.chain(of_plans).collect();
+    all.sort_by_key(|(at_ms, id, ..)| std::cmp::Reverse((*at_ms, *id)));
     let rows: Vec<Vec<String>> = all
-        .iter()
-        .map(|execution| {
-            let e = execution;
-            let reason = e.reason.clone().unwrap_or_default();
-            vec![
-                e.id.to_string(),
-                e.app.clone(),
-                e.from.clone(),
-                e.to.clone(),
-                ending(e).into(),
-                reason,
-            ]
+        .into_iter()
+        .map(|(_, id, app, what, ending, reason)| {
+            let reason = reason.clone().unwrap_or_default();
+            vec![id.to_string(), app.clone(), what, ending.into(), reason]
         })
         .collect();
-    table(&["id", "app", "from", "to", "ended", "reason"], &rows);
+    table(&["id", "app", "what", "ended", "reason"], &rows);
     Ok(ExitCode::SUCCESS)
 }

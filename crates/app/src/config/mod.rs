@@ -29,6 +29,7 @@ use wire::scram::{Credential, Secret};
 
 mod agents;
 mod node;
+mod plans;
 mod policy;
 mod reader;
 
@@ -222,20 +223,27 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
             .or(elsewhere.is_some().then_some(agents::TERMS)),
     };
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
+    let mut plans = BTreeMap::new();
     let tables = root.tables(mistakes, "app");
     if tables.is_empty() {
         mistakes.add(0..0, "there is no [[app]]; at least one is needed");
     }
     for mut table in tables {
         let (span, read) = (table.span(), read_app(&mut table, mistakes, &common));
+        let name = read.as_ref().map_or("", |(app, _)| app.name.as_str());
+        let its_plans = plans::read(&mut table, mistakes, name);
         table.end(mistakes);
         let Some((app, its_servers)) = read else { continue };
+        plans.insert(app.name.clone(), its_plans);
         if servers.insert(app.name.clone(), its_servers).is_some() {
             mistakes.add(span, format!("application `{}` is there twice", app.name));
         }
         apps.push(app);
     }
     check_databases(&apps, mistakes);
+    let has_tokens = api.as_ref().is_some_and(|api| !api.access.tokens.is_empty());
+    // A proxy whose control is elsewhere does not know who may approve there.
+    plans::settle(plans, &mut servers, has_tokens || elsewhere.is_some(), mistakes);
     let proxy = ProxyConfig {
         listen,
         tls,
@@ -380,7 +388,8 @@ fn read_api(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<ApiC
 
 fn read_token(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Token> {
     let name = table.required_text(mistakes, "name");
-    let role = table.choice(mistakes, "role", &["viewer", "operator", "admin"], Role::read);
+    let role =
+        table.choice(mistakes, "role", &["viewer", "approver", "operator", "admin"], Role::read);
     let span = table.span_of("file");
     let file = table.path(mistakes, "file");
     if !table.has("role") || file.is_none() {
@@ -558,7 +567,8 @@ fn read_app(
         let text = format!("`app.durability.acks` is {acks}, and there are {others} other cells");
         mistakes.add(table.span_of("durability"), text);
     }
-    Some((app, AppServers { first_active, cells, failover, durability }))
+    let plans = BTreeMap::new();
+    Some((app, AppServers { first_active, cells, failover, durability, plans }))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {

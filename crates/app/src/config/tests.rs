@@ -156,3 +156,103 @@ fn a_node_of_control_has_a_file_of_its_own() {
         assert!(shown.iter().any(|text| text.contains(mistake)), "{mistake}: {shown:?}");
     }
 }
+
+/// Plans of an application with two cells.
+fn with_plans(plans: &str) -> String {
+    format!(
+        "[[app]]\nname = \"shop\"\nauth = \"trust\"\n\
+         [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:1\"\nactive = true\n\
+         [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:2\"\n{plans}"
+    )
+}
+
+#[test]
+fn a_plan_is_read_with_its_child_plans() {
+    let text = with_plans(
+        r#"
+[[app.plan]]
+name = "announce"
+[[app.plan.step]]
+name = "hook"
+http = { url = "https://example.org/x" }
+tries = 3
+undo = { exec = ["/bin/true"] }
+[[app.plan]]
+name = "to-b"
+on_failure = "undo"
+objective = "30s"
+[[app.plan.step]]
+name = "first"
+plan = "announce"
+[[app.plan.step]]
+name = "both"
+parallel = [{ name = "x", steps = [{ name = "y", wait = "1s" }] }, { name = "z", sql = "SELECT 1" }]
+[[app.plan.step]]
+name = "switch"
+activate = "b"
+undo = { back = true }
+only_if = [{ cell = "b", is = "passive" }]
+"#,
+    );
+    let Roles::Here(config) = Roles::read(&text).unwrap() else { panic!() };
+    let plan = &config.control.apps["shop"].plans["to-b"];
+    let names: Vec<&str> = plan.all_steps().iter().map(|step| step.name.as_str()).collect();
+    assert_eq!(names, ["first", "first/hook", "both", "both/x", "both/x/y", "both/z", "switch"]);
+    assert_eq!(plan.step("first/hook").unwrap().tries, 3);
+    assert_eq!(plan.objective_ms, Some(30_000));
+}
+
+#[test]
+fn mistakes_in_plans_are_named() {
+    let text = with_plans(
+        r#"
+[[app.plan]]
+name = "one"
+[[app.plan.step]]
+name = "to the other"
+plan = "two"
+[[app.plan]]
+name = "two"
+[[app.plan.step]]
+name = "back"
+plan = "one"
+[[app.plan.step]]
+name = "x"
+wait = "1s"
+exec = ["/bin/true"]
+[[app.plan.step]]
+name = "hook"
+http = { url = "http://me:secret@host/" }
+deadline = "1s"
+[[app.plan.step]]
+name = "hook"
+activate = "c"
+[[app.plan.step]]
+name = "go"
+approval = "other"
+[[app.plan.step]]
+name = "w"
+wait = "1s"
+undo = { back = true }
+"#,
+    );
+    let mistakes = Roles::read(&text).unwrap_err();
+    let shown: Vec<String> = mistakes.iter().map(|m| format!("{}: {}", m.line, m.text)).collect();
+    let expected = [
+        "the name `to the other` must consist of at most 64 letters, digits, `-`, `_` and `.`",
+        "plans lead back to themselves: `one` -> `two` -> `one`",
+        "plans lead back to themselves: `two` -> `one` -> `two`",
+        "step `x` must have exactly one of",
+        "it has exec, wait",
+        "`url` has a user in it",
+        "`app.plan.step.deadline` is unknown",
+        "plan `two` has two steps `hook`",
+        "application `shop` has no cell `c`; its cells are a, b",
+        "`approval = \"other\"` needs [[control.token]]",
+        "`undo.back` is for `activate` and `fence`",
+    ];
+    for text in expected {
+        assert!(shown.iter().any(|line| line.contains(text)), "{text}: {shown:#?}");
+    }
+    assert!(!shown.iter().any(|line| line.contains("secret")), "{shown:#?}");
+}

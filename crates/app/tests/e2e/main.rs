@@ -22,6 +22,7 @@ mod moves;
 mod nodes;
 mod outlive;
 mod pins;
+mod plans;
 mod policy;
 mod pools;
 mod proxies;

@@ -63,6 +63,47 @@ async fn a_killed_control_is_replaced_by_another_node() {
     switch_to(&installation, "b").await;
 }
 
+/// A plan goes on where another node has the seat.
+#[tokio::test]
+async fn a_plan_outlives_the_node_that_carries_it_out() {
+    let installation = Installation::start_nodes("nodes-plan", &["--no-failover"]);
+    let plan = "[[app.plan]]\nname = \"p\"\n\
+        [[app.plan.step]]\nname = \"switch\"\nactivate = \"b\"\n\
+        [[app.plan.step]]\nname = \"wait\"\nwait = \"3s\"\n\
+        [[app.plan.step]]\nname = \"back\"\nactivate = \"a\"\n";
+    for at in 0..3 {
+        signal(installation.facts.controls[at], "KILL");
+        let path = installation.dir.join(format!("control-{}.toml", at + 1));
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{text}\n{plan}")).unwrap();
+    }
+    let mut nodes: Vec<Child> = (0..3).map(|at| start_node(&installation, at, &[])).collect();
+    let first = wait_for_control(&installation).await;
+    wait_active(&installation, "a").await;
+    let mut idle = installation.connect().await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    let begun = installation.holdfast(&["execute", "shop", "p", "--detach"]);
+    assert!(begun.status.success(), "{}", shown(&begun));
+    wait_until("the second step", async || {
+        shown(&installation.holdfast(&["executions", "1"])).contains("wait    running")
+    })
+    .await;
+    nodes[first].kill().unwrap();
+    nodes[first].wait().unwrap();
+    wait_until("the end of the plan", async || {
+        shown(&installation.holdfast(&["executions", "1"])).contains("completed, ")
+    })
+    .await;
+    assert_eq!(installation.active(), "a");
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    let all = shown(&installation.holdfast(&["executions"]));
+    assert_eq!(all.matches("switchover: ").count(), 2, "{all}");
+    for node in &mut nodes {
+        let _ = node.kill();
+        let _ = node.wait();
+    }
+}
+
 #[tokio::test]
 async fn a_control_that_stood_still_does_nothing_more() {
     let installation = Installation::start_nodes("nodes-stop", &["--no-failover"]);

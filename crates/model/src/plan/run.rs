@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Action, Mode, OnFailure, Plan, Step, Undo, What, World};
-use crate::audit::Asking;
-use crate::cell::CellState;
+use crate::audit::{Asking, Draft};
+use crate::cell::{CellState, Epoch};
 
 /// Longest text that is kept of what became of a step.
 pub const TEXT_LEN_MAX: usize = 2_000;
@@ -673,6 +673,12 @@ impl PlanExecution {
             Some(progress.ended_at_ms.unwrap_or(now_ms).saturating_sub(began))
         });
         total.saturating_sub(asked.sum())
+    }
+
+    /// The record of what happens to it.
+    pub fn draft(&self, did: &'static str, epoch: Epoch, text: String) -> Draft {
+        let Asking { by, reason, .. } = self.asked.clone();
+        Draft { by, did, app: self.app.clone(), epoch: epoch.0, reason, text }
     }
 
     /// What it does, in words.

@@ -1,0 +1,487 @@
+//! `[[app.plan]]`: steps that are written down before they are needed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::time::Duration;
+
+use control::config::AppServers;
+use model::cell::CellState;
+use model::plan::{
+    Action, Condition, Http, Mode, OnFailure, Plan, SEPARATOR, STEPS_MAX, Step, Undo, What,
+};
+use model::switchover::OnTimeout;
+
+use super::reader::{Mistakes, Table};
+
+/// Of one try of a step, and of an approval.
+const TIMEOUT: Duration = Duration::from_secs(30);
+const APPROVAL_TIMEOUT: Duration = Duration::from_secs(3_600);
+const PAUSE: Duration = Duration::from_secs(1);
+const DEADLINE: Duration = Duration::from_secs(30);
+const NAME_LEN_MAX: usize = 64;
+/// What a step may be, of which it is one.
+const KINDS: [&str; 12] = [
+    "activate",
+    "fence",
+    "fence_all",
+    "unfence",
+    "http",
+    "exec",
+    "sql",
+    "wait",
+    "approval",
+    "plan",
+    "steps",
+    "parallel",
+];
+const METHODS: [&str; 5] = ["GET", "POST", "PUT", "PATCH", "DELETE"];
+
+/// A plan as it is written: its child plans are named, not copied.
+pub(super) struct Written {
+    name: String,
+    steps: Vec<WrittenStep>,
+    on_failure: OnFailure,
+    objective_ms: Option<u64>,
+    span: Range<usize>,
+}
+
+struct WrittenStep {
+    /// Its name is the last part only.
+    step: Step,
+    children: Vec<WrittenStep>,
+    /// Another plan of the application, whose steps it consists of.
+    child: Option<String>,
+    span: Range<usize>,
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, app: &str) -> Vec<Written> {
+    let mut plans = Vec::new();
+    for mut plan in table.tables(mistakes, "plan") {
+        let (span, name) = (plan.span(), read_name(&mut plan, mistakes));
+        let words = ["stop", "undo"];
+        let on_failure = plan.choice(mistakes, "on_failure", &words, |text| match text {
+            "stop" => Some(OnFailure::Stop),
+            "undo" => Some(OnFailure::Undo),
+            _ => None,
+        });
+        let on_failure = on_failure.unwrap_or_default();
+        let objective_ms = plan.duration(mistakes, "objective").map(ms);
+        let steps = read_steps(&mut plan, mistakes, "step", app);
+        if steps.is_empty() {
+            mistakes.add(span.clone(), format!("plan `{name}` has no [[app.plan.step]]"));
+        }
+        plan.end(mistakes);
+        plans.push(Written { name, steps, on_failure, objective_ms, span });
+    }
+    plans
+}
+
+fn read_name(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> String {
+    let span = table.span_of("name");
+    let name = table.required_text(mistakes, "name");
+    let is_plain = |c: char| c.is_alphanumeric() || "-_.".contains(c);
+    if !name.is_empty() && (name.len() > NAME_LEN_MAX || !name.chars().all(is_plain)) {
+        mistakes.add(
+            span,
+            format!("the name `{name}` must consist of at most {NAME_LEN_MAX} letters, digits, `-`, `_` and `.`"),
+        );
+    }
+    name
+}
+
+fn read_steps(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    key: &'static str,
+    app: &str,
+) -> Vec<WrittenStep> {
+    let mut steps = Vec::new();
+    for mut table in table.tables(mistakes, key) {
+        let span = table.span();
+        let read = read_step(&mut table, mistakes, app);
+        table.end(mistakes);
+        if let Some((step, children, child)) = read {
+            steps.push(WrittenStep { step, children, child, span });
+        }
+    }
+    steps
+}
+
+fn read_step(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    own_app: &str,
+) -> Option<(Step, Vec<WrittenStep>, Option<String>)> {
+    let name = read_name(table, mistakes);
+    let kinds: Vec<&str> = KINDS.into_iter().filter(|kind| table.has(kind)).collect();
+    let [kind] = kinds[..] else {
+        let found = if kinds.is_empty() { "none".into() } else { kinds.join(", ") };
+        let text =
+            format!("step `{name}` must have exactly one of {}, it has {found}", KINDS.join(", "));
+        mistakes.add(table.span(), text);
+        // Whatever it has is not looked at further.
+        KINDS.iter().for_each(|kind| drop(table.text(&mut Mistakes::new(""), kind)));
+        return None;
+    };
+    let (mut children, mut child) = (Vec::new(), None);
+    let what = match kind {
+        "approval" => {
+            let by = table.choice(mistakes, "approval", &["anybody", "other"], |text| match text {
+                "anybody" => Some(false),
+                "other" => Some(true),
+                _ => None,
+            });
+            What::Approval { by_other: by? }
+        }
+        "plan" => {
+            child = Some(table.text(mistakes, "plan")?);
+            What::Sequence(Vec::new())
+        }
+        "steps" => {
+            children = read_steps(table, mistakes, "steps", own_app);
+            What::Sequence(Vec::new())
+        }
+        "parallel" => {
+            children = read_steps(table, mistakes, "parallel", own_app);
+            What::Parallel(Vec::new())
+        }
+        _ => What::Do(read_action(table, mistakes, own_app, kind)?),
+    };
+    let only_if = read_conditions(table, mistakes, own_app);
+    let mode = table.choice(mistakes, "mode", &["graceful", "ungraceful"], |text| match text {
+        "graceful" => Some(Mode::Graceful),
+        "ungraceful" => Some(Mode::Ungraceful),
+        _ => None,
+    });
+    let (mut tries, mut pause, mut idempotent, mut undo) = (1, PAUSE, false, None);
+    let mut timeout = APPROVAL_TIMEOUT;
+    match &what {
+        What::Do(action) => {
+            tries = table.number(mistakes, "tries", 1..1_001).unwrap_or(1);
+            pause = table.duration(mistakes, "pause").unwrap_or(PAUSE);
+            timeout = TIMEOUT;
+            if !action.is_own_execution() && !action.leaves_nothing() {
+                idempotent = table.flag(mistakes, "idempotent").unwrap_or(false);
+                timeout = table.duration(mistakes, "timeout").unwrap_or(TIMEOUT);
+            }
+            undo = read_undo(table, mistakes, own_app, action);
+        }
+        What::Approval { .. } => {
+            timeout = table.duration(mistakes, "timeout").unwrap_or(APPROVAL_TIMEOUT);
+        }
+        What::Sequence(_) | What::Parallel(_) => (),
+    }
+    if timeout.is_zero() {
+        mistakes.add(table.span_of("timeout"), "a step's `timeout` must be longer than 0");
+    }
+    let tries = u32::try_from(tries).unwrap_or(1);
+    let (pause_ms, timeout_ms) = (ms(pause), ms(timeout));
+    let step = Step { name, what, only_if, mode, tries, pause_ms, timeout_ms, undo, idempotent };
+    Some((step, children, child))
+}
+
+/// The application that a step is about: its plan's, unless it names another.
+fn read_app(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, own: &str) -> String {
+    table.text(mistakes, "app").unwrap_or_else(|| own.to_owned())
+}
+
+fn read_action(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    own_app: &str,
+    kind: &str,
+) -> Option<Action> {
+    let ending = |table: &mut Table<'_>, mistakes: &mut Mistakes<'_>| {
+        let deadline = table.duration(mistakes, "deadline").unwrap_or(DEADLINE);
+        let words = ["abort", "force"];
+        let on_timeout = table.choice(mistakes, "on_timeout", &words, |text| match text {
+            "abort" => Some(OnTimeout::Abort),
+            "force" => Some(OnTimeout::Force),
+            _ => None,
+        });
+        (ms(deadline), on_timeout.unwrap_or_default())
+    };
+    Some(match kind {
+        "activate" => {
+            let app = read_app(table, mistakes, own_app);
+            let to = table.text(mistakes, "activate")?;
+            let (deadline_ms, on_timeout) = ending(table, mistakes);
+            let allow_data_loss = table.flag(mistakes, "allow_data_loss").unwrap_or(false);
+            Action::Activate { app, to, deadline_ms, on_timeout, allow_data_loss }
+        }
+        "fence" | "fence_all" => {
+            let all = kind == "fence_all";
+            let app = read_app(table, mistakes, own_app);
+            let cell = table.text(mistakes, if all { "fence_all" } else { "fence" })?;
+            let (deadline_ms, on_timeout) = ending(table, mistakes);
+            Action::Fence { app, cell, all, deadline_ms, on_timeout }
+        }
+        "unfence" => {
+            let app = read_app(table, mistakes, own_app);
+            Action::Unfence { app, cell: table.text(mistakes, "unfence")? }
+        }
+        "http" => {
+            let mut table = table.table(mistakes, "http")?;
+            let http = read_http(&mut table, mistakes);
+            table.end(mistakes);
+            Action::Http(http)
+        }
+        "exec" => {
+            let argv: Vec<String> =
+                table.texts(mistakes, "exec")?.into_iter().map(|(text, _)| text).collect();
+            if argv.first().is_none_or(String::is_empty) {
+                mistakes.add(table.span_of("exec"), "`exec` must begin with a program");
+            }
+            Action::Exec { argv }
+        }
+        "sql" => {
+            let app = read_app(table, mistakes, own_app);
+            let text = table.text(mistakes, "sql")?;
+            let cell = table.text(mistakes, "cell");
+            let database = table.text(mistakes, "database").unwrap_or_else(|| "postgres".into());
+            Action::Sql { app, cell, database, text }
+        }
+        "wait" => Action::Wait { ms: ms(table.duration(mistakes, "wait")?) },
+        _ => return None,
+    })
+}
+
+fn read_http(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Http {
+    let method = table.choice(mistakes, "method", &METHODS, |text| {
+        METHODS.contains(&text).then(|| text.to_owned())
+    });
+    let span = table.span_of("url");
+    let url = table.required_text(mistakes, "url");
+    let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+    let authority = rest.map(|rest| rest.split(['/', '?', '#']).next().unwrap_or_default());
+    match authority {
+        None if url.is_empty() => (),
+        None | Some("") => {
+            mistakes
+                .add(span, format!("`url` must be such as \"https://host/path\", it is `{url}`"));
+        }
+        // It would be shown and stored.
+        Some(authority) if authority.contains('@') => {
+            mistakes.add(span, "`url` has a user in it: a token is kept in a `token_file`");
+        }
+        Some(_) => (),
+    }
+    let body = table.text(mistakes, "body");
+    let token_file = table.text(mistakes, "token_file");
+    Http { method: method.unwrap_or_else(|| "POST".into()), url, body, token_file }
+}
+
+fn read_undo(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    own_app: &str,
+    action: &Action,
+) -> Option<Undo> {
+    let span = table.span_of("undo");
+    let mut undo = table.table(mistakes, "undo")?;
+    let has_back = undo.flag(mistakes, "back") == Some(true);
+    let kinds: Vec<&str> = KINDS[..8].iter().copied().filter(|kind| undo.has(kind)).collect();
+    let read = match (&kinds[..], has_back) {
+        ([], true) => {
+            let goes_back = matches!(action, Action::Activate { .. } | Action::Fence { .. });
+            if !goes_back {
+                mistakes.add(
+                    span,
+                    "`undo.back` is for `activate` and `fence`: say what else undoes it",
+                );
+            }
+            goes_back.then_some(Undo::Back)
+        }
+        ([kind], false) => read_action(&mut undo, mistakes, own_app, kind).map(Undo::Do),
+        _ => {
+            let known = KINDS[..8].join(", ");
+            mistakes.add(span, format!("`undo` must have exactly one of back, {known}"));
+            return None;
+        }
+    };
+    undo.end(mistakes);
+    read
+}
+
+fn read_conditions(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    own_app: &str,
+) -> Vec<Condition> {
+    let all = [
+        ("active", CellState::Active),
+        ("fenced", CellState::Fenced),
+        ("passive", CellState::Passive),
+    ];
+    let mut conditions = Vec::new();
+    for mut table in table.tables(mistakes, "only_if") {
+        let app = read_app(&mut table, mistakes, own_app);
+        let cell = table.required_text(mistakes, "cell");
+        let mut states = BTreeSet::new();
+        for (text, span) in table.texts(mistakes, "is").unwrap_or_default() {
+            match all.iter().find(|(name, _)| *name == text) {
+                Some((_, state)) => drop(states.insert(*state)),
+                None => mistakes
+                    .add(span, format!("`is` must be of active, fenced, passive, it is `{text}`")),
+            }
+        }
+        if states.is_empty() {
+            mistakes
+                .add(table.span(), "`only_if` needs `is`: one or more of active, fenced, passive");
+        }
+        table.end(mistakes);
+        conditions.push(Condition { app, cell, states });
+    }
+    conditions
+}
+
+/// Copies child plans into those that name them, and looks whether what steps name is there.
+pub(super) fn settle(
+    written: BTreeMap<String, Vec<Written>>,
+    apps: &mut BTreeMap<String, AppServers>,
+    has_tokens: bool,
+    mistakes: &mut Mistakes<'_>,
+) {
+    let mut settled = BTreeMap::new();
+    for (app, plans) in &written {
+        let by_name: BTreeMap<&str, &Written> =
+            plans.iter().map(|plan| (plan.name.as_str(), plan)).collect();
+        if by_name.len() < plans.len() {
+            let text = format!("application `{app}` has two plans of one name");
+            mistakes.add(plans.last().map_or(0..0, |plan| plan.span.clone()), text);
+        }
+        let mut all = BTreeMap::new();
+        for plan in plans {
+            let mut path = vec![plan.name.as_str()];
+            let steps = settle_steps(&plan.steps, "", &by_name, &mut path, mistakes);
+            let Written { on_failure, objective_ms, .. } = *plan;
+            let name = plan.name.clone();
+            let read = Plan { name: name.clone(), steps, on_failure, objective_ms };
+            check(&read, plan, apps, has_tokens, mistakes);
+            all.insert(name, read);
+        }
+        settled.insert(app.clone(), all);
+    }
+    for (app, plans) in settled {
+        if let Some(servers) = apps.get_mut(&app) {
+            servers.plans = plans;
+        }
+    }
+}
+
+fn settle_steps<'a>(
+    steps: &'a [WrittenStep],
+    prefix: &str,
+    plans: &BTreeMap<&'a str, &'a Written>,
+    path: &mut Vec<&'a str>,
+    mistakes: &mut Mistakes<'_>,
+) -> Vec<Step> {
+    let mut settled = Vec::new();
+    for written in steps {
+        let mut step = written.step.clone();
+        step.name = format!("{prefix}{}", step.name);
+        let inner = format!("{}{SEPARATOR}", step.name);
+        if let Some(child) = &written.child {
+            let Some((known, plan)) = plans.get_key_value(child.as_str()) else {
+                let known = plans.keys().copied().collect::<Vec<_>>().join(", ");
+                let text = format!("there is no plan `{child}`; plans are {known}");
+                mistakes.add(written.span.clone(), text);
+                continue;
+            };
+            if path.contains(known) {
+                let path = path.join("` -> `");
+                let text = format!("plans lead back to themselves: `{path}` -> `{child}`");
+                mistakes.add(written.span.clone(), text);
+                continue;
+            }
+            path.push(known);
+            step.what = What::Sequence(settle_steps(&plan.steps, &inner, plans, path, mistakes));
+            path.pop();
+        } else {
+            let children = settle_steps(&written.children, &inner, plans, path, mistakes);
+            match &mut step.what {
+                What::Sequence(steps) | What::Parallel(steps) => *steps = children,
+                What::Do(_) | What::Approval { .. } => (),
+            }
+        }
+        settled.push(step);
+    }
+    settled
+}
+
+fn check(
+    plan: &Plan,
+    written: &Written,
+    apps: &BTreeMap<String, AppServers>,
+    has_tokens: bool,
+    mistakes: &mut Mistakes<'_>,
+) {
+    let mut wrong = |text: String| mistakes.add(written.span.clone(), text);
+    let steps = plan.all_steps();
+    if steps.len() > STEPS_MAX {
+        wrong(format!(
+            "plan `{}` has {} steps, with those of its child plans; at most {STEPS_MAX} may be",
+            plan.name,
+            steps.len()
+        ));
+    }
+    let mut names = BTreeSet::new();
+    let is_there = |app: &str, cell: Option<&str>| -> Result<(), String> {
+        let known = |names: Vec<&String>| {
+            names.into_iter().map(String::as_str).collect::<Vec<_>>().join(", ")
+        };
+        let Some(servers) = apps.get(app) else {
+            let known = known(apps.keys().collect());
+            return Err(format!("there is no application `{app}`; there are {known}"));
+        };
+        match cell {
+            Some(cell) if !servers.cells.contains_key(cell) => {
+                let known = known(servers.cells.keys().collect());
+                Err(format!("application `{app}` has no cell `{cell}`; its cells are {known}"))
+            }
+            _ => Ok(()),
+        }
+    };
+    for step in steps {
+        if !names.insert(step.name.as_str()) {
+            wrong(format!("plan `{}` has two steps `{}`", plan.name, step.name));
+        }
+        if matches!(step.what, What::Approval { by_other: true }) && !has_tokens {
+            wrong(format!(
+                "step `{}`: `approval = \"other\"` needs [[control.token]], which tells one person from another",
+                step.name
+            ));
+        }
+        let mut found = Vec::new();
+        for condition in &step.only_if {
+            found.push(is_there(&condition.app, Some(&condition.cell)));
+        }
+        let own = match &step.what {
+            What::Do(action) => Some(action),
+            _ => None,
+        };
+        let undo = match &step.undo {
+            Some(Undo::Do(action)) => Some(action),
+            _ => None,
+        };
+        for action in own.into_iter().chain(undo) {
+            let cell = match action {
+                Action::Activate { to: cell, .. }
+                | Action::Fence { cell, .. }
+                | Action::Unfence { cell, .. } => Some(cell.as_str()),
+                Action::Sql { cell, .. } => cell.as_deref(),
+                Action::Http(_) | Action::Exec { .. } | Action::Wait { .. } => None,
+            };
+            if let Some(app) = action.app() {
+                found.push(is_there(app, cell));
+            }
+        }
+        for why in found.into_iter().filter_map(Result::err) {
+            wrong(format!("step `{}` of plan `{}`: {why}", step.name, plan.name));
+        }
+    }
+}

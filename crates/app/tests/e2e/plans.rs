@@ -1,0 +1,291 @@
+//! Plans on real servers: approved, done, undone, drilled, cut off at every point and taken up again.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::support::{Installation, run, shown, value};
+
+const POLL: Duration = Duration::from_millis(50);
+const WAIT_MAX: Duration = Duration::from_secs(90);
+
+/// A step that writes a line, and one that takes it back.
+fn notes(installation: &Installation) -> PathBuf {
+    installation.dir.join("notes")
+}
+
+fn noted(installation: &Installation) -> Vec<String> {
+    let text = std::fs::read_to_string(notes(installation)).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+/// A step that writes `text` to the notes, and how that is undone.
+fn note(installation: &Installation, name: &str) -> String {
+    let file = notes(installation);
+    let exec = |text: &str| {
+        format!("[\"/bin/sh\", \"-c\", \"echo {text} $HOLDFAST_STEP >> {}\"]", file.display())
+    };
+    format!(
+        "[[app.plan.step]]\nname = \"{name}\"\nexec = {}\nundo = {{ exec = {} }}\n",
+        exec("do"),
+        exec("undo")
+    )
+}
+
+fn activate(to: &str, more: &str) -> String {
+    format!(
+        "[[app.plan.step]]\nname = \"switch\"\nactivate = \"{to}\"\ndeadline = \"10s\"\n{more}\n"
+    )
+}
+
+/// Adds these plans to the application.
+pub(crate) fn plan(installation: &mut Installation, text: &str) {
+    installation.reconfigure(|config| format!("{config}\n{text}"));
+}
+
+fn wait_for(installation: &Installation, id: &str, what: &str) -> String {
+    let deadline = Instant::now() + WAIT_MAX;
+    loop {
+        let text = shown(&installation.holdfast(&["executions", id]));
+        if text.contains(what) {
+            return text;
+        }
+        assert!(Instant::now() < deadline, "no `{what}`: {text}");
+        std::thread::sleep(POLL);
+    }
+}
+
+#[tokio::test]
+async fn a_plan_is_approved_and_does_all_that_it_says() {
+    let mut installation = Installation::start("plan");
+    let hook = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/hook", hook.local_addr().unwrap());
+    let called = std::thread::spawn(move || {
+        let (mut stream, _) = hook.accept().unwrap();
+        let mut got = Vec::new();
+        let mut part = [0; 4096];
+        while !String::from_utf8_lossy(&got).contains('}') {
+            let len = stream.read(&mut part).unwrap();
+            got.extend_from_slice(&part[..len]);
+        }
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nseen").unwrap();
+        String::from_utf8_lossy(&got).into_owned()
+    });
+    let text = [
+        "[[app.plan]]\nname = \"to-b\"\nobjective = \"5m\"\n".to_owned(),
+        "[[app.plan.step]]\nname = \"go\"\napproval = \"anybody\"\n".into(),
+        activate("b", ""),
+        "[[app.plan.step]]\nname = \"then\"\n".into(),
+        format!("parallel = [{{ name = \"hook\", http = {{ url = \"{url}\" }} }}, "),
+        "{ name = \"mark\", sql = \"INSERT INTO public.marks VALUES (1)\" }]\n".into(),
+        "[[app.plan.step]]\nname = \"not-now\"\nwait = \"1s\"\n".into(),
+        "only_if = [{ cell = \"a\", is = [\"active\"] }]\n".into(),
+    ]
+    .concat();
+    plan(&mut installation, &text);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE marks (n int); SET work_mem = '7MB'").await;
+
+    let listed = shown(&installation.holdfast(&["plans", "shop"]));
+    assert!(listed.contains("to-b, within 5m:") && listed.contains("  hook"), "{listed}");
+    let dry = installation.holdfast(&["execute", "shop", "to-b", "--dry-run"]);
+    let dry_text = shown(&dry);
+    assert!(dry.status.success(), "{dry_text}");
+    assert!(dry_text.contains("skipped: `a` of `shop` is passive, not active"), "{dry_text}");
+    assert!(shown(&installation.holdfast(&["executions"])).lines().count() == 1);
+
+    let begun = installation.holdfast(&["execute", "shop", "to-b", "--reason", "patch day"]);
+    let text = shown(&begun);
+    assert!(!begun.status.success() && text.contains("next: holdfast approve 1 go"), "{text}");
+    assert_eq!(installation.active(), "a");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("! plan `to-b`: step `go` is asking"), "{status}");
+    let second = shown(&installation.holdfast(&["execute", "shop", "to-b"]));
+    assert!(second.contains("execution 1 carries out a plan"), "{second}");
+
+    let approved = shown(&installation.holdfast(&["approve", "1"]));
+    assert!(approved.contains("approved by local"), "{approved}");
+    let text = wait_for(&installation, "1", "completed");
+    assert!(text.contains("objective 5m: met"), "{text}");
+    assert!(text.contains("200 OK seen") && text.contains("execution 2: switchover"), "{text}");
+    assert!(text.contains("skipped"), "{text}");
+    assert_eq!(installation.active(), "b");
+    assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
+    assert_eq!(value(&mut client, "SELECT count(*) FROM marks").await, "1");
+    let request = called.join().unwrap();
+    assert!(request.contains("idempotency-key: shop/1/then/hook/1"), "{request}");
+    assert!(request.contains("\"active\":\"b\"") && request.contains("\"epoch\":2"), "{request}");
+    let audit = shown(&installation.holdfast(&["audit"]));
+    assert!(audit.contains("patch day") && audit.contains("approve"), "{audit}");
+    assert!(audit.contains("each as it was written"), "{audit}");
+}
+
+#[tokio::test]
+async fn what_a_plan_has_done_is_undone_when_it_fails_and_after_a_drill() {
+    let mut installation = Installation::start("plan-undo");
+    let fails = "[[app.plan.step]]\nname = \"fails\"\nexec = [\"/bin/false\"]\n";
+    let text = [
+        "[[app.plan]]\nname = \"fails\"\non_failure = \"undo\"\n".to_owned(),
+        note(&installation, "first"),
+        activate("b", "undo = { back = true }"),
+        fails.into(),
+        "[[app.plan]]\nname = \"drills\"\n".into(),
+        note(&installation, "second"),
+        activate("b", ""),
+    ]
+    .concat();
+    plan(&mut installation, &text);
+    let mut client = installation.connect().await;
+    run(&mut client, "SET work_mem = '7MB'").await;
+    let failed = installation.holdfast(&["execute", "shop", "fails"]);
+    let text = shown(&failed);
+    assert!(!failed.status.success() && text.contains("undone in part, "), "{text}");
+    assert!(text.contains("left as they are: fails"), "who knows what that did: {text}");
+    assert!(text.contains("reason: step `fails` failed"), "{text}");
+    assert_eq!(noted(&installation), ["do first", "undo first"]);
+    assert_eq!(installation.active(), "a");
+
+    let drilled = installation.holdfast(&["execute", "shop", "drills", "--drill"]);
+    let text = shown(&drilled);
+    assert!(drilled.status.success() && text.contains("undone, "), "{text}");
+    assert_eq!(noted(&installation)[2..], ["do second", "undo second"]);
+    assert_eq!(installation.active(), "a");
+    assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
+    let all = shown(&installation.holdfast(&["executions"]));
+    assert_eq!(all.matches("switchover: ").count(), 4, "{all}");
+}
+
+/// The process ends before, in, and after each step, and within the switchover: nothing is done twice, nothing is left out, and
+/// what may have been done is left to a person.
+#[tokio::test]
+async fn a_plan_that_is_cut_off_goes_on_and_does_nothing_twice() {
+    for (name, at) in [
+        ("begin", "plan:begin"),
+        ("end", "plan:end"),
+        ("hold", "hold:begin"),
+        ("grant", "grant:begin"),
+        ("promote", "promote:end"),
+    ] {
+        let mut installation = Installation::start(&format!("plan-cut-{name}"));
+        let text = [
+            "[[app.plan]]\nname = \"p\"\n".into(),
+            activate("b", ""),
+            note(&installation, "after"),
+        ];
+        plan(&mut installation, &text.concat());
+        crate::support::signal(installation.pid(), "KILL");
+        installation.wait_crashed();
+        installation.restart(&[("HOLDFAST_CRASH_AT", at)]);
+        let _ = installation.holdfast(&["execute", "shop", "p", "--detach"]);
+        installation.wait_crashed();
+        installation.restart(&[]);
+        let text = match at {
+            // What was taken back has failed, and is tried again when somebody says so.
+            "hold:begin" => {
+                let text = wait_for(&installation, "1", "next: holdfast retry 1 switch");
+                assert!(text.contains("aborted, nothing changed"), "{at}: {text}");
+                let _ = installation.holdfast(&["retry", "1"]);
+                wait_for(&installation, "1", "completed")
+            }
+            _ => wait_for(&installation, "1", "completed"),
+        };
+        assert_eq!(installation.active(), "b", "{at}: {text}");
+        assert_eq!(noted(&installation), ["do after"], "{at}");
+    }
+}
+
+#[tokio::test]
+async fn a_step_that_may_have_been_done_waits_for_a_person() {
+    let mut installation = Installation::start("plan-doubt");
+    let text = ["[[app.plan]]\nname = \"p\"\n".to_owned(), note(&installation, "once")];
+    plan(&mut installation, &text.concat());
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_CRASH_AT", "plan:end")]);
+    let _ = installation.holdfast(&["execute", "shop", "p", "--detach"]);
+    installation.wait_crashed();
+    assert_eq!(noted(&installation), ["do once"]);
+    installation.restart(&[]);
+    let text = wait_for(&installation, "1", "next: holdfast retry 1 once");
+    assert!(text.contains("look whether it was"), "{text}");
+    // Who looks finds that it was.
+    let skipped = shown(&installation.holdfast(&["skip", "1", "--reason", "it is in the notes"]));
+    assert!(skipped.contains("skipped by local: it is in the notes"), "{skipped}");
+    wait_for(&installation, "1", "completed");
+    assert_eq!(noted(&installation), ["do once"]);
+}
+
+#[tokio::test]
+async fn whoever_has_begun_a_plan_does_not_approve_it() {
+    let mut installation = Installation::start("plan-roles");
+    let mut tokens = String::new();
+    let people = [("alice", "operator"), ("bob", "approver"), ("root", "admin")];
+    for (name, role) in people {
+        let file = installation.dir.join(name);
+        std::fs::write(&file, format!("{name}-secret\n")).unwrap();
+        let file = file.display();
+        tokens.push_str(&format!(
+            "[[control.token]]\nname = \"{name}\"\nrole = \"{role}\"\nfile = \"{file}\"\n\n"
+        ));
+    }
+    let text =
+        "[[app.plan]]\nname = \"p\"\n[[app.plan.step]]\nname = \"go\"\napproval = \"other\"\n";
+    installation.reconfigure(|config| {
+        format!("{}\n{text}", config.replacen("[[app]]", &format!("{tokens}[[app]]"), 1))
+    });
+    let ask = |who: &str, args: &[&str]| {
+        let file = installation.dir.join(who).display().to_string();
+        shown(&installation.holdfast(&[args, &["--token-file", &file]].concat()))
+    };
+    let refused = ask("bob", &["execute", "shop", "p"]);
+    assert!(refused.contains("`bob` is approver, this takes operator"), "{refused}");
+    let _ = ask("root", &["execute", "shop", "p"]);
+    let refused = ask("alice", &["approve", "1"]);
+    assert!(refused.contains("`alice` is operator, this takes approver"), "{refused}");
+    let refused = ask("root", &["approve", "1"]);
+    assert!(refused.contains("`root` has begun execution 1: another person approves"), "{refused}");
+    let approved = ask("bob", &["approve", "1"]);
+    assert!(approved.contains("approved by bob"), "{approved}");
+    wait_for(&installation, "1", "completed");
+}
+
+#[tokio::test]
+async fn people_stop_a_plan_and_have_it_go_on_or_back() {
+    let mut installation = Installation::start("plan-people");
+    let text = [
+        "[[app.plan]]\nname = \"p\"\n".to_owned(),
+        note(&installation, "one"),
+        "[[app.plan.step]]\nname = \"go\"\napproval = \"anybody\"\n".into(),
+        "[[app.plan.step]]\nname = \"only-so\"\nexec = [\"/bin/true\"]\nmode = \"ungraceful\"\n"
+            .into(),
+        "[[app.plan.step]]\nname = \"wait\"\nwait = \"1s\"\n".into(),
+        note(&installation, "two"),
+    ];
+    plan(&mut installation, &text.concat());
+    let _ = installation.holdfast(&["execute", "shop", "p"]);
+    let declined = shown(&installation.holdfast(&["decline", "1"]));
+    assert!(declined.contains("declined by local"), "{declined}");
+    let skip = shown(&installation.holdfast(&["skip", "1", "go"]));
+    assert!(skip.contains("step `go` is failed: it cannot be skipped"), "{skip}");
+    let _ = installation.holdfast(&["mode", "1", "ungraceful"]);
+    let _ = installation.holdfast(&["retry", "1"]);
+    wait_for(&installation, "1", "next: holdfast approve 1 go");
+    let _ = installation.holdfast(&["pause", "1"]);
+    let _ = installation.holdfast(&["approve", "1"]);
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("! plan `p` is paused: holdfast resume 1"), "{status}");
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(noted(&installation), ["do one"]);
+    let _ = installation.holdfast(&["resume", "1"]);
+    let text = wait_for(&installation, "1", "completed");
+    assert!(!text.contains("skipped"), "{text}");
+    assert_eq!(noted(&installation), ["do one", "do two"]);
+
+    let _ = installation.holdfast(&["execute", "shop", "p"]);
+    let _ = installation.holdfast(&["cancel", "2", "--reason", "wrong day"]);
+    let text = wait_for(&installation, "2", "undone, ");
+    assert!(text.contains("reason: cancelled by local: wrong day"), "{text}");
+    assert_eq!(noted(&installation)[2..], ["do one", "undo one"]);
+    let late = shown(&installation.holdfast(&["approve", "2", "go"]));
+    assert!(late.contains("execution 2 has ended: undone"), "{late}");
+}
