@@ -32,6 +32,7 @@ pub(crate) mod access;
 pub(crate) mod agents;
 pub(crate) mod plans;
 mod proxies;
+pub(crate) mod safety;
 
 #[derive(Clone)]
 pub(crate) struct State {
@@ -61,6 +62,8 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/applications/{app}/plans/{plan}/execute", post(plans::execute))
         .route("/v1/applications/{app}/plan-executions/{id}/{verb}", post(plans::say))
         .route("/v1/plan-executions", get(plans::executions))
+        .route("/v1/applications/{app}/safety", get(safety::show))
+        .route("/v1/applications/{app}/gates/{gate}", post(safety::set_gate))
         .route("/v1/executions", get(executions))
         .route("/v1/audit", get(audit))
         .route("/v1/openapi.json", get(openapi))
@@ -97,6 +100,8 @@ impl From<ControlError> for ApiError {
             | ControlError::NoCell { .. }
             | ControlError::NoAgent { .. }
             | ControlError::NoPlan { .. }
+            | ControlError::NoGate { .. }
+            | ControlError::NoRule { .. }
             | ControlError::Plan(PlanError::NoStep { .. })
             | ControlError::NoExecution(_) => StatusCode::NOT_FOUND,
             ControlError::Plan(PlanError::Own { .. }) => StatusCode::FORBIDDEN,
@@ -112,6 +117,8 @@ impl From<ControlError> for ApiError {
             | ControlError::Plan(_)
             | ControlError::NotRetryable { .. } => StatusCode::CONFLICT,
             ControlError::OtherEpoch { .. } => StatusCode::PRECONDITION_FAILED,
+            ControlError::Unsafe(_) => StatusCode::LOCKED,
+            ControlError::NoReason => StatusCode::BAD_REQUEST,
             ControlError::OtherRequest { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::Record(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -547,6 +554,19 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
             );
         }
     }
+    let counts = state.control.safety_counts();
+    let lines = |which: &dyn Fn(&(u64, u64)) -> u64| -> Vec<(String, u64)> {
+        let line = |((app, rule), counts): (&(String, String), &(u64, u64))| {
+            (format!("{{app=\"{app}\",rule=\"{rule}\"}}"), which(counts))
+        };
+        counts.iter().map(line).collect()
+    };
+    let name = "holdfast_safety_rule_blocked_total";
+    let help = "Changes that a safety rule was in the way of.";
+    proxy::metrics::write_metric(&mut out, name, "counter", help, &lines(&|counts| counts.0));
+    let name = "holdfast_safety_rule_override_total";
+    let help = "Changes that were begun in spite of a safety rule.";
+    proxy::metrics::write_metric(&mut out, name, "counter", help, &lines(&|counts| counts.1));
     ([("content-type", "text/plain; version=0.0.4")], out).into_response()
 }
 

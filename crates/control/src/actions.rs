@@ -1,5 +1,6 @@
 //! What a step of a plan does, outside of the store: each with its deadline, and with an outcome that says what is known.
 
+use std::collections::BTreeSet;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -42,6 +43,9 @@ pub(crate) struct Doing {
     pub(crate) epoch: u64,
     #[serde(skip)]
     pub(crate) by: String,
+    /// Safety rules that are gone on in spite of.
+    #[serde(skip)]
+    pub(crate) overrides: BTreeSet<String>,
 }
 
 pub(crate) async fn perform(
@@ -70,7 +74,8 @@ pub(crate) async fn perform(
 async fn execute(control: &Control, doing: &Doing, action: &Action) -> Outcome {
     let reason = format!("step `{}` of execution {}", doing.step, doing.execution);
     let (by, key) = (doing.by.clone(), Some(doing.key.clone()));
-    let asking = Asking { by, reason: Some(reason), key: key.clone(), if_epoch: None };
+    let overrides = doing.overrides.clone();
+    let asking = Asking { by, reason: Some(reason), key: key.clone(), if_epoch: None, overrides };
     let key = key.as_deref();
     // Asked again after a crash, it is told what became of it, whatever state its cells are in by now.
     let done = match action {
@@ -381,6 +386,7 @@ mod tests {
             active: Some("a".into()),
             epoch: 3,
             by: "alice".into(),
+            overrides: BTreeSet::new(),
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use model::durability::Durability;
 use model::lease::Terms;
 use model::plan::Plan;
+use model::safety::Rule;
 use pg::Target;
 use pg::admin::AdminLogin;
 
@@ -48,6 +49,7 @@ pub struct AppServers {
     pub durability: Durability,
     /// By name.
     pub plans: BTreeMap<String, Plan>,
+    pub rules: Vec<Rule>,
 }
 
 /// When another cell takes the place of one whose server is lost.

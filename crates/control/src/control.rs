@@ -15,6 +15,7 @@ use crate::member::Member;
 use crate::proxies::Remote;
 use crate::records;
 use crate::requests::{ControlError, Served};
+use crate::safety::Counts;
 use crate::seat::Seated;
 use crate::watch::Seen;
 
@@ -41,6 +42,8 @@ pub struct Control {
     pub(crate) seen: std::sync::Mutex<BTreeMap<String, Seen>>,
     /// Whoever reads an application to write it holds this, never across a wait: an execution is not to meet a conflict.
     pub(crate) writing: std::sync::Mutex<()>,
+    /// How often each rule, of each application, was in the way of a change, and how often one was made in spite of it.
+    pub(crate) refusals: std::sync::Mutex<Counts>,
     /// Something was said to a plan of the application, or of it was done.
     pub(crate) stirred: BTreeMap<String, Notify>,
     pub(crate) never: Notify,
@@ -115,6 +118,7 @@ impl Control {
             running,
             seen,
             writing,
+            refusals: std::sync::Mutex::default(),
             stirred,
             never,
         }))

@@ -14,6 +14,7 @@
 //! - `runner`: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
 //! - [`plans`]: executions of plans. `actions`: what their steps do elsewhere.
+//! - [`safety`]: rules that are in the way of changes, and gates.
 //! - [`watch`]: looks at the active cells, and fails over.
 //! - `durability`: has commits wait for standbys.
 //! - [`hba`]: who may still log in to a fenced server.
@@ -39,6 +40,7 @@ pub mod proxies;
 pub mod records;
 pub mod requests;
 mod runner;
+pub mod safety;
 pub mod seat;
 mod stages;
 mod verbs;

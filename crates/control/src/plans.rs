@@ -262,6 +262,7 @@ impl Control {
         asking: &Asking,
     ) -> Result<PlanExecution, ControlError> {
         let mut execution = self.new_plan(app, name, request, asking)?;
+        self.check_overrides(app, asking)?;
         let _writing = self.write_alone();
         if let Some(key) = &asking.key {
             let all = records::plan_executions(&*self.store, app)?;
@@ -443,6 +444,7 @@ impl Control {
             active: here.and_then(|here| here.active()).map(str::to_owned),
             epoch: here.map_or(0, |here| here.epoch.0),
             by: execution.asked.by.clone(),
+            overrides: execution.asked.overrides.clone(),
             app,
         };
         let limit = execution.plan.step(step).map_or(0, |step| step.timeout_ms);

@@ -90,6 +90,14 @@ pub struct DryRun {
     pub configured_otherwise: Vec<String>,
 }
 
+/// A safety rule is in the way.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("safety rule `{rule}`: {why}; `--override {rule} --reason TEXT` goes on in spite of it")]
+pub struct Unsafe {
+    pub rule: String,
+    pub why: String,
+}
+
 #[derive(Debug, Error)]
 pub enum ControlError {
     #[error("there is no application `{app}`; configured are {known}")]
@@ -118,6 +126,14 @@ pub enum ControlError {
     NotNewest { app: String, cell: String, state: CellState, newest: String },
     #[error("{0}")]
     Refused(String),
+    #[error(transparent)]
+    Unsafe(#[from] Unsafe),
+    #[error("application `{app}` has no safety rule `{rule}`; its rules are {known}")]
+    NoRule { app: String, rule: String, known: String },
+    #[error("application `{app}` has no gate `{gate}`; its rules name {known}")]
+    NoGate { app: String, gate: String, known: String },
+    #[error("a rule is gone on in spite of only for a `--reason`")]
+    NoReason,
     #[error("application `{app}` is in epoch {found}, not {epoch}; see `holdfast status {app}`")]
     OtherEpoch { app: String, epoch: u64, found: u64 },
     #[error("the key `{key}` was used for another request: {says}")]

@@ -22,6 +22,7 @@ impl Control {
         asked: Asked,
     ) -> Result<Execution, ControlError> {
         let kind = asked.kind;
+        self.check_overrides(app, &asked.asking)?;
         if let Some(epoch) =
             asked.asking.if_epoch.filter(|epoch| *epoch != seen.application.epoch.0)
         {
@@ -41,10 +42,18 @@ impl Control {
                 let id = application.execution.unwrap_or(0);
                 return Err(ControlError::UnderWay { app: app.into(), id });
             }
+            self.check_safety(&application, &execution)?;
             application.execution = Some(execution.id);
-            let draft = execution.draft(kind.name(), application.epoch, execution.says());
+            let mut says = execution.says();
+            if !execution.asked.overrides.is_empty() {
+                let rules: Vec<&str> =
+                    execution.asked.overrides.iter().map(String::as_str).collect();
+                says.push_str(&format!(", in spite of `{}`", rules.join("`, `")));
+            }
+            let draft = execution.draft(kind.name(), application.epoch, says);
             records::write(&*self.store, app, now.revision, &application, &execution, Some(draft))?;
         }
+        self.count_overrides(app, &execution.asked);
         let (id, kind_name) = (execution.id, kind.name());
         let (from, to) = (&execution.from, &execution.to);
         tracing::info!(app, execution = id, from, to, kind = kind_name, "execution begins");
@@ -97,16 +106,21 @@ impl Control {
         loop {
             // Before anything is recorded: what proxies are told is read after.
             self.set_changing(&execution.app, stage.is_of_proxies());
-            self.begin(&mut execution, stage)?;
-            crash_point(stage, "begin");
             let began = Instant::now();
-            let result = stages::run(self, &mut execution, stage).await;
-            let took = began.elapsed();
-            crash_point(stage, "end");
-            let (outcome, text) = match result {
-                Ok(text) => (Outcome::Done, text),
-                Err(text) => (Outcome::Failed, text),
+            let (outcome, text) = match self.begin(&mut execution, stage) {
+                Err(ControlError::Unsafe(refusal)) => (Outcome::Refused, refusal.to_string()),
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    crash_point(stage, "begin");
+                    let result = stages::run(self, &mut execution, stage).await;
+                    crash_point(stage, "end");
+                    match result {
+                        Ok(text) => (Outcome::Done, text),
+                        Err(text) => (Outcome::Failed, text),
+                    }
+                }
             };
+            let took = began.elapsed();
             let after = next(execution.kind, stage, outcome);
             self.end(&mut execution, stage, outcome, text, took, after)?;
             match after {
@@ -131,6 +145,13 @@ impl Control {
         let _writing = self.write_alone();
         let seen = records::application(&*self.store, &execution.app)?;
         let mut application = seen.application;
+        if matches!(stage, Stage::Grant | Stage::Confine | Stage::Regrant)
+            && !application.is_past(execution)
+        {
+            // A gate may have been closed since it began.
+            self.check_safety(&application, execution)?;
+            application.changed_at_ms = Some(now_ms());
+        }
         application
             .enter(execution.kind, stage, &execution.from, &execution.to)
             .map_err(RecordError::Cell)?;
@@ -172,7 +193,7 @@ impl Control {
                 tracing::info!(app, execution = id, %stage, took_ms, text, "stage is done");
                 LogEvent::Done
             }
-            Outcome::Failed => {
+            Outcome::Failed | Outcome::Refused => {
                 tracing::warn!(app, execution = id, %stage, took_ms, reason = text, "stage failed");
                 execution.reason.get_or_insert_with(|| format!("{stage}: {text}"));
                 LogEvent::Failed
@@ -188,7 +209,7 @@ impl Control {
         }
         if matches!(after, Next::End(_))
             || matches!(stage, Stage::Promote | Stage::Regrant | Stage::Release)
-            || outcome == Outcome::Failed
+            || outcome != Outcome::Done
         {
             let ended = |ending: Ending| {
                 let why = execution.reason.as_ref().map_or(String::new(), |why| format!(": {why}"));

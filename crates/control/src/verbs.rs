@@ -157,6 +157,11 @@ impl Control {
                 Ok(names) => configured_otherwise = names,
             },
         }
+        let asked =
+            Asked::new(Kind::Switchover, from.clone(), request.to.clone(), Asking::default());
+        let execution = asked.execution(app, 0, &application);
+        let refused = self.look_at_safety(&application, &execution)?.err();
+        refusals.extend(refused.map(|refused| refused.to_string()));
         let report = self.order(Order::Inspect { app: app.into() }).await;
         if request.on_timeout == OnTimeout::Abort {
             refusals.extend(report.missing);
@@ -208,6 +213,8 @@ impl Control {
         let asked = Asked { allow_data_loss: request.allow_data_loss, ..asked };
         let mut execution = asked.execution(app, 0, &application);
         let assessed = stages::run(self, &mut execution, Stage::Assess).await;
+        let refused = self.look_at_safety(&application, &execution)?.err();
+        let refused = refused.map(|refused| refused.to_string());
         let report = self.order(Order::Inspect { app: app.into() }).await;
         Ok(DryRun {
             app: app.into(),
@@ -217,7 +224,7 @@ impl Control {
             sessions: report.sessions,
             movable: report.done,
             blockers: report.blockers,
-            refusals: assessed.err().into_iter().collect(),
+            refusals: assessed.err().into_iter().chain(refused).collect(),
             configured_otherwise: Vec::new(),
         })
     }

@@ -1,6 +1,8 @@
 //! What was done, by whom and why: records that are only ever added, each with the digest of the one before it, so that
 //! nobody changes or removes one unseen.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 pub const HEAD_KEY: &str = "audit-head";
@@ -30,13 +32,16 @@ pub struct Asking {
     /// Only in this epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub if_epoch: Option<u64>,
+    /// Safety rules that it is done in spite of.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub overrides: BTreeSet<String>,
 }
 
 impl Asking {
     /// Of nobody: Holdfast does it by itself, for this reason.
     pub fn own(reason: &str) -> Asking {
         let (by, reason) = ("holdfast".to_owned(), Some(reason.to_owned()));
-        Asking { by, reason, key: None, if_epoch: None }
+        Asking { by, reason, ..Asking::default() }
     }
 }
 

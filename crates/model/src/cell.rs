@@ -1,6 +1,6 @@
 //! Applications, their cells, the states of cells, and the epoch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -120,6 +120,12 @@ pub struct Application {
     /// The execution of a plan that is under way; at most one at a time.
     #[serde(default)]
     pub plan: Option<u64>,
+    /// Gates that somebody has opened.
+    #[serde(default)]
+    pub gates: BTreeSet<String>,
+    /// When cells were changed last, in milliseconds since 1970.
+    #[serde(default)]
+    pub changed_at_ms: Option<u64>,
     /// Grows with each change: whoever has seen a higher one knows of something that this record does not.
     #[serde(default)]
     pub version: u64,
@@ -145,8 +151,17 @@ impl Application {
             |name: &str| if name == active { CellState::Active } else { CellState::Passive };
         let cells = cells.into_iter().map(|name| (name.clone(), state(&name))).collect();
         let granted_to = Some(active.to_owned());
-        let (execution, plan, protected) = (None, None, None);
-        Application { epoch: Epoch(1), cells, granted_to, execution, plan, version: 1, protected }
+        Application {
+            epoch: Epoch(1),
+            cells,
+            granted_to,
+            execution: None,
+            plan: None,
+            gates: BTreeSet::new(),
+            changed_at_ms: None,
+            version: 1,
+            protected: None,
+        }
     }
 
     /// Cells that were configured since it was new; they have to become standbys. Whether there were any.
@@ -165,6 +180,8 @@ impl Application {
         self.version = self.version.saturating_add(RESTORE_JUMP * RESTORE_JUMP);
         self.cells.values_mut().for_each(|state| *state = CellState::Passive);
         (self.granted_to, self.execution, self.protected) = (None, None, None);
+        // Who has closed one since the copy, nobody knows.
+        self.gates.clear();
         self
     }
 

@@ -16,6 +16,7 @@
 //! - [`agent`]: what an agent and control say to each other.
 //! - [`durability`]: on how many servers a commit is before it is acknowledged.
 //! - [`plan`]: steps that change an application and what hangs on it, and what is to be done next in them.
+//! - [`safety`]: what must hold for a change of cells.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`proxies`]: what proxies of other processes and control say to each other, and what they make of it.
 //! - [`seat`]: which of several control nodes is control.
@@ -40,6 +41,7 @@ pub mod plan;
 pub mod pledge;
 pub mod policy;
 pub mod proxies;
+pub mod safety;
 pub mod seat;
 pub mod session;
 pub mod sql;

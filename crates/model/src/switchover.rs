@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 /// What an execution is for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// Another cell becomes the active one.
@@ -167,6 +167,8 @@ impl std::fmt::Display for Stage {
 pub enum Outcome {
     Done,
     Failed,
+    /// A safety rule is in the way: it was not begun, and the store says nothing of it.
+    Refused,
 }
 
 /// How an execution ended.
@@ -207,6 +209,11 @@ pub fn next(kind: Kind, stage: Stage, outcome: Outcome) -> Next {
     use Next::{End, Go};
     let fences = matches!(kind, Kind::Fence | Kind::FenceAll);
     match (stage, outcome) {
+        // Nothing was done yet.
+        (Stage::Regrant, Outcome::Refused) => End(Ending::Aborted),
+        // Of these the begin is the point of no return, which was not passed.
+        (Stage::Confine | Stage::Grant, Outcome::Refused) => Go(Stage::Revert),
+        (stage, Outcome::Refused) => next(kind, stage, Outcome::Failed),
         (Stage::Hold, Outcome::Done) if fences => Go(Stage::Fence),
         (Stage::Fence, Outcome::Done) if fences => Go(Stage::Confine),
         (Stage::Confine | Stage::Regrant, Outcome::Done) => Go(Stage::Release),

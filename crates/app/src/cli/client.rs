@@ -129,6 +129,9 @@ fn send_to(api: &str, request: &Request<'_>, is_one_of_several: bool) -> Result<
             if let Some(reason) = &request.global.reason {
                 post = post.query("reason", reason);
             }
+            if !request.global.overrides.is_empty() {
+                post = post.query("override", request.global.overrides.join(","));
+            }
             post.send(body).map_err(lost)?
         }
         None => {

@@ -65,6 +65,9 @@ pub(crate) struct Global {
     /// Change something only in this epoch.
     #[arg(long, global = true, value_name = "EPOCH")]
     if_epoch: Option<u64>,
+    /// Change something in spite of this safety rule; takes a reason. Several are said one by one.
+    #[arg(long = "override", global = true, value_name = "RULE")]
+    overrides: Vec<String>,
     /// Asked again with the same key, a change is not made twice: you are told what became of it. One is made up for each
     /// command.
     #[arg(long, global = true, value_name = "KEY")]
@@ -75,7 +78,8 @@ impl Global {
     /// Of an installation whose API is at these addresses.
     pub(crate) fn of(apis: Vec<String>) -> Global {
         let (token_file, json, patience, reason, if_epoch, key) = Default::default();
-        Global { api: apis.join(","), token_file, json, patience, reason, if_epoch, key }
+        let (api, overrides) = (apis.join(","), Vec::new());
+        Global { api, token_file, json, patience, reason, if_epoch, overrides, key }
     }
 
     pub(crate) fn api(&self) -> &str {
@@ -207,6 +211,17 @@ enum Verb {
         /// Of a plan; not needed if only one has failed.
         step: Option<String>,
     },
+    /// Safety rules of an application, and its gates.
+    #[command(after_help = "Example: holdfast safety shop")]
+    Safety { app: String },
+    /// Open or close a gate, which safety rules look at.
+    #[command(after_help = "Example: holdfast gate shop window open --reason 'patch day'")]
+    Gate {
+        app: String,
+        gate: String,
+        #[arg(value_name = "open|close", value_parser = is_open, action = clap::ArgAction::Set)]
+        open: bool,
+    },
     /// Plans of an application, and their steps.
     #[command(after_help = "Example: holdfast plans shop")]
     Plans { app: String },
@@ -314,6 +329,14 @@ fn on_timeout(text: &str) -> Result<OnTimeout, String> {
     }
 }
 
+fn is_open(text: &str) -> Result<bool, String> {
+    match text {
+        "open" => Ok(true),
+        "close" => Ok(false),
+        _ => Err("`open` or `close` is needed".into()),
+    }
+}
+
 fn mode(text: &str) -> Result<Mode, String> {
     match text {
         "graceful" => Ok(Mode::Graceful),
@@ -351,6 +374,8 @@ pub(crate) fn main() -> ExitCode {
         Verb::Executions { id, app } => show::executions(&cli.global, id, app.as_deref()),
         Verb::Audit => show::audit(&cli.global),
         Verb::Retry { which, step } => show::retry(&cli.global, &which, step),
+        Verb::Safety { app } => show::safety(&cli.global, &app),
+        Verb::Gate { app, gate, open } => show::gate(&cli.global, &app, &gate, open),
         Verb::Plans { app } => plans::list(&cli.global, &app),
         Verb::Execute { app, plan, dry_run, ungraceful, drill, detach } => {
             let mode = if ungraceful { Mode::Ungraceful } else { Mode::Graceful };

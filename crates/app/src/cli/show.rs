@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use control::requests::DryRun;
+use control::safety::Safety;
 use control::{FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest};
 use model::audit::Record;
 use model::barrier::{Blocker, Report, SessionView};
@@ -284,6 +285,41 @@ pub(crate) fn print_execution(execution: &Execution) {
     if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
         say!("next: holdfast retry {id}");
     }
+}
+
+pub(super) fn safety(global: &Global, app: &str) -> Done {
+    print_safety(global, &client::get(global, &format!("/v1/applications/{app}/safety"))?)
+}
+
+pub(super) fn gate(global: &Global, app: &str, gate: &str, open: bool) -> Done {
+    let path = format!("/v1/applications/{app}/gates/{gate}");
+    print_safety(global, &client::post(global, &path, &crate::api::safety::Gate { open })?)
+}
+
+fn print_safety(global: &Global, safety: &Safety) -> Done {
+    if global.json {
+        json(safety)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if safety.rules.is_empty() {
+        say!("there are no safety rules; [[app.safety]] in the configuration makes one");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rows: Vec<Vec<String>> = safety
+        .rules
+        .iter()
+        .map(|rule| {
+            let kinds = rule.kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ");
+            vec![rule.name.clone(), rule.require.to_string(), kinds]
+        })
+        .collect();
+    table(&["rule", "requires", "for"], &rows);
+    if !safety.gates.is_empty() {
+        let state = |open| if open { "open" } else { "closed" };
+        let rows = safety.gates.iter().map(|(gate, open)| vec![gate.clone(), state(*open).into()]);
+        table(&["gate", ""], &rows.collect::<Vec<_>>());
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn audit(global: &Global) -> Done {

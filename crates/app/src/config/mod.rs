@@ -32,6 +32,7 @@ mod node;
 mod plans;
 mod policy;
 mod reader;
+mod safety;
 
 use crate::api::access::{Access, Role, Token};
 use crate::remote::RemoteConfig;
@@ -561,6 +562,7 @@ fn read_app(
         let text = "`app.failover.automatic` needs a `data_dir` or an agent for each cell: without one nobody can say that a server is dead";
         mistakes.add(table.span_of("failover"), text);
     }
+    let rules = safety::read(table, mistakes, &cells);
     let others = cells.len().saturating_sub(1);
     if durability.acks > others {
         let acks = durability.acks;
@@ -568,7 +570,7 @@ fn read_app(
         mistakes.add(table.span_of("durability"), text);
     }
     let plans = BTreeMap::new();
-    Some((app, AppServers { first_active, cells, failover, durability, plans }))
+    Some((app, AppServers { first_active, cells, failover, durability, plans, rules }))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {

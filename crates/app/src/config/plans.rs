@@ -54,7 +54,7 @@ struct WrittenStep {
     span: Range<usize>,
 }
 
-fn ms(duration: Duration) -> u64 {
+pub(super) fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -80,7 +80,7 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, app: &str
     plans
 }
 
-fn read_name(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> String {
+pub(super) fn read_name(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> String {
     let span = table.span_of("name");
     let name = table.required_text(mistakes, "name");
     let is_plain = |c: char| c.is_alphanumeric() || "-_.".contains(c);
@@ -307,32 +307,40 @@ fn read_undo(
     read
 }
 
-fn read_conditions(
+/// States of which one is asked for.
+pub(super) fn read_states(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
-    own_app: &str,
-) -> Vec<Condition> {
+) -> BTreeSet<CellState> {
     let all = [
         ("active", CellState::Active),
         ("fenced", CellState::Fenced),
         ("passive", CellState::Passive),
     ];
+    let mut states = BTreeSet::new();
+    for (text, span) in table.texts(mistakes, "is").unwrap_or_default() {
+        match all.iter().find(|(name, _)| *name == text) {
+            Some((_, state)) => drop(states.insert(*state)),
+            None => mistakes
+                .add(span, format!("`is` must be of active, fenced, passive, it is `{text}`")),
+        }
+    }
+    if states.is_empty() {
+        mistakes.add(table.span(), "`is` is missing: one or more of active, fenced, passive");
+    }
+    states
+}
+
+fn read_conditions(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    own_app: &str,
+) -> Vec<Condition> {
     let mut conditions = Vec::new();
     for mut table in table.tables(mistakes, "only_if") {
         let app = read_app(&mut table, mistakes, own_app);
         let cell = table.required_text(mistakes, "cell");
-        let mut states = BTreeSet::new();
-        for (text, span) in table.texts(mistakes, "is").unwrap_or_default() {
-            match all.iter().find(|(name, _)| *name == text) {
-                Some((_, state)) => drop(states.insert(*state)),
-                None => mistakes
-                    .add(span, format!("`is` must be of active, fenced, passive, it is `{text}`")),
-            }
-        }
-        if states.is_empty() {
-            mistakes
-                .add(table.span(), "`only_if` needs `is`: one or more of active, fenced, passive");
-        }
+        let states = read_states(&mut table, mistakes);
         table.end(mistakes);
         conditions.push(Condition { app, cell, states });
     }

@@ -27,6 +27,7 @@ mod policy;
 mod pools;
 mod proxies;
 mod relay;
+mod safety;
 mod single;
 mod targets;
 mod twins;
