@@ -243,8 +243,12 @@ impl Control {
                 is_missing.then(|| format!("there is no program `{program}`")).into_iter().collect()
             }
             Action::Http(http) => {
-                let token = http.token_file.as_deref().map(actions::token_of);
+                let token = http.token_file.as_deref().map(actions::secret_of);
                 token.and_then(Result::err).into_iter().collect()
+            }
+            Action::Dns(dns) => {
+                let key = dns.key_file.as_deref().map(actions::key_of);
+                key.and_then(Result::err).into_iter().collect()
             }
             _ => Vec::new(),
         }

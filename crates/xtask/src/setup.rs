@@ -19,7 +19,7 @@ const SERVERS: [Need; 4] = [
     Need { path: "/usr/lib/postgresql/15/bin/pg_ctl", package: "postgresql" },
 ];
 
-const DRIVERS: [Need; 6] = [
+const DRIVERS: [Need; 8] = [
     Need { path: "/usr/lib/python3/dist-packages/psycopg", package: "python3-psycopg" },
     Need { path: "/usr/lib/python3/dist-packages/asyncpg", package: "python3-asyncpg" },
     Need { path: "/usr/share/java/postgresql.jar", package: "libpostgresql-jdbc-java" },
@@ -27,6 +27,9 @@ const DRIVERS: [Need; 6] = [
     Need { path: "/usr/bin/node", package: "nodejs" },
     // What control nodes share.
     Need { path: "/usr/bin/etcd", package: "etcd-server" },
+    // What steps of plans speak to.
+    Need { path: "/usr/sbin/haproxy", package: "haproxy" },
+    Need { path: "/usr/sbin/knotd", package: "knot" },
 ];
 
 /// What node-pg is made of. It is unpacked, not installed: Debian's package wants Debian's node, and any will do.

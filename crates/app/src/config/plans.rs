@@ -7,7 +7,7 @@ use std::time::Duration;
 use control::config::AppServers;
 use model::cell::CellState;
 use model::plan::{
-    Action, Condition, Http, Mode, OnFailure, Plan, SEPARATOR, STEPS_MAX, Step, Undo, What,
+    Action, Condition, Dns, Http, Mode, OnFailure, Plan, SEPARATOR, STEPS_MAX, Step, Undo, What,
 };
 use model::switchover::OnTimeout;
 
@@ -17,10 +17,11 @@ use super::reader::{Mistakes, Table};
 const TIMEOUT: Duration = Duration::from_secs(30);
 const APPROVAL_TIMEOUT: Duration = Duration::from_secs(3_600);
 const PAUSE: Duration = Duration::from_secs(1);
+const DNS_TTL: Duration = Duration::from_secs(5);
 const DEADLINE: Duration = Duration::from_secs(30);
 const NAME_LEN_MAX: usize = 64;
 /// What a step may be, of which it is one.
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 14] = [
     "activate",
     "fence",
     "fence_all",
@@ -28,12 +29,16 @@ const KINDS: [&str; 12] = [
     "http",
     "exec",
     "sql",
+    "haproxy",
+    "dns",
     "wait",
     "approval",
     "plan",
     "steps",
     "parallel",
 ];
+/// Those that do something.
+const ACTIONS: usize = 10;
 const METHODS: [&str; 5] = ["GET", "POST", "PUT", "PATCH", "DELETE"];
 
 /// A plan as it is written: its child plans are named, not copied.
@@ -165,7 +170,9 @@ fn read_step(
             pause = table.duration(mistakes, "pause").unwrap_or(PAUSE);
             timeout = TIMEOUT;
             if !action.is_own_execution() && !action.leaves_nothing() {
-                idempotent = table.flag(mistakes, "idempotent").unwrap_or(false);
+                // Records that are replaced twice are as replaced once.
+                let is_dns = matches!(action, Action::Dns(_));
+                idempotent = table.flag(mistakes, "idempotent").unwrap_or(is_dns);
                 timeout = table.duration(mistakes, "timeout").unwrap_or(TIMEOUT);
             }
             undo = read_undo(table, mistakes, own_app, action);
@@ -245,9 +252,65 @@ fn read_action(
             let database = table.text(mistakes, "database").unwrap_or_else(|| "postgres".into());
             Action::Sql { app, cell, database, text }
         }
+        "haproxy" => {
+            let mut table = table.table(mistakes, "haproxy")?;
+            let address = table.required_text(mistakes, "address");
+            let command = table.required_text(mistakes, "command");
+            if command.contains(['\n', '\r', ';']) {
+                let text = "`command` must be one command: a second one is a step of its own";
+                mistakes.add(table.span_of("command"), text);
+            }
+            table.end(mistakes);
+            Action::Haproxy { address, command }
+        }
+        "dns" => {
+            let mut table = table.table(mistakes, "dns")?;
+            let dns = read_dns(&mut table, mistakes);
+            table.end(mistakes);
+            Action::Dns(dns)
+        }
         "wait" => Action::Wait { ms: ms(table.duration(mistakes, "wait")?) },
         _ => return None,
     })
+}
+
+fn read_dns(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Dns {
+    let server = table.required_text(mistakes, "server");
+    let zone = table.required_text(mistakes, "zone");
+    let name = table.required_text(mistakes, "name");
+    let kinds = ["A", "AAAA", "CNAME"];
+    let kind = table
+        .choice(mistakes, "type", &kinds, |text| kinds.contains(&text).then(|| text.to_owned()));
+    let kind = kind.unwrap_or_else(|| "A".into());
+    let span = table.span_of("value");
+    let values: Vec<String> = table
+        .texts(mistakes, "value")
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(text, _)| text)
+        .collect();
+    if values.is_empty() {
+        mistakes.add(table.span(), "`dns` needs `value`: what the name leads to from then on");
+    }
+    let is_value = |value: &String| match kind.as_str() {
+        "A" => value.parse::<std::net::Ipv4Addr>().is_ok(),
+        "AAAA" => value.parse::<std::net::Ipv6Addr>().is_ok(),
+        _ => !value.is_empty(),
+    };
+    if let Some(wrong) = values.iter().find(|value| !is_value(value)) {
+        mistakes.add(span, format!("`{wrong}` is no value of a record of type {kind}"));
+    }
+    let is_in = |name: &str, zone: &str| {
+        let (name, zone) = (name.trim_end_matches('.'), zone.trim_end_matches('.'));
+        name == zone || name.strip_suffix(zone).is_some_and(|rest| rest.ends_with('.'))
+    };
+    if !is_in(&name, &zone) {
+        mistakes.add(table.span_of("name"), format!("`{name}` is not in the zone `{zone}`"));
+    }
+    let ttl = table.duration(mistakes, "ttl").unwrap_or(DNS_TTL).as_secs();
+    let key_file = table.text(mistakes, "key_file");
+    let ttl_s = u32::try_from(ttl).unwrap_or(u32::MAX);
+    Dns { server, zone, name, kind, values, ttl_s, key_file }
 }
 
 fn read_http(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Http {
@@ -284,7 +347,7 @@ fn read_undo(
     let span = table.span_of("undo");
     let mut undo = table.table(mistakes, "undo")?;
     let has_back = undo.flag(mistakes, "back") == Some(true);
-    let kinds: Vec<&str> = KINDS[..8].iter().copied().filter(|kind| undo.has(kind)).collect();
+    let kinds: Vec<&str> = KINDS[..ACTIONS].iter().copied().filter(|kind| undo.has(kind)).collect();
     let read = match (&kinds[..], has_back) {
         ([], true) => {
             let goes_back = matches!(action, Action::Activate { .. } | Action::Fence { .. });
@@ -298,7 +361,7 @@ fn read_undo(
         }
         ([kind], false) => read_action(&mut undo, mistakes, own_app, kind).map(Undo::Do),
         _ => {
-            let known = KINDS[..8].join(", ");
+            let known = KINDS[..ACTIONS].join(", ");
             mistakes.add(span, format!("`undo` must have exactly one of back, {known}"));
             return None;
         }
@@ -482,7 +545,11 @@ fn check(
                 | Action::Fence { cell, .. }
                 | Action::Unfence { cell, .. } => Some(cell.as_str()),
                 Action::Sql { cell, .. } => cell.as_deref(),
-                Action::Http(_) | Action::Exec { .. } | Action::Wait { .. } => None,
+                Action::Http(_)
+                | Action::Exec { .. }
+                | Action::Haproxy { .. }
+                | Action::Dns(_)
+                | Action::Wait { .. } => None,
             };
             if let Some(app) = action.app() {
                 found.push(is_there(app, cell));

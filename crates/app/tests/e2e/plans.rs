@@ -1,7 +1,8 @@
 //! Plans on real servers: approved, done, undone, drilled, cut off at every point and taken up again.
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::{Installation, run, shown, value};
@@ -288,4 +289,135 @@ async fn people_stop_a_plan_and_have_it_go_on_or_back() {
     assert_eq!(noted(&installation)[2..], ["do one", "undo one"]);
     let late = shown(&installation.holdfast(&["approve", "2", "go"]));
     assert!(late.contains("execution 2 has ended: undone"), "{late}");
+}
+
+/// A process that ends with its test.
+struct Ends(Child);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(program: &str, args: &[&str]) -> Ends {
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Ends(command.spawn().unwrap())
+}
+
+/// A name server that takes updates of `example.org` by a key, and what it says of `db`.
+fn knot(dir: &Path, port: u16) -> Ends {
+    std::fs::create_dir_all(dir).unwrap();
+    let (shown, secret) = (dir.display(), "c2VzYW1lIG9wZW4gc2VzYW1lIG9wZW4gc2VzYW1lIQ==");
+    let conf = format!(
+        "server:\n  rundir: {shown}\n  listen: 127.0.0.1@{port}\n\
+         database:\n  storage: {shown}\n\
+         key:\n  - id: holdfast\n    algorithm: hmac-sha256\n    secret: {secret}\n\
+         acl:\n  - id: update\n    key: holdfast\n    action: update\n\
+         zone:\n  - domain: example.org\n    storage: {shown}\n    file: zone\n    acl: update\n"
+    );
+    std::fs::write(dir.join("knot.conf"), conf).unwrap();
+    let zone = "example.org. 60 SOA ns.example.org. x.example.org. 1 60 60 60 60\n\
+        example.org. 60 NS ns.example.org.\nns.example.org. 60 A 127.0.0.1\n\
+        db.example.org. 5 A 10.0.0.1\ndb.example.org. 5 A 10.0.0.9\n";
+    std::fs::write(dir.join("zone"), zone).unwrap();
+    let key = |name: &str, secret: &str| {
+        let text =
+            format!("key \"holdfast\" {{\n\talgorithm hmac-sha256;\n\tsecret \"{secret}\";\n}};\n");
+        std::fs::write(dir.join(name), text).unwrap();
+    };
+    key("key", secret);
+    key("wrong", "d3Jvbmcgd3Jvbmcgd3Jvbmcgd3Jvbmcgd3Jvbmcgd3I=");
+    let server = start("/usr/sbin/knotd", &["-c", dir.join("knot.conf").to_str().unwrap()]);
+    let deadline = Instant::now() + WAIT_MAX;
+    while !addresses(dir).contains("10.0.0.1") {
+        assert!(Instant::now() < deadline, "knotd does not serve its zone: {}", addresses(dir));
+        std::thread::sleep(POLL);
+    }
+    server
+}
+
+fn addresses(dir: &Path) -> String {
+    let mut command = Command::new("/usr/sbin/knotc");
+    command.arg("-c").arg(dir.join("knot.conf")).args(["zone-read", "example.org", "db", "A"]);
+    shown(&command.output().unwrap())
+}
+
+/// What an HAProxy says to a command.
+fn haproxy_says(socket: &Path, command: &str) -> String {
+    let Ok(mut stream) = std::os::unix::net::UnixStream::connect(socket) else {
+        return String::new();
+    };
+    stream.write_all(format!("{command}\n").as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[tokio::test]
+async fn names_and_load_balancers_go_where_the_application_goes() {
+    let mut installation = Installation::start("plan-around");
+    let dns = installation.dir.join("knot");
+    let port = free_port();
+    let _knot = knot(&dns, port);
+    let socket = installation.dir.join("haproxy.sock");
+    let conf = installation.dir.join("haproxy.cfg");
+    let servers = "server a 127.0.0.1:1 weight 1\n  server b 127.0.0.1:2 weight 0\n";
+    let text = format!(
+        "global\n  stats socket {} level admin\ndefaults\n  mode tcp\n  timeout connect 1s\n  timeout client 1s\n  timeout server 1s\nbackend be\n  {servers}",
+        socket.display()
+    );
+    std::fs::write(&conf, text).unwrap();
+    let _haproxy = start("/usr/sbin/haproxy", &["-db", "-f", conf.to_str().unwrap()]);
+    let deadline = Instant::now() + WAIT_MAX;
+    while haproxy_says(&socket, "show info").is_empty() {
+        assert!(Instant::now() < deadline, "haproxy does not answer");
+        std::thread::sleep(POLL);
+    }
+
+    let record = |value: &str, key: &str| {
+        format!(
+            "dns = {{ server = \"127.0.0.1:{port}\", zone = \"example.org\", name = \"db.example.org\", value = [\"{value}\"], key_file = \"{}\" }}",
+            dns.join(key).display()
+        )
+    };
+    let weight = |server: &str, weight: u8| {
+        format!(
+            "haproxy = {{ address = \"{}\", command = \"set weight be/{server} {weight}\" }}",
+            socket.display()
+        )
+    };
+    let text = [
+        "[[app.plan]]\nname = \"to-b\"\non_failure = \"undo\"\n".to_owned(),
+        format!("[[app.plan.step]]\nname = \"names\"\n{}\n", record("10.0.0.2", "key")),
+        format!("undo = {{ {} }}\n", record("10.0.0.1", "key")),
+        format!("[[app.plan.step]]\nname = \"b-up\"\n{}\n", weight("b", 7)),
+        format!("undo = {{ {} }}\n", weight("b", 0)),
+        format!("[[app.plan.step]]\nname = \"typo\"\n{}\n", weight("c", 1)),
+        "mode = \"ungraceful\"\n".into(),
+        "[[app.plan]]\nname = \"wrong-key\"\n".into(),
+        format!("[[app.plan.step]]\nname = \"names\"\n{}\n", record("10.0.0.3", "wrong")),
+    ];
+    plan(&mut installation, &text.concat());
+    let done = installation.holdfast(&["execute", "shop", "to-b"]);
+    assert!(done.status.success(), "{}", shown(&done));
+    let found = addresses(&dns);
+    assert!(found.contains("10.0.0.2") && !found.contains("10.0.0.1"), "{found}");
+    assert!(haproxy_says(&socket, "get weight be/b").starts_with("7 "));
+    // A name that nobody knows: all of it goes back.
+    let failed = shown(&installation.holdfast(&["execute", "shop", "to-b", "--ungraceful"]));
+    assert!(failed.contains("No such server"), "{failed}");
+    let found = addresses(&dns);
+    assert!(found.contains("10.0.0.1") && !found.contains("10.0.0.2"), "{found}");
+    assert!(haproxy_says(&socket, "get weight be/b").starts_with("0 "));
+    let refused = shown(&installation.holdfast(&["execute", "shop", "wrong-key"]));
+    assert!(refused.contains("refuses: "), "{refused}");
+    assert!(addresses(&dns).contains("10.0.0.1"));
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
 }

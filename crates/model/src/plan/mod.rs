@@ -145,9 +145,30 @@ pub enum Action {
         database: String,
         text: String,
     },
+    /// One command to the runtime API of an HAProxy, at a socket's path or host and port.
+    Haproxy {
+        address: String,
+        command: String,
+    },
+    Dns(Dns),
     Wait {
         ms: u64,
     },
+}
+
+/// The records of a name, of one type, become these (RFC 2136).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dns {
+    /// The primary server of the zone, host and port.
+    pub server: String,
+    pub zone: String,
+    pub name: String,
+    /// A, AAAA or CNAME.
+    pub kind: String,
+    pub values: Vec<String>,
+    pub ttl_s: u32,
+    /// A file with the key as `tsig-keygen` writes it; the key itself is nowhere kept.
+    pub key_file: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -174,6 +195,10 @@ impl Action {
                 Some(cell) => format!("SQL at `{cell}` of `{app}`"),
                 None => format!("SQL at the active cell of `{app}`"),
             },
+            Action::Haproxy { address, command } => format!("HAProxy at {address}: {command}"),
+            Action::Dns(Dns { name, kind, values, .. }) => {
+                format!("DNS: {name} {kind} becomes {}", values.join(", "))
+            }
             Action::Wait { ms } => format!("wait {ms} ms"),
         }
     }
@@ -195,7 +220,11 @@ impl Action {
             | Action::Fence { app, .. }
             | Action::Unfence { app, .. }
             | Action::Sql { app, .. } => Some(app),
-            Action::Http(_) | Action::Exec { .. } | Action::Wait { .. } => None,
+            Action::Http(_)
+            | Action::Exec { .. }
+            | Action::Haproxy { .. }
+            | Action::Dns(_)
+            | Action::Wait { .. } => None,
         }
     }
 }

@@ -792,7 +792,12 @@ fn foreseen(world: &mut World, action: &Action) {
         Action::Fence { cell, all: true, .. } => (cell, CellState::Passive),
         Action::Fence { cell, .. } => (cell, CellState::Fenced),
         Action::Unfence { cell, .. } => (cell, CellState::Active),
-        Action::Http(_) | Action::Exec { .. } | Action::Sql { .. } | Action::Wait { .. } => return,
+        Action::Http(_)
+        | Action::Exec { .. }
+        | Action::Sql { .. }
+        | Action::Haproxy { .. }
+        | Action::Dns(_)
+        | Action::Wait { .. } => return,
     };
     if let Some(found) = application.cells.get_mut(cell) {
         *found = state;

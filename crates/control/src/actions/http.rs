@@ -1,0 +1,109 @@
+//! Calls somebody by HTTP.
+
+use std::time::Duration;
+
+use model::plan::Http;
+use model::plan::run::Outcome;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+use super::{Doing, SAID_LEN_MAX, said, secret_of};
+
+/// The roots that this system trusts.
+fn tls_config() -> TlsConfig {
+    let found = rustls_native_certs::load_native_certs().certs;
+    let roots: Vec<_> =
+        found.iter().map(|certificate| Certificate::from_der(certificate).to_owned()).collect();
+    let provider = rustls::crypto::ring::default_provider();
+    TlsConfig::builder()
+        .root_certs(RootCerts::new_with_certs(&roots))
+        .unversioned_rustls_crypto_provider(std::sync::Arc::new(provider))
+        .build()
+}
+
+pub(super) async fn call(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
+    let (doing, http) = (doing.clone(), http.clone());
+    let called = tokio::task::spawn_blocking(move || call_now(&doing, &http, limit));
+    called.await.unwrap_or_else(|error| Outcome::Unknown(error.to_string()))
+}
+
+fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
+    let token = match http.token_file.as_deref().map(secret_of).transpose() {
+        Ok(token) => token,
+        Err(why) => return Outcome::NotDone(why),
+    };
+    let body = match &http.body {
+        Some(body) => body.clone(),
+        None => serde_json::to_string(doing).unwrap_or_default(),
+    };
+    let mut agent = ureq::Agent::config_builder()
+        .timeout_global(Some(limit))
+        .http_status_as_error(false)
+        .max_redirects(0);
+    if http.url.starts_with("https:") {
+        agent = agent.tls_config(tls_config());
+    }
+    let agent: ureq::Agent = agent.build().into();
+    let mut request = ureq::http::Request::builder()
+        .method(http.method.as_str())
+        .uri(http.url.as_str())
+        .header("content-type", "application/json")
+        .header("idempotency-key", doing.key.as_str());
+    if let Some(token) = token {
+        request = request.header("authorization", format!("Bearer {token}"));
+    }
+    let request = match request.body(body) {
+        Ok(request) => request,
+        Err(error) => return Outcome::NotDone(format!("no request can be made: {error}")),
+    };
+    let mut response = match agent.run(request) {
+        Ok(response) => response,
+        Err(error) => {
+            let is_sent = !matches!(
+                &error,
+                ureq::Error::HostNotFound
+                    | ureq::Error::ConnectionFailed
+                    | ureq::Error::BadUri(_)
+                    | ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect)
+            ) && !matches!(&error, ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused);
+            let text = format!("`{}` does not answer: {error}", http.url);
+            return if is_sent { Outcome::Unknown(text) } else { Outcome::NotDone(text) };
+        }
+    };
+    let status = response.status();
+    let limit = u64::try_from(SAID_LEN_MAX * 4).unwrap_or(u64::MAX);
+    let mut text = String::new();
+    // Whatever is longer, or no text, is not shown.
+    let _ = std::io::Read::read_to_string(
+        &mut std::io::Read::take(response.body_mut().as_reader(), limit),
+        &mut text,
+    );
+    let text = format!("{status} {}", said(&text));
+    match status.is_success() {
+        true => Outcome::Done(text.trim().to_owned()),
+        false => Outcome::Failed(text.trim().to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::doing;
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_not_sent_is_known_not_to_be_done() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let http = |port: u16| Http {
+            method: "POST".into(),
+            url: format!("http://127.0.0.1:{port}/"),
+            body: None,
+            token_file: None,
+        };
+        // Somebody listens, and says nothing.
+        let unanswered = call(&doing(), &http(port), Duration::from_millis(200)).await;
+        assert!(matches!(unanswered, Outcome::Unknown(_)), "{unanswered:?}");
+        drop(listener);
+        let refused = call(&doing(), &http(port), Duration::from_secs(5)).await;
+        assert!(matches!(refused, Outcome::NotDone(_)), "{refused:?}");
+    }
+}
