@@ -61,6 +61,7 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/applications/{app}/plans", get(plans::list))
         .route("/v1/applications/{app}/plans/{plan}/execute", post(plans::execute))
         .route("/v1/applications/{app}/plan-executions/{id}/{verb}", post(plans::say))
+        .route("/v1/applications/{app}/plan-executions/{id}", get(plans::one))
         .route("/v1/plan-executions", get(plans::executions))
         .route("/v1/applications/{app}/safety", get(safety::show))
         .route("/v1/applications/{app}/gates/{gate}", post(safety::set_gate))
@@ -269,6 +270,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         let (analysis, says) = (seen.analysis, seen.analysis.says());
         problems.push(format!("cell `{cell}`: {says} ({analysis}): {next}"));
     }
+    problems.extend(state.control.seen(name).and_then(|seen| seen.held_back));
     let acks = state.control.config.apps[name].durability.acks;
     if acks > 0 && application.protected.is_none() && active.is_some() {
         problems.push(format!(
@@ -278,7 +280,13 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     if let Some(id) = application.execution {
         problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
     }
-    problems.extend(state.control.plan_under_way(name)?.iter().flat_map(troubles_of));
+    // Whatever becomes of a plan is in no cell's way.
+    match state.control.plan_under_way(name) {
+        Ok(execution) => problems.extend(execution.iter().flat_map(troubles_of)),
+        Err(error) => {
+            problems.push(format!("a plan stands still: {}", crate::config::chain(&error)))
+        }
+    }
     let served = application.served().map(|(cell, _)| cell);
     if served.is_none() {
         let next = format!("holdfast unfence {name} CELL");
@@ -330,12 +338,20 @@ fn troubles_of(execution: &PlanExecution) -> Vec<String> {
         let (state, text) = (progress.state, progress.text);
         let next = match state {
             StepState::Asking => format!("holdfast approve {id} {step}"),
+            StepState::Running | StepState::Undoing => format!("holdfast skip {id} {step}"),
             _ => format!("holdfast retry {id} {step}"),
         };
         let why = if text.is_empty() { String::new() } else { format!(" ({text})") };
         format!("plan `{plan}`: step `{step}` is {state}{why}: {next}")
     };
-    execution.stuck().into_iter().map(trouble).collect()
+    let mut stuck = execution.stuck();
+    if execution.goes_back {
+        // Nothing is undone before these have ended.
+        let steps = execution.plan.all_steps().into_iter();
+        let going = steps.filter(|step| execution.being_done(step).is_some());
+        stuck.extend(going.map(|step| step.name.as_str()));
+    }
+    stuck.into_iter().map(trouble).collect()
 }
 
 fn proxies(state: &State, app: &str, problems: &mut Vec<String>) -> Vec<ProxyStatus> {

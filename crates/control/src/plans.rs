@@ -7,8 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::audit::{Asking, Draft};
-use model::plan::run::{Deed, Event, Foreseen, Outcome, PlanEnding, PlanExecution, StepState};
-use model::plan::{Action, Mode, Plan, What, World};
+use model::plan::run::{
+    Deed, Event, Foreseen, Found, Outcome, PlanEnding, PlanExecution, StepState,
+};
+use model::plan::trigger::{Fires, Trigger};
+use model::plan::{Action, Mode, Plan, World};
 use serde::{Deserialize, Serialize};
 use store::Revision;
 use tokio::sync::Notify;
@@ -19,6 +22,7 @@ use crate::actions::{self, Doing};
 use crate::control::{Control, EXECUTIONS_SHOWN_MAX, now_ms};
 use crate::records::{self, RecordError};
 use crate::requests::{ControlError, SwitchoverRequest};
+use crate::watch::Seen;
 
 /// Between two looks at an execution that goes on, and at an application without one.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -173,9 +177,11 @@ impl Control {
         Ok(PlanExecution {
             id: 0,
             app: app.into(),
+            nonce: nonce()?,
             plan: self.plan(app, name)?.clone(),
             mode: request.mode,
             is_drill: request.drill,
+            is_triggered: false,
             asked: asking.clone(),
             started_at_ms: now_ms(),
             ended_at_ms: None,
@@ -265,15 +271,31 @@ impl Control {
         request: &PlanRequest,
         asking: &Asking,
     ) -> Result<PlanExecution, ControlError> {
-        let mut execution = self.new_plan(app, name, request, asking)?;
+        let execution = self.new_plan(app, name, request, asking)?;
         self.check_overrides(app, asking)?;
+        self.record_new_plan(app, execution)
+    }
+
+    fn record_new_plan(
+        &self,
+        app: &str,
+        mut execution: PlanExecution,
+    ) -> Result<PlanExecution, ControlError> {
+        records::check_plan(&execution).map_err(|why| {
+            ControlError::Refused(format!(
+                "plan `{}` cannot be carried out: {why}",
+                execution.plan.name
+            ))
+        })?;
+        let asking = execution.asked.clone();
         let _writing = self.write_alone();
         if let Some(key) = &asking.key {
             let all = records::plan_executions(&*self.store, app)?;
             let found = all.into_iter().find(|one| one.asked.key.as_ref() == Some(key));
             if let Some(found) = found {
-                let is_same = (&found.plan.name, found.mode, found.is_drill)
-                    == (&execution.plan.name, request.mode, request.drill);
+                // The mode may have been changed since.
+                let is_same = (&found.plan.name, found.is_drill)
+                    == (&execution.plan.name, execution.is_drill);
                 let (key, says) = (key.clone(), found.says());
                 return match is_same {
                     true => Ok(found),
@@ -295,9 +317,66 @@ impl Control {
         let draft = execution.draft("plan", application.epoch, execution.says());
         let changed = Some((seen.revision, &application));
         records::write_plan(&*self.store, app, changed, (None, &execution), Some(draft))?;
-        tracing::info!(app, execution = execution.id, plan = name, "plan begins");
+        tracing::info!(app, execution = execution.id, plan = execution.plan.name, "plan begins");
         self.stirred(app).notify_one();
         Ok(execution)
+    }
+
+    /// Begins plans that are for what is the matter with the active cell.
+    pub(crate) fn trigger_plans(&self, app: &str) {
+        let (Some(seen), Ok(servers)) = (self.seen(app), self.servers(app)) else { return };
+        for plan in servers.plans.values() {
+            for trigger in &plan.triggers {
+                if let Err(error) = self.trigger_plan(app, plan, trigger, &seen) {
+                    let error = model::chain(&error);
+                    tracing::warn!(app, plan = plan.name, error, "a plan does not begin");
+                }
+            }
+        }
+    }
+
+    fn trigger_plan(
+        &self,
+        app: &str,
+        plan: &Plan,
+        trigger: &Trigger,
+        seen: &Seen,
+    ) -> Result<(), ControlError> {
+        let analysis = seen.analysis;
+        let held_ms = u64::try_from(seen.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if trigger.fires(analysis, held_ms, &[], now_ms()) == Fires::No {
+            return Ok(());
+        }
+        if self.application(app)?.plan.is_some() {
+            return Ok(());
+        }
+        let begun: Vec<u64> = records::plan_executions(&*self.store, app)?
+            .iter()
+            .filter(|one| one.plan.name == plan.name && one.is_triggered)
+            .map(|one| one.started_at_ms)
+            .collect();
+        match trigger.fires(analysis, held_ms, &begun, now_ms()) {
+            Fires::No => Ok(()),
+            Fires::HeldBack(why) => {
+                let text = format!("plan `{}` does not begin by itself: {why}", plan.name);
+                self.note_seen(app, |seen| {
+                    if seen.held_back.as_ref() != Some(&text) {
+                        tracing::warn!(app, why = text, "a plan is held back");
+                        seen.held_back = Some(text);
+                    }
+                });
+                Ok(())
+            }
+            Fires::Yes => {
+                let says = analysis.says();
+                tracing::error!(app, plan = plan.name, %analysis, "a plan begins by itself: {says}");
+                let request = PlanRequest { mode: trigger.mode, ..PlanRequest::default() };
+                let asking = Asking::own(&format!("{says} ({analysis})"));
+                let mut execution = self.new_plan(app, &plan.name, &request, &asking)?;
+                execution.is_triggered = true;
+                self.record_new_plan(app, execution).map(drop)
+            }
+        }
     }
 
     /// A person says something to an execution that is under way.
@@ -314,6 +393,10 @@ impl Control {
         self.servers(app)?;
         let _writing = self.write_alone();
         let Read { mut execution, revision } = self.read_plan(app, id)?;
+        let found = records::application(&*self.store, app)?.application.epoch.0;
+        if let Some(epoch) = asking.if_epoch.filter(|epoch| *epoch != found) {
+            return Err(ControlError::OtherEpoch { app: app.into(), epoch, found });
+        }
         let (now, by) = (now_ms(), &asking.by);
         let because = asking.reason.as_ref().map_or(String::new(), |reason| format!(": {reason}"));
         let skipped = Event::Skip(format!("skipped by {by}{because}"));
@@ -371,7 +454,7 @@ impl Control {
         }
     }
 
-    /// Steps that are found running by nobody: control has ended since they began.
+    /// Steps that are found running by nobody: control has ended since they began, or a person does not wait for them.
     fn take_in_hand(
         self: &Arc<Control>,
         execution: &mut PlanExecution,
@@ -380,19 +463,23 @@ impl Control {
     ) -> Result<(), ControlError> {
         let app = execution.app.clone();
         for step in execution.plan.clone().all_steps() {
-            let state = execution.progress(&step.name).state;
-            let action = match (&step.what, state) {
-                (What::Do(action), StepState::Running) => Some(action.clone()),
-                (_, StepState::Undoing) => execution.undo_of(step),
-                _ => None,
+            let Some(action) = execution.being_done(step) else {
+                if let Some(task) = going.remove(&step.name) {
+                    task.abort();
+                }
+                continue;
             };
-            let Some(action) = action.filter(|_| !going.contains_key(&step.name)) else { continue };
-            match execution.found_running(step) {
-                Some(outcome) => {
+            if going.contains_key(&step.name) {
+                continue;
+            }
+            match execution.found(step, &action, now_ms()) {
+                Found::Wait => (),
+                Found::Lost(outcome) => {
                     tracing::warn!(app, step = step.name, "a step was cut off");
                     execution.on(&step.name, &Event::Ended(outcome), now_ms(), world)?;
                 }
-                None => {
+                Found::Again if execution.is_paused && !action.is_own_execution() => (),
+                Found::Again => {
                     tracing::warn!(app, step = step.name, "a step that was cut off goes on");
                     self.begin_step(execution, &step.name, action, world, going);
                 }
@@ -441,9 +528,9 @@ impl Control {
             plan: execution.plan.name.clone(),
             execution: id,
             step: step.to_owned(),
-            key: format!("{app}/{id}/{step}/{}", progress.tries),
+            key: execution.key_of(step),
             // What is taken back is taken back with both cells there.
-            mode: if is_undo { Mode::Graceful } else { execution.mode },
+            mode: if is_undo { Mode::Graceful } else { progress.mode },
             is_undo,
             active: here.and_then(|here| here.active()).map(str::to_owned),
             epoch: here.map_or(0, |here| here.epoch.0),
@@ -465,7 +552,8 @@ impl Control {
     /// Records how a step has ended, as soon as that can be done.
     async fn record_outcome(&self, app: &str, id: u64, step: &str, outcome: Outcome) {
         let text = outcome.text().to_owned();
-        tracing::info!(app, execution = id, step, ?outcome, "step has ended");
+        let is_done = outcome.is_done();
+        tracing::info!(app, execution = id, step, is_done, "step has ended");
         let event = Event::Ended(outcome);
         loop {
             match self.try_record_outcome(app, id, step, &event, &text) {
@@ -502,6 +590,14 @@ impl Control {
         let text = format!("step `{step}` is {state}: {text}");
         self.record_plan(app, &before, (revision, &execution), &text)
     }
+}
+
+/// What nobody else knows.
+fn nonce() -> Result<String, ControlError> {
+    let mut bytes = [0; 12];
+    ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut bytes)
+        .map_err(|_| ControlError::Refused("this system gives no random numbers".into()))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// What has begun, and what is said of it.

@@ -191,11 +191,33 @@ pub fn proxies(store: &dyn Store) -> Result<Vec<(String, Registered)>, RecordErr
     all.iter().map(|(key, found)| Ok((name(key), decode(key, &found.value)?))).collect()
 }
 
+/// Executions of plans of an application, oldest first, but for those that cannot be read.
+///
 /// # Errors
 /// The store cannot be read.
 pub fn plan_executions(store: &dyn Store, app: &str) -> Result<Vec<PlanExecution>, RecordError> {
-    let all = store.list(&plan_execution_prefix(app))?;
-    all.iter().map(|(key, found)| decode(key, &found.value)).collect()
+    let mut all = Vec::new();
+    for (key, found) in store.list(&plan_execution_prefix(app))? {
+        match decode(&key, &found.value) {
+            Ok(execution) => all.push(execution),
+            Err(error) => tracing::warn!(key, error = model::chain(&error), "left out"),
+        }
+    }
+    Ok(all)
+}
+
+/// Longest record of an execution of a plan, when it begins. Texts are added later.
+const PLAN_LEN_MAX: usize = 512 * 1024;
+
+/// # Errors
+/// It could not be read again, or what is added later might not find room.
+pub fn check_plan(execution: &PlanExecution) -> Result<(), String> {
+    let key = plan_execution_key(&execution.app, execution.id);
+    let bytes = encode(&key, execution).map_err(|error| model::chain(&error))?;
+    if bytes.len() > PLAN_LEN_MAX {
+        return Err(format!("its record has {} bytes, at most {PLAN_LEN_MAX} may be", bytes.len()));
+    }
+    decode::<PlanExecution>(&key, &bytes).map(drop).map_err(|error| model::chain(&error))
 }
 
 /// # Errors
@@ -215,9 +237,14 @@ pub fn plan_execution(
 /// # Errors
 /// The store cannot be read.
 pub fn next_id(store: &dyn Store, app: &str) -> Result<u64, RecordError> {
-    let executions = executions(store, app)?.last().map_or(0, |one| one.id);
-    let plans = plan_executions(store, app)?.last().map_or(0, |one| one.id);
-    Ok(executions.max(plans) + 1)
+    // By their keys: one that cannot be read is in nobody's way.
+    let last = |prefix: String| -> Result<u64, RecordError> {
+        let all = store.list(&prefix)?;
+        let number = |(key, _): &(String, _)| key.strip_prefix(&prefix)?.parse::<u64>().ok();
+        Ok(all.iter().filter_map(number).max().unwrap_or(0))
+    };
+    let plans = last(plan_execution_prefix(app))?;
+    Ok(last(execution_prefix(app))?.max(plans) + 1)
 }
 
 /// Writes an execution of a plan, if it is as it was seen, and the application if that changes.
@@ -278,10 +305,10 @@ pub fn after_restore(store: &dyn Store) -> Result<Vec<(String, Epoch)>, RecordEr
             }
         }
         if let Some(id) = application.plan
-            && let Some((mut plan, _)) = plan_execution(store, &app, id)?
+            && let Ok(Some((mut plan, _))) = plan_execution(store, &app, id)
         {
-            // What has become of its steps since, a person looks at first.
-            plan.is_paused = true;
+            // What has become of its steps since the copy, a person looks at first.
+            plan.lose("the store was restored from a copy: look what became of it since");
             let key = plan_execution_key(&app, id);
             txn = txn.put(&key, encode(&key, &plan)?);
         }
@@ -291,4 +318,21 @@ pub fn after_restore(store: &dyn Store) -> Result<Vec<(String, Epoch)>, RecordEr
         restored.push((app, application.epoch));
     }
     Ok(restored)
+}
+
+#[cfg(test)]
+mod tests {
+    use store::memory::MemoryStore;
+
+    use super::*;
+
+    #[test]
+    fn a_record_that_cannot_be_read_is_in_nobodys_way() {
+        let store = MemoryStore::default();
+        let key = plan_execution_key("shop", 7);
+        store.commit(&Txn::default().put(&key, b"of another version".to_vec())).unwrap();
+        assert_eq!(next_id(&store, "shop").unwrap(), 8);
+        assert!(plan_executions(&store, "shop").unwrap().is_empty());
+        assert!(plan_execution(&store, "shop", 7).is_err());
+    }
 }

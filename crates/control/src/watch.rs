@@ -42,6 +42,10 @@ pub struct Seen {
     pub answered: Option<Instant>,
     /// Why no failover came about.
     pub blocked: Option<String>,
+    /// The analysis has been so since then.
+    pub since: Instant,
+    /// Why a plan does not begin by itself that is for this.
+    pub held_back: Option<String>,
 }
 
 /// Runs until the task is dropped.
@@ -102,6 +106,7 @@ pub async fn run(control: Arc<Control>, app: String) {
         }
         let Ok(servers) = control.servers(&app) else { continue };
         let (analysis, admin) = look(&control, servers, &app, &cell, &mut detector).await;
+        control.trigger_plans(&app);
         if let Some(mut admin) = admin
             && keeping.as_ref().is_none_or(JoinHandle::is_finished)
         {
@@ -284,7 +289,9 @@ async fn look(
     let analysis = detector.see(Instant::now(), Sight { process, answer, streams, is_lease_over });
     control.note_seen(app, |seen| {
         cell.clone_into(&mut seen.cell);
-        seen.analysis = analysis;
+        if std::mem::replace(&mut seen.analysis, analysis) != analysis {
+            (seen.since, seen.held_back) = (Instant::now(), None);
+        }
         seen.lsn = lsn.max(seen.lsn);
         if lsn.is_some() {
             seen.answered = Some(Instant::now());
@@ -378,6 +385,8 @@ impl Control {
             lsn: None,
             answered: None,
             blocked: None,
+            since: Instant::now(),
+            held_back: None,
         }));
     }
 

@@ -48,7 +48,7 @@ pub struct Sight {
 }
 
 /// What is the matter with the active cell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Analysis {
     NoProblem,
     /// It has not answered, for less than [`SILENT_MAX`].
@@ -70,6 +70,17 @@ pub enum Analysis {
 }
 
 impl Analysis {
+    /// Those that something may begin by.
+    pub const MATTERS: [Analysis; 7] = [
+        Analysis::DeadPrimary,
+        Analysis::PrimaryHung,
+        Analysis::UnreachablePrimary,
+        Analysis::PrimaryInRecovery,
+        Analysis::PrimaryShutDown,
+        Analysis::PrimaryNotReady,
+        Analysis::LoginRefused,
+    ];
+
     pub fn name(self) -> &'static str {
         match self {
             Analysis::NoProblem => "NoProblem",

@@ -22,15 +22,27 @@ pub struct AdminLogin {
 
 impl AdminLogin {
     fn login(&self) -> Login {
-        let param = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
         let options = "-c search_path=pg_catalog -c statement_timeout=30s -c lock_timeout=5s \
             -c idle_in_transaction_session_timeout=60s -c default_transaction_read_only=off \
             -c synchronous_commit=local -c row_security=off";
+        self.login_with("holdfast", options)
+    }
+
+    /// For what somebody else has written: a fence is in its way, and its commits wait for standbys as those of clients do.
+    pub fn login_as_client(&self, limit: Duration) -> Login {
+        // Milliseconds, in an int4.
+        let limit = limit.as_millis().min(i32::MAX as u128);
+        let options = format!("-c search_path=pg_catalog -c statement_timeout={limit}");
+        self.login_with("holdfast plan", &options)
+    }
+
+    fn login_with(&self, name: &str, options: &str) -> Login {
+        let param = |name: &str, value: &str| (name.as_bytes().to_vec(), value.as_bytes().to_vec());
         Login {
             params: vec![
                 param("user", &self.user),
                 param("database", &self.database),
-                param("application_name", "holdfast"),
+                param("application_name", name),
                 param("client_encoding", "UTF8"),
                 param("options", options),
             ],

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use axum::http::{HeaderMap, StatusCode};
 use model::audit::{Asking, TEXT_LEN_MAX};
+use model::plan::run::KEY_PREFIX;
 use wire::scram::Secret;
 
 use super::ApiError;
@@ -133,6 +134,9 @@ impl Access {
             return Err(wrong(format!("the reason is longer than {TEXT_LEN_MAX} bytes")));
         }
         let key = header("idempotency-key")?.filter(|key| !key.is_empty());
+        if key.as_ref().is_some_and(|key| key.starts_with(KEY_PREFIX)) {
+            return Err(wrong(format!("keys that begin with `{KEY_PREFIX}` are those of steps")));
+        }
         Ok(Asking { by, reason, key, if_epoch, overrides })
     }
 }

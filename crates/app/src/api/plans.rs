@@ -43,6 +43,15 @@ pub(super) async fn executions(
     Ok(Json(all))
 }
 
+pub(super) async fn one(
+    Extract(state): Extract<State>,
+    Path((app, id)): Path<(String, u64)>,
+    headers: HeaderMap,
+) -> Result<Json<PlanExecution>, ApiError> {
+    state.access.allow(&headers, Role::Viewer)?;
+    Ok(Json(state.control.plan_execution(&app, id)?))
+}
+
 /// A plan that may give up what is lost, in the mode in which it may.
 fn gives_up(plan: &Plan, mode: Mode) -> bool {
     mode == Mode::Ungraceful
@@ -104,7 +113,12 @@ pub(super) async fn say(
     let role = match &say {
         Say::Approve(_) | Say::Decline(_) => Role::Approver,
         Say::Switch(mode) => role_for(&state.control.plan_execution(&app, id)?.plan, *mode),
-        Say::Retry(_) | Say::Skip(_) | Say::Pause | Say::Resume | Say::Cancel => Role::Operator,
+        // Whatever it does then may be what only an admin could begin.
+        Say::Retry(_) | Say::Resume => {
+            let execution = state.control.plan_execution(&app, id)?;
+            role_for(&execution.plan, execution.mode)
+        }
+        Say::Skip(_) | Say::Pause | Say::Cancel => Role::Operator,
     };
     let asking = state.access.asking(&headers, &query, role)?;
     Ok(Json(state.control.say_to_plan(&app, id, &say, &asking)?))

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use control::plans::{PlanDryRun, PlanRequest};
 use model::persisted::Execution;
-use model::plan::run::{PlanEnding, PlanExecution, StepState};
+use model::plan::run::{DRILL_OVER, PlanEnding, PlanExecution, StepState};
 use model::plan::{Mode, Plan, SEPARATOR, What};
 
 use super::show::{Done, json, table};
@@ -135,7 +135,8 @@ fn follow(global: &Global, mut execution: PlanExecution) -> Done {
             return end(global, &execution);
         }
         std::thread::sleep(LOOK);
-        execution = find(global, None, id, &execution.app)?;
+        let path = format!("/v1/applications/{}/plan-executions/{id}", execution.app);
+        execution = client::get(global, &path)?;
     }
 }
 
@@ -160,7 +161,10 @@ fn end(global: &Global, execution: &PlanExecution) -> Done {
     }
     let is_fine = match execution.ending {
         Some(PlanEnding::Completed) => true,
-        Some(PlanEnding::Undone) => execution.is_drill,
+        // As it was to be; not, if it broke off.
+        Some(PlanEnding::Undone) => {
+            execution.is_drill && execution.reason.as_deref() == Some(DRILL_OVER)
+        }
         Some(PlanEnding::UndoneInPart) | None => false,
     };
     Ok(if is_fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -221,21 +225,6 @@ pub(super) fn print(execution: &PlanExecution) {
         .collect();
     table(&["step", "", "took", ""], &rows);
     print_end(execution);
-}
-
-/// The execution of a plan with this number.
-fn find(
-    global: &Global,
-    all: Option<Vec<PlanExecution>>,
-    id: u64,
-    app: &str,
-) -> Result<PlanExecution, String> {
-    let all = match all {
-        Some(all) => all,
-        None => client::get(global, "/v1/plan-executions")?,
-    };
-    let found = all.into_iter().find(|one| one.id == id && one.app == app);
-    found.ok_or_else(|| format!("no execution {id} of `{app}`"))
 }
 
 /// What one number stands for.

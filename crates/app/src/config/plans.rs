@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use control::config::AppServers;
 use model::cell::CellState;
+use model::failover::Analysis;
+use model::plan::trigger::Trigger;
 use model::plan::{
     Action, Condition, Dns, Http, Mode, OnFailure, Plan, SEPARATOR, STEPS_MAX, Step, Undo, What,
 };
@@ -18,8 +20,13 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const APPROVAL_TIMEOUT: Duration = Duration::from_secs(3_600);
 const PAUSE: Duration = Duration::from_secs(1);
 const DNS_TTL: Duration = Duration::from_secs(5);
+/// As of automatic failovers.
+const TRIGGER_DELAY: Duration = Duration::from_secs(600);
+const TRIGGERS_A_DAY: u64 = 3;
 const DEADLINE: Duration = Duration::from_secs(30);
 const NAME_LEN_MAX: usize = 64;
+/// Groups and child plans in each other.
+const DEPTH_MAX: usize = 8;
 /// What a step may be, of which it is one.
 const KINDS: [&str; 14] = [
     "activate",
@@ -47,6 +54,7 @@ pub(super) struct Written {
     steps: Vec<WrittenStep>,
     on_failure: OnFailure,
     objective_ms: Option<u64>,
+    triggers: Vec<Trigger>,
     span: Range<usize>,
 }
 
@@ -75,14 +83,52 @@ pub(super) fn read(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, app: &str
         });
         let on_failure = on_failure.unwrap_or_default();
         let objective_ms = plan.duration(mistakes, "objective").map(ms);
+        let triggers = read_triggers(&mut plan, mistakes);
         let steps = read_steps(&mut plan, mistakes, "step", app);
         if steps.is_empty() {
             mistakes.add(span.clone(), format!("plan `{name}` has no [[app.plan.step]]"));
         }
         plan.end(mistakes);
-        plans.push(Written { name, steps, on_failure, objective_ms, span });
+        plans.push(Written { name, steps, on_failure, objective_ms, triggers, span });
     }
     plans
+}
+
+fn read_triggers(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Vec<Trigger> {
+    let mut triggers = Vec::new();
+    for mut table in table.tables(mistakes, "trigger") {
+        let mut on = BTreeSet::new();
+        for (text, span) in table.texts(mistakes, "on").unwrap_or_default() {
+            match Analysis::MATTERS.into_iter().find(|known| known.name() == text) {
+                Some(analysis) => drop(on.insert(analysis)),
+                None => {
+                    let known = Analysis::MATTERS.map(Analysis::name).join(", ");
+                    mistakes.add(span, format!("`on` must be of {known}, it is `{text}`"));
+                }
+            }
+        }
+        if on.is_empty() {
+            mistakes
+                .add(table.span(), "a trigger needs `on`: what is the matter with the active cell");
+        }
+        let after = table.duration(mistakes, "after").unwrap_or_default();
+        let mode = read_mode(&mut table, mistakes).unwrap_or(Mode::Ungraceful);
+        let min_delay = table.duration(mistakes, "min_delay").unwrap_or(TRIGGER_DELAY);
+        let per_day = table.number(mistakes, "per_day", 1..1_001).unwrap_or(TRIGGERS_A_DAY);
+        table.end(mistakes);
+        let (after_ms, min_delay_ms) = (ms(after), ms(min_delay));
+        let per_day = u32::try_from(per_day).unwrap_or(1);
+        triggers.push(Trigger { on, after_ms, mode, min_delay_ms, per_day });
+    }
+    triggers
+}
+
+fn read_mode(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Mode> {
+    table.choice(mistakes, "mode", &["graceful", "ungraceful"], |text| match text {
+        "graceful" => Some(Mode::Graceful),
+        "ungraceful" => Some(Mode::Ungraceful),
+        _ => None,
+    })
 }
 
 pub(super) fn read_name(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> String {
@@ -157,11 +203,7 @@ fn read_step(
         _ => What::Do(read_action(table, mistakes, own_app, kind)?),
     };
     let only_if = read_conditions(table, mistakes, own_app);
-    let mode = table.choice(mistakes, "mode", &["graceful", "ungraceful"], |text| match text {
-        "graceful" => Some(Mode::Graceful),
-        "ungraceful" => Some(Mode::Ungraceful),
-        _ => None,
-    });
+    let mode = read_mode(table, mistakes);
     let (mut tries, mut pause, mut idempotent, mut undo) = (1, PAUSE, false, None);
     let mut timeout = APPROVAL_TIMEOUT;
     match &what {
@@ -427,11 +469,22 @@ pub(super) fn settle(
         }
         let mut all = BTreeMap::new();
         for plan in plans {
-            let mut path = vec![plan.name.as_str()];
-            let steps = settle_steps(&plan.steps, "", &by_name, &mut path, mistakes);
+            let mut settling = Settling { plans: &by_name, path: vec![&plan.name], count: 0 };
+            let steps = settling.steps(&plan.steps, "", mistakes);
+            let count = settling.count;
+            if count > STEPS_MAX {
+                mistakes.add(
+                    plan.span.clone(),
+                    format!(
+                        "plan `{}` has more than {STEPS_MAX} steps, those of its child plans included",
+                        plan.name
+                    ),
+                );
+            }
             let Written { on_failure, objective_ms, .. } = *plan;
             let name = plan.name.clone();
-            let read = Plan { name: name.clone(), steps, on_failure, objective_ms };
+            let triggers = plan.triggers.clone();
+            let read = Plan { name: name.clone(), steps, on_failure, objective_ms, triggers };
             check(&read, plan, apps, has_tokens, mistakes);
             all.insert(name, read);
         }
@@ -444,44 +497,76 @@ pub(super) fn settle(
     }
 }
 
-fn settle_steps<'a>(
-    steps: &'a [WrittenStep],
-    prefix: &str,
-    plans: &BTreeMap<&'a str, &'a Written>,
-    path: &mut Vec<&'a str>,
-    mistakes: &mut Mistakes<'_>,
-) -> Vec<Step> {
-    let mut settled = Vec::new();
-    for written in steps {
-        let mut step = written.step.clone();
-        step.name = format!("{prefix}{}", step.name);
-        let inner = format!("{}{SEPARATOR}", step.name);
-        if let Some(child) = &written.child {
-            let Some((known, plan)) = plans.get_key_value(child.as_str()) else {
-                let known = plans.keys().copied().collect::<Vec<_>>().join(", ");
-                let text = format!("there is no plan `{child}`; plans are {known}");
-                mistakes.add(written.span.clone(), text);
-                continue;
-            };
-            if path.contains(known) {
-                let path = path.join("` -> `");
-                let text = format!("plans lead back to themselves: `{path}` -> `{child}`");
-                mistakes.add(written.span.clone(), text);
-                continue;
+/// Puts plans together.
+struct Settling<'a, 'p> {
+    plans: &'p BTreeMap<&'a str, &'a Written>,
+    /// Plans that are being put together, each in the one before.
+    path: Vec<&'a str>,
+    /// Steps so far.
+    count: usize,
+}
+
+impl<'a> Settling<'a, '_> {
+    fn steps(
+        &mut self,
+        steps: &'a [WrittenStep],
+        prefix: &str,
+        mistakes: &mut Mistakes<'_>,
+    ) -> Vec<Step> {
+        let mut settled = Vec::new();
+        for written in steps {
+            self.count += 1;
+            if self.count > STEPS_MAX {
+                return settled;
             }
-            path.push(known);
-            step.what = What::Sequence(settle_steps(&plan.steps, &inner, plans, path, mistakes));
-            path.pop();
-        } else {
-            let children = settle_steps(&written.children, &inner, plans, path, mistakes);
+            let mut step = written.step.clone();
+            step.name = format!("{prefix}{}", step.name);
+            let inner = format!("{}{SEPARATOR}", step.name);
+            if inner.matches(SEPARATOR).count() > DEPTH_MAX {
+                let text = format!("steps are nested deeper than {DEPTH_MAX}: `{}`", step.name);
+                mistakes.add(written.span.clone(), text);
+                return settled;
+            }
+            let children = match &written.child {
+                Some(child) => match self.child(child, written, &inner, mistakes) {
+                    Some(children) => children,
+                    None => continue,
+                },
+                None => self.steps(&written.children, &inner, mistakes),
+            };
             match &mut step.what {
                 What::Sequence(steps) | What::Parallel(steps) => *steps = children,
                 What::Do(_) | What::Approval { .. } => (),
             }
+            settled.push(step);
         }
-        settled.push(step);
+        settled
     }
-    settled
+
+    fn child(
+        &mut self,
+        child: &str,
+        written: &WrittenStep,
+        prefix: &str,
+        mistakes: &mut Mistakes<'_>,
+    ) -> Option<Vec<Step>> {
+        let Some((known, plan)) = self.plans.get_key_value(child) else {
+            let known = self.plans.keys().copied().collect::<Vec<_>>().join(", ");
+            let text = format!("there is no plan `{child}`; plans are {known}");
+            mistakes.add(written.span.clone(), text);
+            return None;
+        };
+        if self.path.contains(known) {
+            let path = self.path.join("` -> `");
+            let text = format!("plans lead back to themselves: `{path}` -> `{child}`");
+            mistakes.add(written.span.clone(), text);
+            return None;
+        }
+        self.path.push(known);
+        let steps = self.steps(&plan.steps, prefix, mistakes);
+        self.path.pop();
+        Some(steps)
+    }
 }
 
 fn check(
@@ -493,13 +578,6 @@ fn check(
 ) {
     let mut wrong = |text: String| mistakes.add(written.span.clone(), text);
     let steps = plan.all_steps();
-    if steps.len() > STEPS_MAX {
-        wrong(format!(
-            "plan `{}` has {} steps, with those of its child plans; at most {STEPS_MAX} may be",
-            plan.name,
-            steps.len()
-        ));
-    }
     let mut names = BTreeSet::new();
     let is_there = |app: &str, cell: Option<&str>| -> Result<(), String> {
         let known = |names: Vec<&String>| {

@@ -202,6 +202,32 @@ only_if = [{ cell = "b", is = "passive" }]
     assert_eq!(plan.objective_ms, Some(30_000));
 }
 
+/// Neither by their depth nor by their number do plans grow without end.
+#[test]
+fn plans_of_plans_are_bounded() {
+    let steps = |child: &str, count: usize| -> String {
+        (0..count)
+            .map(|n| format!("[[app.plan.step]]\nname = \"s{n}\"\nplan = \"{child}\"\n"))
+            .collect()
+    };
+    let many = |count: usize, wide: usize| {
+        let mut text = String::new();
+        for n in 0..count {
+            text += &format!("[[app.plan]]\nname = \"p{n}\"\n");
+            text += &steps(&format!("p{}", n + 1), wide);
+        }
+        text += &format!("[[app.plan]]\nname = \"p{count}\"\n");
+        text + "[[app.plan.step]]\nname = \"x\"\nwait = \"1s\"\n"
+    };
+    assert!(Roles::read(&with_plans(&many(7, 1))).is_ok());
+    for (count, wide, expected) in
+        [(50, 1, "nested deeper than 8"), (24, 2, "nested deeper"), (2, 20, "more than 200 steps")]
+    {
+        let mistakes = Roles::read(&with_plans(&many(count, wide))).unwrap_err();
+        assert!(mistakes.iter().any(|m| m.text.contains(expected)), "{count} {wide}");
+    }
+}
+
 #[test]
 fn mistakes_in_plans_are_named() {
     let text = with_plans(

@@ -27,7 +27,7 @@ fn note(installation: &Installation, name: &str) -> String {
         format!("[\"/bin/sh\", \"-c\", \"echo {text} $HOLDFAST_STEP >> {}\"]", file.display())
     };
     format!(
-        "[[app.plan.step]]\nname = \"{name}\"\nexec = {}\nundo = {{ exec = {} }}\n",
+        "[[app.plan.step]]\nname = \"{name}\"\ntimeout = \"2s\"\nexec = {}\nundo = {{ exec = {} }}\n",
         exec("do"),
         exec("undo")
     )
@@ -114,7 +114,7 @@ async fn a_plan_is_approved_and_does_all_that_it_says() {
     assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
     assert_eq!(value(&mut client, "SELECT count(*) FROM marks").await, "1");
     let request = called.join().unwrap();
-    assert!(request.contains("idempotency-key: shop/1/then/hook/1"), "{request}");
+    assert!(request.contains("idempotency-key: plan:"), "{request}");
     assert!(request.contains("\"active\":\"b\"") && request.contains("\"epoch\":2"), "{request}");
     let audit = shown(&installation.holdfast(&["audit"]));
     assert!(audit.contains("patch day") && audit.contains("approve"), "{audit}");
@@ -248,6 +248,101 @@ async fn whoever_has_begun_a_plan_does_not_approve_it() {
     let approved = ask("bob", &["approve", "1"]);
     assert!(approved.contains("approved by bob"), "{approved}");
     wait_for(&installation, "1", "completed");
+}
+
+/// What was being done when control ended goes on to its time limit at most, and is undone only after.
+#[tokio::test]
+async fn nothing_is_undone_while_it_may_still_be_done() {
+    let mut installation = Installation::start("plan-late");
+    let file = notes(&installation).display().to_string();
+    let text = format!(
+        "[[app.plan]]\nname = \"p\"\non_failure = \"undo\"\n\
+         [[app.plan.step]]\nname = \"slow\"\ntimeout = \"4s\"\n\
+         exec = [\"/bin/sh\", \"-c\", \"echo begun >> {file}; sleep 2; echo did >> {file}; sleep 60; echo late >> {file}\"]\n\
+         undo = {{ exec = [\"/bin/sh\", \"-c\", \"echo undone >> {file}\"] }}\n"
+    );
+    plan(&mut installation, &text);
+    let _ = installation.holdfast(&["execute", "shop", "p", "--detach"]);
+    while noted(&installation).is_empty() {
+        std::thread::sleep(POLL);
+    }
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[]);
+    let text = wait_for(&installation, "1", "undone, ");
+    assert!(text.contains("look whether it was"), "{text}");
+    assert_eq!(noted(&installation), ["begun", "did", "undone"]);
+}
+
+#[tokio::test]
+async fn what_a_plan_writes_by_sql_is_fenced_as_what_clients_write() {
+    let mut installation = Installation::start("plan-sql");
+    let sql = |cell: &str| {
+        format!(
+            "[[app.plan.step]]\nname = \"write-{cell}\"\nsql = \"INSERT INTO public.t VALUES (1)\"\ncell = \"{cell}\"\n"
+        )
+    };
+    let fence = "[[app.plan.step]]\nname = \"fence\"\nfence = \"a\"\n";
+    let text = ["[[app.plan]]\nname = \"p\"\n", fence, &sql("a")].concat();
+    plan(&mut installation, &text);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    let text = shown(&installation.holdfast(&["execute", "shop", "p"]));
+    assert!(text.contains("cannot execute INSERT in a read-only transaction"), "{text}");
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "0");
+}
+
+#[tokio::test]
+async fn a_drill_undoes_only_what_it_has_done() {
+    let mut installation = Installation::start("plan-drill");
+    let text = "[[app.plan]]\nname = \"p\"\n[[app.plan.step]]\nname = \"fence\"\nfence = \"a\"\n";
+    plan(&mut installation, text);
+    let fenced = installation.holdfast(&["fence", "shop", "a"]);
+    assert!(fenced.status.success(), "{}", shown(&fenced));
+    let drilled = installation.holdfast(&["execute", "shop", "p", "--drill"]);
+    let text = shown(&drilled);
+    assert!(drilled.status.success() && text.contains("undone, "), "{text}");
+    let status = shown(&installation.holdfast(&["status", "shop"]));
+    assert!(status.contains("cell `a` is fenced, nothing takes writes"), "{status}");
+}
+
+#[tokio::test]
+async fn a_plan_begins_by_itself_when_its_server_dies_and_not_too_often() {
+    let mut installation = Installation::start("plan-trigger");
+    let text = [
+        "[[app.plan]]\nname = \"lost\"\n".to_owned(),
+        "[[app.plan.trigger]]\non = [\"DeadPrimary\", \"PrimaryHung\"]\nafter = \"1s\"\n".into(),
+        note(&installation, "page"),
+        activate("b", "only_if = [{ cell = \"b\", is = \"passive\" }]"),
+        "[[app.plan.step]]\nname = \"back\"\nactivate = \"a\"\n".into(),
+        "only_if = [{ cell = \"a\", is = \"active\" }]\n".into(),
+    ];
+    plan(&mut installation, &text.concat());
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int); INSERT INTO t VALUES (7)").await;
+    installation.signal_server("a", "KILL");
+    let text = wait_for(&installation, "1", "completed, ");
+    assert!(text.contains("ungraceful") && text.contains("failover from `a` to `b`"), "{text}");
+    assert_eq!(installation.active(), "b");
+    let mut client = installation.connect().await;
+    assert_eq!(value(&mut client, "SELECT n FROM t").await, "7");
+    assert_eq!(noted(&installation), ["do page"]);
+    let audit = shown(&installation.holdfast(&["audit"]));
+    assert!(audit.contains("the server is dead (DeadPrimary)"), "{audit}");
+    // Not twice in ten minutes.
+    let deadline = Instant::now() + WAIT_MAX;
+    while !shown(&installation.holdfast(&["status", "shop"])).contains("streams") {
+        assert!(Instant::now() < deadline);
+    }
+    installation.signal_server("b", "KILL");
+    while !shown(&installation.holdfast(&["status", "shop"]))
+        .contains("plan `lost` does not begin by itself")
+    {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        assert!(Instant::now() < deadline, "{status}");
+        std::thread::sleep(POLL);
+    }
+    assert_eq!(noted(&installation), ["do page"]);
 }
 
 #[tokio::test]

@@ -48,7 +48,7 @@ fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
         .uri(http.url.as_str())
         .header("content-type", "application/json")
         .header("idempotency-key", doing.key.as_str());
-    if let Some(token) = token {
+    if let Some(token) = &token {
         request = request.header("authorization", format!("Bearer {token}"));
     }
     let request = match request.body(body) {
@@ -65,7 +65,7 @@ fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
                     | ureq::Error::BadUri(_)
                     | ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect)
             ) && !matches!(&error, ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused);
-            let text = format!("`{}` does not answer: {error}", http.url);
+            let text = format!("`{}` does not answer: {error}", http.shown_url());
             return if is_sent { Outcome::Unknown(text) } else { Outcome::NotDone(text) };
         }
     };
@@ -77,10 +77,17 @@ fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
         &mut std::io::Read::take(response.body_mut().as_reader(), limit),
         &mut text,
     );
-    let text = format!("{status} {}", said(&text));
-    match status.is_success() {
-        true => Outcome::Done(text.trim().to_owned()),
-        false => Outcome::Failed(text.trim().to_owned()),
+    // Some say again what they were sent.
+    let text = match token.as_deref().filter(|token| !token.is_empty()) {
+        Some(token) => text.replace(token, "***"),
+        None => text,
+    };
+    let text = format!("{status} {}", said(&text)).trim().to_owned();
+    match status.as_u16() {
+        200..=299 => Outcome::Done(text),
+        // Somebody between, or nobody, knows what became of it (RFC 9110, 15.5.9 and 15.6).
+        408 | 425 | 500..=599 => Outcome::Unknown(text),
+        _ => Outcome::Failed(text),
     }
 }
 

@@ -66,10 +66,7 @@ pub(crate) async fn perform(
         }
         Action::Haproxy { address, command } => haproxy::tell(address, command, limit).await,
         Action::Dns(update) => dns::update(update, limit).await,
-        Action::Wait { ms } => {
-            tokio::time::sleep(Duration::from_millis(*ms)).await;
-            Outcome::Done(String::new())
-        }
+        Action::Wait { .. } => Outcome::NotDone("the plan itself waits".into()),
     }
 }
 
@@ -142,7 +139,7 @@ fn outcome_of(action: &Action, done: Result<Execution, ControlError>) -> Outcome
             }
         }
         // It is what it was to become.
-        Err(error @ ControlError::AlreadyActive { .. }) => Outcome::Done(error.to_string()),
+        Err(error @ ControlError::AlreadyActive { .. }) => Outcome::Already(error.to_string()),
         Err(error @ ControlError::NotActive { state, .. })
             if matches!(
                 (action, state),
@@ -150,17 +147,21 @@ fn outcome_of(action: &Action, done: Result<Execution, ControlError>) -> Outcome
                     | (Action::Fence { all: true, .. }, CellState::Passive)
             ) =>
         {
-            Outcome::Done(error.to_string())
+            Outcome::Already(error.to_string())
         }
         Err(error @ ControlError::NotFenced { state: CellState::Active, .. }) => {
-            Outcome::Done(error.to_string())
+            Outcome::Already(error.to_string())
         }
-        Err(error @ ControlError::Record(_)) => Outcome::Unknown(model::chain(&error)),
+        Err(error @ (ControlError::Record(_) | ControlError::OtherRequest { .. })) => {
+            Outcome::Unknown(model::chain(&error))
+        }
         Err(error) => Outcome::NotDone(model::chain(&error)),
     }
 }
 
 fn said(text: &str) -> String {
+    // It is shown on terminals, in tables.
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let text = text.trim();
     match text.char_indices().nth(SAID_LEN_MAX) {
         Some((end, _)) => format!("{}...", &text[..end]),

@@ -1,6 +1,7 @@
 //! Plans: steps that change an application and what hangs on it, written down before they are needed.
 //!
 //! - here: what a plan is.
+//! - [`trigger`]: when one begins by itself.
 //! - [`run`]: one execution of a plan, and what is to be done next in it.
 //!
 //! A plan is copied into each execution of it, so that what runs is what was there when it began.
@@ -13,6 +14,7 @@ use crate::cell::{Application, CellState};
 use crate::switchover::OnTimeout;
 
 pub mod run;
+pub mod trigger;
 
 /// Steps of one plan, those in groups and child plans included.
 pub const STEPS_MAX: usize = 200;
@@ -20,7 +22,6 @@ pub const STEPS_MAX: usize = 200;
 pub const SEPARATOR: char = '/';
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Plan {
     pub name: String,
     pub steps: Vec<Step>,
@@ -29,6 +30,8 @@ pub struct Plan {
     /// How long it may take, without what people were waited for. It is compared, and ends nothing.
     #[serde(default)]
     pub objective_ms: Option<u64>,
+    #[serde(default)]
+    pub triggers: Vec<trigger::Trigger>,
 }
 
 /// What becomes of an execution of which a step has failed.
@@ -63,7 +66,6 @@ impl Mode {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Step {
     /// No two of a plan are the same. In a group it begins with the group's.
     pub name: String,
@@ -181,6 +183,16 @@ pub struct Http {
     pub token_file: Option<String>,
 }
 
+impl Http {
+    /// Without what a query may hold that is nobody's business.
+    pub fn shown_url(&self) -> String {
+        match self.url.split_once('?') {
+            Some((url, _)) => format!("{url}?..."),
+            None => self.url.clone(),
+        }
+    }
+}
+
 impl Action {
     /// What it does, in words.
     pub fn says(&self) -> String {
@@ -189,7 +201,7 @@ impl Action {
             Action::Fence { app, cell, all: false, .. } => format!("`{cell}` of `{app}` is fenced"),
             Action::Fence { app, cell, .. } => format!("`{cell}` of `{app}` becomes passive"),
             Action::Unfence { app, cell } => format!("`{cell}` of `{app}` takes writes again"),
-            Action::Http(Http { method, url, .. }) => format!("{method} {url}"),
+            Action::Http(http) => format!("{} {}", http.method, http.shown_url()),
             Action::Exec { argv } => format!("run {}", argv.join(" ")),
             Action::Sql { app, cell, .. } => match cell {
                 Some(cell) => format!("SQL at `{cell}` of `{app}`"),

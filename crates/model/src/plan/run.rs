@@ -13,7 +13,11 @@ use crate::audit::{Asking, Draft};
 use crate::cell::{CellState, Epoch};
 
 /// Longest text that is kept of what became of a step.
-pub const TEXT_LEN_MAX: usize = 2_000;
+pub const TEXT_LEN_MAX: usize = 600;
+/// Why a drill goes back.
+pub const DRILL_OVER: &str = "the drill is over";
+/// How much later than its time limit a step may still run of which nobody knows: clocks differ.
+const LATE_MS: u64 = 5_000;
 
 /// Executions of plans sort by their number.
 pub fn plan_execution_key(app: &str, id: u64) -> String {
@@ -67,6 +71,8 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     Done(String),
+    /// It was as it is to be already: there is nothing to undo.
+    Already(String),
     /// Nothing of it was done.
     NotDone(String),
     /// It says that it has failed, and may have done a part.
@@ -76,9 +82,14 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    pub fn is_done(&self) -> bool {
+        matches!(self, Outcome::Done(_) | Outcome::Already(_))
+    }
+
     pub fn text(&self) -> &str {
         match self {
             Outcome::Done(text)
+            | Outcome::Already(text)
             | Outcome::NotDone(text)
             | Outcome::Failed(text)
             | Outcome::Unknown(text) => text,
@@ -125,12 +136,15 @@ impl StepState {
             (Pending | Failed, Event::Skip(_)) => Some(Skipped),
             (Asking, Event::Approve(_)) => Some(Done),
             (Asking, Event::Decline(_)) => Some(Failed),
-            (Running, Event::Ended(Outcome::Done(_))) => Some(Done),
+            (Running, Event::Ended(outcome)) if outcome.is_done() => Some(Done),
+            // Somebody does not wait for it any more.
+            (Running, Event::Skip(_)) => Some(Skipped),
             (Running, Event::Ended(_)) if goes_on => Some(Pending),
             (Running, Event::Ended(_)) => Some(Failed),
             (Failed, Event::Retry) => Some(Pending),
             (Pending | Done | Failed | Skipped, Event::Undo) => Some(Undoing),
-            (Undoing, Event::Ended(Outcome::Done(_))) => Some(Undone),
+            (Undoing, Event::Ended(outcome)) if outcome.is_done() => Some(Undone),
+            (Undoing, Event::Skip(_)) => Some(Left),
             (Undoing, Event::Ended(_)) => Some(NotUndone),
             // It is undone once more.
             (NotUndone, Event::Retry) => Some(Done),
@@ -154,8 +168,17 @@ impl std::fmt::Display for StepState {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     pub state: StepState,
-    /// Tries so far, undoing included: each has its own number, by which it is known.
+    /// Tries so far, undoing included.
     pub tries: u32,
+    /// Of the key by which whoever it is sent to knows it: the next one once it is known what became of the last.
+    #[serde(default)]
+    pub key: u32,
+    /// In which it has begun.
+    #[serde(default)]
+    pub mode: Mode,
+    /// The number of its end in the execution: what ended last is undone first, whatever clocks say.
+    #[serde(default)]
+    pub ended_as: u64,
     /// Of these, since a person has it tried again.
     #[serde(default)]
     pub tries_anew: u32,
@@ -163,12 +186,12 @@ pub struct Progress {
     pub ended_at_ms: Option<u64>,
     /// How it ended last, or who approved.
     pub text: String,
-    /// The cell of its application that was active when it began.
+    /// The cell of its application that was active when it began first.
     #[serde(default)]
     pub before: Option<String>,
-    /// It is known not to have been done.
+    /// Something that it has done may still be there.
     #[serde(default)]
-    pub is_harmless: bool,
+    pub may_have_done: bool,
 }
 
 /// How an execution of a plan ended.
@@ -196,11 +219,17 @@ impl PlanEnding {
 pub struct PlanExecution {
     pub id: u64,
     pub app: String,
+    /// Of the keys of its steps, which nobody else knows.
+    #[serde(default)]
+    pub nonce: String,
     /// As it was when this began.
     pub plan: Plan,
     pub mode: Mode,
     /// It is undone once it is done.
     pub is_drill: bool,
+    /// Nobody has asked for it.
+    #[serde(default)]
+    pub is_triggered: bool,
     pub asked: Asking,
     pub started_at_ms: u64,
     #[serde(default)]
@@ -245,6 +274,19 @@ pub enum PlanError {
     Already { id: u64, what: &'static str },
     #[error("`{by}` has begun execution {id}: another person approves step `{step}`")]
     Own { id: u64, step: String, by: String },
+}
+
+/// Nobody else's key begins so.
+pub const KEY_PREFIX: &str = "plan:";
+
+/// What becomes of a step that was being done by somebody who is gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// Something of it may still be going on.
+    Wait,
+    /// It is done again, by the same key.
+    Again,
+    Lost(Outcome),
 }
 
 /// How far a step has come, with all in it.
@@ -316,6 +358,7 @@ impl PlanExecution {
             state: progress.state,
             asked: asked(event),
         })?;
+        let ended_as = self.steps.values().map(|one| one.ended_as).max().unwrap_or(0) + 1;
         let was = std::mem::replace(&mut progress.state, after);
         match event {
             Event::Begin | Event::Undo | Event::Ask => {
@@ -324,26 +367,32 @@ impl PlanExecution {
                 if *event == Event::Undo {
                     progress.tries_anew = 1;
                 }
-                if *event != Event::Undo {
-                    progress.before = match &known.what {
-                        What::Do(action) => active_of(world, action),
-                        _ => None,
-                    };
-                    progress.is_harmless = false;
+                if let (Event::Begin, What::Do(action)) = (event, &known.what) {
+                    progress.mode = self.mode;
+                    progress.before = progress.before.or_else(|| active_of(world, action));
                 }
                 progress.began_at_ms = Some(now_ms);
                 progress.ended_at_ms = None;
             }
             Event::Retry => progress.tries_anew = 0,
             Event::Ended(outcome) => {
-                progress.ended_at_ms = Some(now_ms);
-                if was == StepState::Running {
-                    progress.is_harmless = matches!(outcome, Outcome::NotDone(_));
+                (progress.ended_at_ms, progress.ended_as) = (Some(now_ms), ended_as);
+                // An answer that was lost may be asked for again.
+                if matches!(outcome, Outcome::NotDone(_) | Outcome::Failed(_)) {
+                    progress.key = progress.key.saturating_add(1);
+                }
+                match (was, outcome) {
+                    (StepState::Running, Outcome::Already(_) | Outcome::NotDone(_)) => (),
+                    (StepState::Running, _) => progress.may_have_done = true,
+                    (_, outcome) if outcome.is_done() => progress.may_have_done = false,
+                    _ => (),
                 }
                 progress.text = cut(outcome.text());
             }
             Event::Approve(text) | Event::Decline(text) | Event::Skip(text) => {
-                progress.ended_at_ms = Some(now_ms);
+                // What it does meanwhile, nobody is told.
+                progress.may_have_done |= was == StepState::Running;
+                (progress.ended_at_ms, progress.ended_as) = (Some(now_ms), ended_as);
                 progress.text = cut(text);
             }
         }
@@ -384,13 +433,20 @@ impl PlanExecution {
     pub fn resolve(&mut self, step: &str, event: &Event, now_ms: u64) -> Result<(), PlanError> {
         self.must_go_on()?;
         let state = self.state(step);
-        let is_failed = match self.goes_back {
-            true => state == StepState::NotUndone,
-            false => state == StepState::Failed,
+        let is_skip = matches!(event, Event::Skip(_));
+        let is_meant = match (self.goes_back, &self.known_step(step)?.what) {
+            // Nobody gets round an approval: it is asked for again.
+            (_, What::Approval { .. }) => state == StepState::Failed && !is_skip,
+            (_, What::Sequence(_) | What::Parallel(_)) => false,
+            // What the store knows the outcome of is waited for.
+            (_, What::Do(action)) if is_skip && !action.is_own_execution() => matches!(
+                state,
+                StepState::Failed | StepState::Running | StepState::Undoing | StepState::NotUndone
+            ),
+            (true, What::Do(_)) => state == StepState::NotUndone,
+            (false, What::Do(_)) => state == StepState::Failed,
         };
-        // Nobody gets round an approval: it is asked for again.
-        let is_approval = matches!(self.known_step(step)?.what, What::Approval { .. });
-        if !is_failed || (is_approval && matches!(event, Event::Skip(_))) {
+        if !is_meant {
             return Err(PlanError::NotNow { step: step.into(), state, asked: asked(event) });
         }
         self.on(step, event, now_ms, &World::new())
@@ -432,6 +488,28 @@ impl PlanExecution {
         Ok(())
     }
 
+    /// Nobody knows what has become of it since it was read last: nothing goes on before a person says so.
+    pub fn lose(&mut self, why: &str) {
+        for progress in self.steps.values_mut() {
+            let lost = match progress.state {
+                StepState::Running => StepState::Failed,
+                StepState::Undoing => StepState::NotUndone,
+                _ => continue,
+            };
+            (progress.state, progress.text, progress.may_have_done) = (lost, cut(why), true);
+        }
+        // Groups are not done by anybody.
+        for step in self.plan.all_steps() {
+            if matches!(step.what, What::Sequence(_) | What::Parallel(_))
+                && let Some(progress) = self.steps.get_mut(&step.name)
+                && progress.state == StepState::Failed
+            {
+                progress.state = StepState::Running;
+            }
+        }
+        self.is_paused = true;
+    }
+
     /// From now on steps begin in this mode.
     ///
     /// # Errors
@@ -442,6 +520,15 @@ impl PlanExecution {
             return Err(PlanError::Already { id: self.id, what: mode.name() });
         }
         self.mode = mode;
+        // Whoever has approved has approved something else.
+        for step in self.plan.all_steps() {
+            if let What::Approval { .. } = step.what
+                && let Some(progress) = self.steps.get_mut(&step.name)
+                && matches!(progress.state, StepState::Done | StepState::Asking)
+            {
+                *progress = Progress { tries: progress.tries, ..Progress::default() };
+            }
+        }
         Ok(())
     }
 
@@ -456,6 +543,7 @@ impl PlanExecution {
             return Vec::new();
         }
         let mut deeds = self.expired(now_ms);
+        deeds.extend(self.waited(now_ms));
         if self.is_paused || !deeds.is_empty() {
             return deeds;
         }
@@ -467,7 +555,7 @@ impl PlanExecution {
             return deeds;
         }
         match stand {
-            Stand::Over if self.is_drill => vec![Deed::GoBack("the drill is over".into())],
+            Stand::Over if self.is_drill => vec![Deed::GoBack(DRILL_OVER.into())],
             Stand::Over => vec![Deed::End(PlanEnding::Completed)],
             Stand::Still if self.plan.on_failure == OnFailure::Undo => {
                 let failed =
@@ -497,6 +585,21 @@ impl PlanExecution {
         deeds
     }
 
+    /// Waits that are over; all of them are once it goes back.
+    fn waited(&self, now_ms: u64) -> Vec<Deed> {
+        let mut deeds = Vec::new();
+        for step in self.plan.all_steps() {
+            let What::Do(Action::Wait { ms }) = &step.what else { continue };
+            let progress = self.progress(&step.name);
+            let began = progress.began_at_ms.unwrap_or(now_ms);
+            let is_over = now_ms.saturating_sub(began) >= *ms || self.goes_back;
+            if progress.state == StepState::Running && is_over {
+                deeds.push(deed(step, Event::Ended(Outcome::Done(String::new())), None));
+            }
+        }
+        deeds
+    }
+
     fn advance_all(
         &self,
         steps: &[Step],
@@ -517,6 +620,8 @@ impl PlanExecution {
         match self.state(&step.name) {
             StepState::Done | StepState::Skipped => Stand::Over,
             StepState::Failed => Stand::Still,
+            // Where something has failed, nobody waits for an approval of something else.
+            StepState::Asking if self.has(&[StepState::Failed]) => Stand::Still,
             StepState::Asking => Stand::Open,
             StepState::Pending => self.begin(step, now_ms, world, deeds),
             StepState::Running => {
@@ -562,15 +667,20 @@ impl PlanExecution {
                 return Stand::Open;
             }
         }
-        if let Some(mode) = step.mode.filter(|mode| *mode != self.mode) {
+        // What was tried before is not left out for what has become of the cells since.
+        let is_first = progress.tries == 0;
+        if let Some(mode) = step.mode.filter(|mode| is_first && *mode != self.mode) {
             deeds.push(deed(step, Event::Skip(format!("it is for {} ones", mode.name())), None));
             return Stand::Open;
         }
-        if let Some(why) = step.only_if.iter().find_map(|condition| condition.check(world).err()) {
+        let mut conditions = step.only_if.iter().filter(|_| is_first);
+        if let Some(why) = conditions.find_map(|condition| condition.check(world).err()) {
             deeds.push(deed(step, Event::Skip(why), None));
             return Stand::Open;
         }
         deeds.push(match &step.what {
+            // It is looked at, not done.
+            What::Do(Action::Wait { .. }) => deed(step, Event::Begin, None),
             What::Do(action) => deed(step, Event::Begin, Some(action.clone())),
             What::Approval { .. } => deed(step, Event::Ask, None),
             What::Sequence(_) | What::Parallel(_) => deed(step, Event::Begin, None),
@@ -604,10 +714,7 @@ impl PlanExecution {
     fn may_have_done(&self, step: &Step) -> bool {
         let progress = self.progress(&step.name);
         let What::Do(action) = &step.what else { return false };
-        progress.tries > 0
-            && !progress.is_harmless
-            && !action.leaves_nothing()
-            && !matches!(progress.state, StepState::Undone)
+        progress.may_have_done && !action.leaves_nothing()
     }
 
     fn next_back(&self) -> Vec<Deed> {
@@ -630,10 +737,8 @@ impl PlanExecution {
             has_ended && self.may_have_done(step) && self.undo_of(step).is_some()
         };
         // What was done last is undone first.
-        let last = steps.iter().filter(is_undoable).max_by_key(|step| {
-            let progress = self.progress(&step.name);
-            (progress.ended_at_ms, progress.began_at_ms)
-        });
+        let last =
+            steps.iter().filter(is_undoable).max_by_key(|step| self.progress(&step.name).ended_as);
         if let Some(step) = last {
             return vec![deed(step, Event::Undo, self.undo_of(step))];
         }
@@ -647,20 +752,39 @@ impl PlanExecution {
         steps.iter().filter(|step| self.may_have_done(step)).map(|step| step.name.clone()).collect()
     }
 
-    /// What a step that is found running, by nobody, becomes: None if it is to be carried out again under the same number.
-    pub fn found_running(&self, step: &Step) -> Option<Outcome> {
-        let is_undoing = self.state(&step.name) == StepState::Undoing;
-        let action = match (&step.what, is_undoing) {
-            (What::Do(action), false) => Some(action.clone()),
-            (_, true) => self.undo_of(step),
-            (What::Approval { .. } | What::Sequence(_) | What::Parallel(_), false) => None,
-        };
-        let action = action?;
-        if action.is_own_execution() || action.leaves_nothing() || step.idempotent {
-            return None;
+    /// A step that is being done, or undone, and by what: whoever finds it with nobody who does it asks what becomes of it.
+    pub fn being_done(&self, step: &Step) -> Option<Action> {
+        match (&step.what, self.state(&step.name)) {
+            (What::Do(Action::Wait { .. }), _) => None,
+            (What::Do(action), StepState::Running) => Some(action.clone()),
+            (_, StepState::Undoing) => self.undo_of(step),
+            _ => None,
+        }
+    }
+
+    /// What becomes of a step that is found being done by nobody.
+    pub fn found(&self, step: &Step, action: &Action, now_ms: u64) -> Found {
+        if action.is_own_execution() {
+            return Found::Again;
+        }
+        let began = self.progress(&step.name).began_at_ms.unwrap_or(now_ms);
+        // It may be done to its time limit, by a process that nobody sees. A clock that was put back waits anew.
+        let over = began.saturating_add(step.timeout_ms).saturating_add(LATE_MS);
+        if now_ms < over && now_ms >= began {
+            return Found::Wait;
+        }
+        if step.idempotent {
+            return Found::Again;
         }
         let what = "control ended while it was being done: look whether it was";
-        Some(Outcome::Unknown(what.into()))
+        Found::Lost(Outcome::Unknown(what.into()))
+    }
+
+    /// By this whoever a step is sent to knows it, however often it is sent.
+    pub fn key_of(&self, step: &str) -> String {
+        let progress = self.progress(step);
+        let what = if progress.state == StepState::Undoing { "undo" } else { "do" };
+        format!("{KEY_PREFIX}{}/{step}/{what}/{}", self.nonce, progress.key)
     }
 
     /// How long it took, without what people were waited for.
@@ -756,12 +880,16 @@ impl PlanExecution {
                             foreseen(&mut world, action);
                         }
                         let is_group = event == Event::Begin && action.is_none();
+                        let is_wait = self
+                            .plan
+                            .step(&step)
+                            .is_some_and(|step| matches!(step.what, What::Do(Action::Wait { .. })));
                         let done = Event::Ended(Outcome::Done(String::new()));
                         let ended = match event {
                             Event::Ask => {
                                 self.on(&step, &Event::Approve(String::new()), now_ms, &world)
                             }
-                            Event::Begin | Event::Undo if !is_group => {
+                            Event::Begin | Event::Undo if !is_group || is_wait => {
                                 self.on(&step, &done, now_ms, &world)
                             }
                             _ => Ok(()),

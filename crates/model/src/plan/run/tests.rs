@@ -36,13 +36,21 @@ fn activate(to: &str) -> Action {
 }
 
 fn of(steps: Vec<Step>) -> PlanExecution {
-    let plan = Plan { name: "p".into(), steps, on_failure: OnFailure::Stop, objective_ms: None };
+    let plan = Plan {
+        name: "p".into(),
+        steps,
+        on_failure: OnFailure::Stop,
+        objective_ms: None,
+        triggers: Vec::new(),
+    };
     PlanExecution {
         id: 1,
         app: APP.into(),
         plan,
         mode: Mode::Graceful,
+        nonce: "n".into(),
         is_drill: false,
+        is_triggered: false,
         asked: Asking { by: "alice".into(), ..Asking::default() },
         started_at_ms: 1_000,
         ended_at_ms: None,
@@ -144,10 +152,15 @@ fn what_may_have_been_done_is_not_done_again_by_itself() {
     let mut execution = of(vec![call("a"), step("s", What::Do(activate("b")))]);
     execution.on("a", &Event::Begin, 1_000, &world()).unwrap();
     let steps = execution.plan.steps.clone();
-    assert!(matches!(execution.found_running(&steps[0]), Some(Outcome::Unknown(_))));
+    let found = |step: &Step, now_ms| execution.found(step, &http("a"), now_ms);
+    // It may run to its time limit, whoever has begun it.
+    assert_eq!(found(&steps[0], 2_000), Found::Wait);
+    let over = 1_000 + 60_000 + LATE_MS;
+    assert!(matches!(found(&steps[0], over), Found::Lost(Outcome::Unknown(_))));
     let again = Step { idempotent: true, ..steps[0].clone() };
-    assert_eq!(execution.found_running(&again), None);
-    assert_eq!(execution.found_running(&steps[1]), None, "the store knows what became of it");
+    assert_eq!((found(&again, 2_000), found(&again, over)), (Found::Wait, Found::Again));
+    let switch = execution.found(&steps[1], &activate("b"), 2_000);
+    assert_eq!(switch, Found::Again, "the store knows what became of it");
 }
 
 #[test]
@@ -215,6 +228,110 @@ fn a_drill_leaves_what_it_found() {
     }
     assert_eq!(undo, ["`a` of `shop` becomes active", "POST http://127.0.0.1/undo-a"]);
     assert_eq!(execution.ending, Some(PlanEnding::Undone));
+}
+
+#[test]
+fn what_one_try_may_have_done_another_does_not_take_back() {
+    let mut execution = of(vec![undone("a")]);
+    let said = |outcome: Outcome| (Event::Begin, Event::Ended(outcome));
+    for (begin, ended) in
+        [said(Outcome::Failed("500".into())), said(Outcome::NotDone("nobody is there".into()))]
+    {
+        execution.on("a", &begin, 1_000, &world()).unwrap();
+        execution.on("a", &ended, 1_000, &world()).unwrap();
+        execution.resolve("a", &Event::Retry, 1_000).unwrap();
+    }
+    execution.cancel("enough".into()).unwrap();
+    assert_eq!(drive(&mut execution, all_done, &mut 2_000), ["undone a", "undone"]);
+    // What was so already is left so.
+    let mut execution = of(vec![undone("a")]);
+    execution.is_drill = true;
+    let done = drive(&mut execution, |_| Outcome::Already("it is".into()), &mut 1_000);
+    assert_eq!(done, ["begun a", "back", "undone"]);
+}
+
+#[test]
+fn keys_stay_where_nobody_knows_what_became_of_the_last() {
+    let mut execution = of(vec![Step { idempotent: true, tries: 9, ..call("a") }]);
+    let mut keys = Vec::new();
+    for outcome in [
+        Outcome::Unknown("late".into()),
+        Outcome::Unknown("late".into()),
+        Outcome::Failed("400".into()),
+        Outcome::Done(String::new()),
+    ] {
+        execution.on("a", &Event::Begin, 1_000, &world()).unwrap();
+        keys.push(execution.key_of("a"));
+        execution.on("a", &Event::Ended(outcome), 1_000, &world()).unwrap();
+    }
+    assert_eq!(keys, ["plan:n/a/do/0", "plan:n/a/do/0", "plan:n/a/do/0", "plan:n/a/do/1"]);
+}
+
+#[test]
+fn the_cell_that_was_active_is_that_of_the_first_try() {
+    let mut execution = of(vec![step("s", What::Do(activate("b")))]);
+    execution.is_drill = true;
+    execution.on("s", &Event::Begin, 1_000, &world()).unwrap();
+    execution.on("s", &Event::Ended(Outcome::Unknown("?".into())), 1_000, &world()).unwrap();
+    execution.resolve("s", &Event::Retry, 1_000).unwrap();
+    let after =
+        World::from([(APP.to_owned(), Application::new("b", ["a", "b"].map(str::to_owned)))]);
+    execution.on("s", &Event::Begin, 1_000, &after).unwrap();
+    execution.on("s", &Event::Ended(Outcome::Already("it is".into())), 1_000, &after).unwrap();
+    let undo = execution.undo_of(&execution.plan.steps[0]).unwrap();
+    assert_eq!(undo.says(), "`a` of `shop` becomes active");
+    assert!(matches!(&execution.next(&after, 1_000)[..], [Deed::GoBack(_)]));
+}
+
+#[test]
+fn waits_end_by_the_clock_and_at_once_when_it_goes_back() {
+    let mut execution = of(vec![step("w", What::Do(Action::Wait { ms: 36_000_000 }))]);
+    assert_eq!(drive(&mut execution, all_done, &mut 1_000), ["begun w"]);
+    assert!(execution.next(&world(), 36_000_000).is_empty());
+    let mut later = execution.clone();
+    assert_eq!(drive(&mut later, all_done, &mut 36_001_001), ["ended w", "completed"]);
+    execution.cancel("enough".into()).unwrap();
+    assert_eq!(drive(&mut execution, all_done, &mut 2_000), ["ended w", "undone"]);
+}
+
+#[test]
+fn what_a_restored_store_says_was_running_waits_for_a_person() {
+    let mut execution =
+        of(vec![step("g", What::Parallel(vec![undone("g/a"), call("g/b")])), call("c")]);
+    for name in ["g", "g/a", "g/b"] {
+        execution.on(name, &Event::Begin, 1_000, &world()).unwrap();
+    }
+    execution.on("g/b", &Event::Ended(all_done("")), 1_000, &world()).unwrap();
+    execution.lose("restored");
+    assert_eq!((execution.stuck(), execution.is_paused), (vec!["g/a"], true));
+    execution.pause(false).unwrap();
+    assert!(execution.next(&world(), 2_000).is_empty());
+    execution.cancel("enough".into()).unwrap();
+    let done = drive(&mut execution, all_done, &mut 2_000);
+    assert_eq!(done, ["undone g/a", "undone in part"], "of `g/b` nothing says how it is undone");
+}
+
+#[test]
+fn another_mode_is_approved_anew() {
+    let mut execution = of(vec![step("ok", What::Approval { by_other: false }), call("a")]);
+    drive(&mut execution, all_done, &mut 1_000);
+    execution.answer("ok", true, "bob", 1_000).unwrap();
+    execution.switch(Mode::Ungraceful).unwrap();
+    assert_eq!(drive(&mut execution, all_done, &mut 1_000), ["asked ok"]);
+}
+
+#[test]
+fn a_step_that_hangs_is_left_to_itself_and_undone_first() {
+    let mut execution = of(vec![undone("a"), undone("b")]);
+    execution.on("a", &Event::Begin, 1_000, &world()).unwrap();
+    execution.on("a", &Event::Ended(all_done("")), 5_000, &world()).unwrap();
+    execution.on("b", &Event::Begin, 2_000, &world()).unwrap();
+    execution.cancel("enough".into()).unwrap();
+    assert!(execution.next(&world(), 2_000).is_empty());
+    execution.resolve("b", &Event::Skip("it hangs".into()), 2_000).unwrap();
+    // By the order of their ends, not by clocks.
+    let done = drive(&mut execution, all_done, &mut 2_000);
+    assert_eq!(done, ["undone b", "undone a", "undone"]);
 }
 
 #[test]
@@ -336,7 +453,7 @@ fn every_event_has_an_answer_in_every_state() {
     for end in ["undone ", "left "] {
         assert!(!table.lines().any(|line| line.starts_with(end)), "{table}");
     }
-    assert_eq!(table.lines().count(), 17, "{table}");
+    assert_eq!(table.lines().count(), 19, "{table}");
 }
 
 /// Plans of any shape.
@@ -364,8 +481,8 @@ fn named(steps: &mut [Step], prefix: &str, bits: &mut impl FnMut() -> u64) {
     for (at, step) in steps.iter_mut().enumerate() {
         step.name = format!("{prefix}{at}");
         step.tries = 1 + u32::try_from(bits() % 3).unwrap();
-        step.idempotent = bits() % 2 == 0;
-        step.undo = (bits() % 2 == 0).then(|| Undo::Do(http("undo")));
+        step.idempotent = bits().is_multiple_of(2);
+        step.undo = bits().is_multiple_of(2).then(|| Undo::Do(http("undo")));
         let inner = format!("{}/", step.name);
         if let What::Sequence(steps) | What::Parallel(steps) = &mut step.what {
             named(steps, &inner, bits);
@@ -431,24 +548,26 @@ proptest! {
             if bits() % 20 == 0 {
                 for name in std::mem::take(&mut going) {
                     let step = execution.plan.step(&name).unwrap().clone();
-                    match execution.found_running(&step) {
-                        Some(outcome) => {
+                    let Some(action) = execution.being_done(&step) else { continue };
+                    match execution.found(&step, &action, now + 100_000) {
+                        Found::Lost(outcome) => {
                             execution.on(&name, &Event::Ended(outcome), now, &world()).unwrap();
                         }
-                        None => going.push(name),
+                        Found::Wait | Found::Again => going.push(name),
                     }
                 }
             }
             if !going.is_empty() && bits() % 2 == 0 {
                 let at = usize::try_from(bits()).unwrap_or(0) % going.len();
                 let name = going.swap_remove(at);
-                let outcome = match bits() % 6 {
+                let outcome = match bits() % 7 {
+                    6 => Outcome::Already("a".into()),
                     0 => Outcome::NotDone("n".into()),
                     1 => Outcome::Failed("f".into()),
                     2 => Outcome::Unknown("u".into()),
                     _ => Outcome::Done("d".into()),
                 };
-                if matches!(outcome, Outcome::Done(_)) && execution.state(&name) == StepState::Running {
+                if outcome.is_done() && execution.state(&name) == StepState::Running {
                     done.push(name.clone());
                 }
                 execution.on(&name, &Event::Ended(outcome), now, &world()).unwrap();
