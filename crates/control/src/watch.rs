@@ -321,6 +321,16 @@ async fn streams_from(servers: &AppServers, active: &str) -> Option<bool> {
     streams
 }
 
+fn check_not_older(control: &Control, app: &str) -> Result<(), String> {
+    match control.is_older(app) {
+        true => {
+            Err("an agent has seen a later store than this one: `holdfast status` says what to do"
+                .into())
+        }
+        false => Ok(()),
+    }
+}
+
 async fn begin(
     control: &Control,
     servers: &AppServers,
@@ -335,13 +345,10 @@ async fn begin(
             && one.ending != Some(Ending::Aborted)
             && now_ms().saturating_sub(one.started_at_ms) < block_ms
     };
-    if control.is_older(app) {
-        return Err(
-            "an agent has seen a later store than this one: `holdfast status` says what to do"
-                .into(),
-        );
-    }
+    check_not_older(control, app)?;
     let to = stages::choose(control, servers, (app, cell)).await?;
+    // Soon after control has begun, agents are heard only there.
+    check_not_older(control, app)?;
     if let Some(one) = recent.iter().find(is_recent) {
         return Err(format!(
             "execution {} failed over less than {:?} ago; `holdfast failover {app} --to {to}` does it again",

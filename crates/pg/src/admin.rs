@@ -192,7 +192,7 @@ impl Admin {
         Connection::add_statement(&mut out, "", query, &[user]);
         wire::frontend::sync(&mut out);
         let ask = async {
-            self.connection.send(&out).await?;
+            self.connection.ask(&out).await?;
             self.connection.answers().await
         };
         let answers =

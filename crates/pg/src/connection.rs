@@ -45,6 +45,8 @@ pub enum QueryError {
     Lost { what: String, error: String },
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    #[error("the server has still to answer what was asked before")]
+    OutOfStep,
     #[error("server's answer is of another shape")]
     Shape,
 }
@@ -116,6 +118,9 @@ pub struct Connection {
     pub status: TxStatus,
     /// How long its user waits for one answer.
     pub answer_timeout: Duration,
+    /// Questions that were asked and are not answered to their end: whoever was to read on has given up. What comes next is the
+    /// answer to nothing else.
+    owed: usize,
 }
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -133,13 +138,32 @@ impl Connection {
             aside: Vec::new(),
             status: TxStatus::Idle,
             answer_timeout: ANSWER_TIMEOUT,
+            owed: 0,
         }
     }
 
     /// Takes the connection apart: the stream, and bytes that were received and not looked at.
-    pub fn into_stream(self) -> (Stream, Vec<u8>) {
+    ///
+    /// # Errors
+    /// Something that was asked is not answered: whoever has the stream would read that as the answer to something else.
+    pub fn into_stream(self) -> Result<(Stream, Vec<u8>), QueryError> {
+        if self.owed > 0 {
+            return Err(QueryError::OutOfStep);
+        }
         let unread = self.buffer.get(self.at..).unwrap_or_default().to_vec();
-        (self.stream, unread)
+        Ok((self.stream, unread))
+    }
+
+    /// Sends whole messages whose answers are read to their end before anything else is asked.
+    ///
+    /// # Errors
+    /// The connection is lost, or answers to something before are still to come.
+    pub async fn ask(&mut self, bytes: &[u8]) -> Result<(), QueryError> {
+        if self.owed > 0 {
+            return Err(QueryError::OutOfStep);
+        }
+        self.owed = frontend::answers_to(bytes);
+        self.send(bytes).await
     }
 
     /// # Errors
@@ -218,6 +242,7 @@ impl Connection {
             b'Z' => {
                 if let Backend::Ready(status) = message.view()? {
                     self.status = status;
+                    self.owed = self.owed.saturating_sub(1);
                 }
             }
             _ => (),
@@ -246,7 +271,7 @@ impl Connection {
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Answer>, QueryError> {
         let mut out = Vec::new();
         frontend::query(&mut out, sql.as_bytes());
-        self.send(&out).await?;
+        self.ask(&out).await?;
         self.answers().await
     }
 
@@ -386,7 +411,7 @@ impl Connection {
         // An empty statement has an answer, which is the one that the columns are part of.
         Connection::add_statement(&mut out, name, "", &[]);
         frontend::sync(&mut out);
-        self.send(&out).await?;
+        self.ask(&out).await?;
         let answers = self.answers().await?;
         Ok(answers.into_iter().next().unwrap_or_default().columns)
     }

@@ -280,6 +280,20 @@ impl App {
         }
     }
 
+    /// The same, of what may be done at a cell that is not served.
+    pub(crate) async fn unless_lost<T>(
+        &self,
+        cell: &Arc<Cell>,
+        what: impl Future<Output = T>,
+    ) -> Option<T> {
+        let mut gate = self.gate.subscribe();
+        tokio::select! {
+            biased;
+            done = what => Some(done),
+            _ = gate.wait_for(|_| self.is_lost(cell)) => None,
+        }
+    }
+
     pub fn hold(&self) {
         self.holding.store(true, Ordering::SeqCst);
         self.gate.send_replace(Gate::Held);

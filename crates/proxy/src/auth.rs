@@ -35,6 +35,8 @@ pub enum AuthError {
     File { path: std::path::PathBuf, source: std::io::Error },
     #[error("verifiers cannot be read from the server")]
     Server(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("its server was lost meanwhile")]
+    Lost,
     #[error("no random numbers are available")]
     Random,
 }

@@ -154,10 +154,11 @@ async fn console(
         return client.refuse(report).await;
     }
     let Some(app) = shared.apps.first().cloned() else { return Err(Refused) };
-    // The console must work while an application is held, so any cell will do for the verifier.
-    let cell = app.active().or_else(|| app.cells.values().next().cloned());
+    // The console must work while an application is held, so any cell will do for the verifier, but one that is lost.
+    let cell = app.active().or_else(|| app.cells.values().find(|cell| !app.is_lost(cell)).cloned());
     let Some(cell) = cell else { return Err(Refused) };
-    let check = app.auth.check(&request.user, &cell.target).await;
+    let check = app.auth.check(&request.user, &cell.target);
+    let check = app.unless_lost(&cell, check).await.unwrap_or(Err(AuthError::Lost));
     Box::pin(authenticate(&mut client, shared, &app, check, &request.user)).await?;
     let shared = shared.clone();
     // The session lasts longer than a login may take.
@@ -518,18 +519,33 @@ struct Attached {
 }
 
 impl Attached {
-    fn of(mut connection: Connection, app: &App) -> Outcome<Attached> {
+    /// # Errors
+    /// The server has not answered what we have asked.
+    fn of(mut connection: Connection, app: &App) -> Result<Attached, String> {
         let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
         let params = app.share(std::mem::take(&mut connection.params));
         let aside = std::mem::take(&mut connection.aside);
-        let (server, unread) = connection.into_stream();
-        let leg = Leg::new(server.into_parts().map_err(|_| Refused)?, unread, Side::Backend);
+        let (server, unread) = connection.into_stream().map_err(|error| error.to_string())?;
+        let parts = server.into_parts().map_err(|error| error.to_string())?;
+        let leg = Leg::new(parts, unread, Side::Backend);
         Ok(Attached { leg, pid, secret, params, aside })
     }
 
     /// Not attached yet, and told what others of its kind were told.
     fn nowhere(params: Params) -> Attached {
         Attached { leg: Leg::vacant(), pid: 0, secret: Vec::new(), params, aside: Vec::new() }
+    }
+}
+
+/// What a session begins with, unless the answers to our questions would be read as those to the client's.
+async fn attached(client: &mut Client, connection: Connection, app: &App) -> Outcome<Attached> {
+    match Attached::of(connection, app) {
+        Ok(attached) => Ok(attached),
+        Err(error) => {
+            tracing::warn!(app = app.name, error, "a server does not answer at a login");
+            let report = Report::fatal(SqlState::CONNECTION_FAILURE, error);
+            client.refuse(report).await
+        }
     }
 }
 
@@ -554,7 +570,8 @@ async fn begin(
         let Some(connection) = log_in(client, shared, app, cell, identity).await? else {
             return Ok(None);
         };
-        return Ok(Some(Begun { server: Attached::of(connection, app)?, sharing: None }));
+        let server = attached(client, connection, app).await?;
+        return Ok(Some(Begun { server, sharing: None }));
     };
     pool.knows(identity);
     // One of a kind logs in, the others wait to be told what it was told.
@@ -589,7 +606,7 @@ async fn begin(
                     tracing::warn!(app = app.name, error, "a session cannot share servers");
                 }
             }
-            Attached::of(connection, app)?
+            attached(client, connection, app).await?
         }
     };
     drop(one);

@@ -220,6 +220,17 @@ pub fn sync(out: &mut Vec<u8>) {
     message(out, b'S', |_| ());
 }
 
+/// How many ReadyForQuery a server sends for these whole messages (PostgreSQL manual, "Message Flow").
+pub fn answers_to(messages: &[u8]) -> usize {
+    let (mut rest, mut count) = (messages, 0);
+    while let [tag, a, b, c, d, ..] = rest {
+        count += usize::from(matches!(tag, b'Q' | b'S' | b'F'));
+        let len = usize::try_from(u32::from_be_bytes([*a, *b, *c, *d])).unwrap_or(usize::MAX);
+        rest = rest.get(len.saturating_add(1)..).unwrap_or_default();
+    }
+    count
+}
+
 pub fn flush(out: &mut Vec<u8>) {
     message(out, b'H', |_| ());
 }

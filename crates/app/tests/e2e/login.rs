@@ -49,6 +49,18 @@ async fn scram_is_passed_through_without_a_password() {
     assert!(connect(proxy.port, "app", Some("new")).await.is_ok());
 }
 
+/// Whoever gives up waiting for an answer does not get it as that to another question.
+#[tokio::test]
+async fn a_connection_that_owes_an_answer_is_asked_nothing_else() {
+    let installation = Installation::start("out-of-step");
+    let mut direct = installation.direct("a").await;
+    let soon = Duration::from_millis(100);
+    assert!(tokio::time::timeout(soon, direct.value("SELECT pg_sleep(1)")).await.is_err());
+    let error = direct.value("SELECT 1").await.unwrap_err();
+    assert!(matches!(error, pg::connection::QueryError::OutOfStep), "{error}");
+    assert!(direct.into_stream().is_err());
+}
+
 #[tokio::test]
 async fn what_is_answered_late_is_about_nobody_else() {
     let installation = Installation::start("late-verifier");

@@ -1,11 +1,14 @@
 //! Sessions that share server connections, a transaction at a time.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use wire::frontend::{self, Target};
 
 use crate::kinds::{KINDS, ROLES};
-use crate::support::{Installation, console, extended, named, run, shown, there_and_back, value};
+use crate::support::{
+    Installation, connect, console, extended, named, run, shown, there_and_back, value,
+};
 
 const PID: &str = "SELECT pg_backend_pid()";
 
@@ -603,5 +606,39 @@ async fn what_a_login_gave_stays_on_another_server() {
         run(&mut plain, "RESET work_mem").await;
         assert_eq!(value(&mut plain, "SHOW work_mem").await, "4MB", "{cell}");
         assert_eq!(value(&mut new, "SHOW work_mem").await, fresh[0], "{cell}");
+    }
+}
+
+/// What others do to roles and the configuration, long apart, ends nobody.
+#[tokio::test]
+async fn a_role_that_is_created_after_a_reload_ends_no_session() {
+    let installation = Installation::start_pooled("pool-roles", 8);
+    let mut direct = installation.direct("a").await;
+    run(&mut direct, "CREATE ROLE user0 LOGIN; CREATE ROLE user1 LOGIN").await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let mut sessions = Vec::new();
+    for _ in 0..6 {
+        let mut session = installation.connect().await;
+        run(&mut session, "SET work_mem = '7MB'").await;
+        sessions.push(session);
+    }
+    run(&mut direct, "ALTER SYSTEM SET log_min_duration_statement = '1h'").await;
+    run(&mut direct, "SELECT pg_reload_conf()").await;
+    // Whoever looks has seen it by then.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    run(&mut direct, "CREATE ROLE another").await;
+    for user in ["user0", "user1"] {
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        // A login of another kind, on a connection that has the configuration from before it was opened.
+        drop(connect(installation.facts.port, user, None).await.unwrap());
+    }
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    // They stood on few servers, and get more.
+    for session in &mut sessions {
+        run(session, "BEGIN").await;
+    }
+    for session in &mut sessions {
+        assert_eq!(value(session, "SHOW work_mem").await, "7MB");
+        run(session, "COMMIT").await;
     }
 }

@@ -70,6 +70,8 @@ pub(crate) async fn candidates(servers: &AppServers, from: &str) -> Vec<Candidat
     };
     for (cell, server) in servers.cells.iter().filter(|(cell, _)| *cell != from) {
         let (Answer::Standby, Some(mut admin)) = probe(server).await else { continue };
+        // One that freezes now is none.
+        admin.wait = super::HELD_WAIT;
         let status = admin.status().await;
         if system.is_some() && status.ok().map(|status| status.system_identifier) != system {
             tracing::warn!(cell, ?system, "its server is of another system");
@@ -369,8 +371,17 @@ pub(super) async fn recruit(
     let salvaged = match can_salvage(from, to) {
         Some((lost, dir)) => {
             let salvaged = salvage(lost, dir, &mut new, received).await;
-            if let Err(error) = end_salvage(&mut new).await {
-                tracing::warn!(error, "`restore_command` cannot be put back");
+            // On a connection of its own: that one may have still to answer.
+            let ended = match admin_at_once(to).await {
+                Ok(mut fresh) => end_salvage(&mut fresh).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = ended {
+                // It would be used again whenever that server is a standby.
+                return Err(format!(
+                    "`restore_command` of `{}` cannot be put back: {error}",
+                    execution.to
+                ));
             }
             salvaged
         }

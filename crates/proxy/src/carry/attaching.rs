@@ -149,7 +149,7 @@ impl Session {
         let notifications = messages(&aside).filter(|message| message.first() == Some(&b'A'));
         let aside = notifications.flatten().copied().collect::<Vec<u8>>();
         let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret));
-        let (stream, unread) = connection.into_stream();
+        let (stream, unread) = connection.into_stream().map_err(std::io::Error::other)?;
         let server = Leg::new(stream.into_parts()?, unread, Side::Backend);
         let old = std::mem::replace(&mut self.server, server);
         self.backend_pid = pid;

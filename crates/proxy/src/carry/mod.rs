@@ -183,7 +183,10 @@ async fn give_back(
         params.insert(fence.into(), told.clone());
     }
     let mut aside = connection.aside.clone();
-    let (stream, unread) = connection.into_stream();
+    let Ok((stream, unread)) = connection.into_stream() else {
+        cut(session);
+        return Ok(());
+    };
     let parts = stream.into_parts().map_err(failed)?;
     session.server.tls = parts.tls;
     session.server.cipher = parts.cipher;
@@ -244,7 +247,7 @@ async fn exchange(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>
 async fn send_and_read(connection: &mut Connection, out: &[u8]) -> Result<Vec<Answer>, QueryError> {
     let wait_max = connection.answer_timeout;
     let ask = async {
-        connection.send(out).await?;
+        connection.ask(out).await?;
         connection.answers().await
     };
     timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max)))

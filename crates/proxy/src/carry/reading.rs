@@ -246,7 +246,7 @@ async fn end_doubt(connection: &mut Connection) -> Result<(), QueryError> {
     frontend::sync(&mut out);
     let wait_max = connection.answer_timeout;
     let ask = async {
-        connection.send(&out).await?;
+        connection.ask(&out).await?;
         loop {
             let message = connection.receive().await?;
             match message.tag {
@@ -288,7 +288,7 @@ async fn capture_on(
     frontend::sync(&mut out);
     let wait_max = connection.answer_timeout;
     let ask = async {
-        connection.send(&out).await?;
+        connection.ask(&out).await?;
         connection.answers_of(|answer, row| capture::matters(subject, answer, row)).await
     };
     let answers = timeout(wait_max, ask).await.unwrap_or(Err(QueryError::Timeout(wait_max)));

@@ -296,7 +296,7 @@ pub(super) async fn run_steps(
     ours(end, &[], &mut out);
     let wait_max = connection.answer_timeout;
     let ask = async {
-        connection.send(&out).await?;
+        connection.ask(&out).await?;
         let mut results = Vec::new();
         for _ in 0..steps.len() + 3 {
             results.push(connection.answers_to_copies().await);
@@ -380,7 +380,7 @@ pub(super) async fn parse_unnamed(
     frontend::sync(&mut out);
     let wait_max = connection.answer_timeout;
     let ask = async {
-        connection.send(&out).await?;
+        connection.ask(&out).await?;
         connection.answers().await?;
         let parsed = connection.answers().await;
         connection.answers().await?;

@@ -9,7 +9,7 @@ use model::session::footprint::{Leaves, decides_compiling};
 use model::session::{Facts, Landscape, Snapshot, landscape};
 use pg::admin::{Admin, AdminLogin};
 use pg::connect::{ConnectError, Login};
-use pg::connection::{Connection, QueryError};
+use pg::connection::{Connection, QueryError, Row};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use wire::frame::Side;
@@ -54,9 +54,9 @@ const CUSTOM_DEFAULTS: &str = "SELECT DISTINCT pg_catalog.lower(name) FROM (SELE
 
 /// Runs until the task is dropped. Of jobs there is at most one for each session and each server that limits allow.
 pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<Job>) {
-    let places = Arc::new(Semaphore::new(AT_ONCE));
+    let (opens, looks) = (Arc::new(Semaphore::new(AT_ONCE)), Arc::new(Semaphore::new(AT_ONCE)));
     while let Some(job) = jobs.recv().await {
-        let (shared, places) = (shared.clone(), places.clone());
+        let (shared, opens, looks) = (shared.clone(), opens.clone(), looks.clone());
         tokio::spawn(async move {
             match job {
                 Job::Open { app, pool, engine } => {
@@ -64,7 +64,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
                         // While it is held there is nothing to open; once it is released nobody waits for the next tick.
                         // Whoever is to be looked at does not wait behind it.
                         let _ = timeout(OPEN_MAX, app.pass_gate()).await;
-                        let _place = places.acquire().await;
+                        let _place = opens.acquire().await;
                         if let Some(result) = open(&app, &pool).await {
                             break result;
                         }
@@ -79,7 +79,7 @@ pub(crate) async fn run(shared: Arc<Shared>, mut jobs: mpsc::UnboundedReceiver<J
                     engine.send(Command::Opened(pool, result));
                 }
                 Job::Look(session) => {
-                    let _place = places.acquire().await;
+                    let _place = looks.acquire().await;
                     look(&shared, session).await;
                 }
             }
@@ -165,7 +165,8 @@ async fn log_in(app: &App, pool: &Pool, cell: Arc<Cell>) -> Result<Box<Server>, 
         return Err(NotOpened::new(error));
     }
     let (pid, secret) = (connection.pid, std::mem::take(&mut connection.secret).into());
-    let (stream, unread) = connection.into_stream();
+    let parted = connection.into_stream();
+    let (stream, unread) = parted.map_err(|error| NotOpened::new(error.to_string()))?;
     let leg = Leg::new(
         stream.into_parts().map_err(|error| NotOpened::new(error.to_string()))?,
         unread,
@@ -208,12 +209,20 @@ async fn load_library(connection: &mut Connection) -> Result<(), String> {
     }
 }
 
+/// The two marks of an answer.
+fn marks_of(rows: Vec<Row>) -> (String, String) {
+    let mut marks = rows.into_iter().next().unwrap_or_default().into_iter();
+    let mut next = || marks.next().flatten().unwrap_or_default();
+    (next(), next())
+}
+
 /// Whether logins that are known still hold.
 async fn ask_marks(app: &App, cell: &Cell) -> Result<(), String> {
     let say = |error: &dyn std::error::Error| model::chain(error);
     let mut admin = Admin::connect(&cell.target, &app.admin).await.map_err(|error| say(&error))?;
     let rows = admin.rows(landscape::LOGINS_QUESTION).await.map_err(|error| say(&error))?;
-    app.pools.mark(&cell.name, rows.into_iter().next().unwrap_or_default());
+    let (loaded, logins) = marks_of(rows);
+    app.pools.mark(&cell.name, &loaded, &logins);
     Ok(())
 }
 
@@ -377,14 +386,25 @@ pub(crate) async fn watch(shared: Arc<Shared>, app: Arc<App>) {
                 );
                 continue;
             }
-            let Some(admin) = admin else { continue };
-            let Ok(Some(marks)) =
-                admin.rows(landscape::LOGINS_QUESTION).await.map(|mut rows| rows.pop())
-            else {
+            // It is put back once it has answered.
+            let Some(mut asked) = admin.take() else { continue };
+            let wait_max = app.moves.answer_timeout;
+            let ask = timeout(wait_max, asked.rows(landscape::LOGINS_QUESTION));
+            let Some(Ok(Ok(rows))) = app.while_at(&cell, ask).await else {
                 // Whatever has changed meanwhile shows beside the marks of before, to the next who asks.
                 continue;
             };
-            app.pools.mark(&cell.name, marks);
+            let (loaded, logins) = marks_of(rows);
+            let read = (asked.connection.pid, loaded);
+            *admin = Some(asked);
+            app.pools.mark_logins(&cell.name, &logins);
+            if app.pools.knows_read(&cell.name, &database.name, &read) {
+                continue;
+            }
+            let fresh = timeout(wait_max, ask_marks(&app, &cell));
+            if let Some(Ok(Ok(()))) = app.while_at(&cell, fresh).await {
+                app.pools.note_read(&cell.name, &database.name, read);
+            }
         }
         took = began.elapsed();
     }
@@ -406,7 +426,15 @@ fn tell_learned(shared: &Shared, app: &Arc<App>, database: &Database, is_learned
 
 /// Looks at what a session has left on its server, and gives it back to its engine.
 async fn look(shared: &Shared, mut session: Box<Session>) {
-    let found = find(&mut session).await;
+    let (app, cell) = (session.app.clone(), session.cell.clone());
+    let found = match app.while_at(&cell, Box::pin(find(&mut session))).await {
+        Some(found) => found,
+        None => {
+            // It may have been asked something that it has not answered.
+            carry::cut(&mut session);
+            Err("its server is lost".into())
+        }
+    };
     if let Ok(state) = &found {
         session.on_state(state);
     }

@@ -271,14 +271,44 @@ pub struct Pools {
     pools: Mutex<HashMap<PoolKey, Arc<Pool>>>,
     databases: Mutex<HashMap<String, Arc<Database>>>,
     changed: Arc<Notify>,
-    /// `landscape::LOGINS_QUESTION`'s marks, as they were last, and of which cell.
-    marks: Mutex<Option<(String, Vec<Option<String>>)>>,
+    /// `landscape::LOGINS_QUESTION`'s marks, as they were last.
+    marks: Mutex<Marks>,
     /// Pools that get no new sessions.
     retired: Mutex<Vec<Weak<Pool>>>,
     /// Where sessions stand.
     cell: Mutex<Option<Arc<Cell>>>,
     /// Held by each session that has left its engine with its server.
     away: Arc<()>,
+}
+
+/// What was seen last of what logins depend on.
+#[derive(Debug, Default)]
+struct Marks {
+    cell: String,
+    /// When the configuration was read, as fresh connections have it: they have it of the postmaster, each the same.
+    loaded: Option<String>,
+    logins: Option<String>,
+    /// When connections of ours that are kept have read it, each by itself and a little later, by database and process. That
+    /// it has changed says only that a fresh one is to be asked.
+    kept: HashMap<String, (i32, String)>,
+}
+
+impl Marks {
+    fn of(&mut self, cell: &str) -> &mut Marks {
+        if self.cell != cell {
+            *self = Marks { cell: cell.to_owned(), ..Marks::default() };
+        }
+        self
+    }
+
+    /// Whether the configuration was read anew since a fresh connection was asked last.
+    fn see_loaded(&mut self, loaded: &str) -> bool {
+        self.loaded.replace(loaded.to_owned()).is_some_and(|before| before != loaded)
+    }
+
+    fn see_logins(&mut self, logins: &str) -> bool {
+        self.logins.replace(logins.to_owned()).is_some_and(|before| before != logins)
+    }
 }
 
 /// The startup parameters, by name: they hold the user and the database.
@@ -343,18 +373,31 @@ impl Pools {
         self.changed.notify_one();
     }
 
-    /// What marks of logins are now. If they have changed, logins that are known do not hold any more.
-    fn mark(&self, cell: &str, marks: Vec<Option<String>>) {
-        let before = lock(&self.marks).replace((cell.to_owned(), marks.clone()));
-        let Some((_, before)) = before.filter(|(of_cell, _)| of_cell == cell) else { return };
-        if before.first() != marks.first() {
+    /// What marks of logins are now, as a fresh connection has them. If they have changed, logins that are known do not hold
+    /// any more.
+    fn mark(&self, cell: &str, loaded: &str, logins: &str) {
+        if lock(&self.marks).of(cell).see_loaded(loaded) {
             tracing::info!(cell, "the server has read its configuration anew");
             self.reloaded();
         }
-        if before.get(1) != marks.get(1) {
-            tracing::info!(cell, ?before, ?marks, "roles or databases have changed");
+        self.mark_logins(cell, logins);
+    }
+
+    /// The same of what all connections have alike.
+    fn mark_logins(&self, cell: &str, logins: &str) {
+        if lock(&self.marks).of(cell).see_logins(logins) {
+            tracing::info!(cell, "roles or databases have changed");
             self.retire();
         }
+    }
+
+    /// Whether it is known that this connection, of this database and process, has read the configuration then.
+    fn knows_read(&self, cell: &str, database: &str, read: &(i32, String)) -> bool {
+        lock(&self.marks).of(cell).kept.get(database) == Some(read)
+    }
+
+    fn note_read(&self, cell: &str, database: &str, read: (i32, String)) {
+        lock(&self.marks).of(cell).kept.insert(database.to_owned(), read);
     }
 
     /// Roles, their defaults or their rights have changed: the next login of each kind asks its server.
@@ -741,4 +784,29 @@ pub struct Server {
     pub secret: Box<[u8]>,
     pub cell: Arc<Cell>,
     pub here: Here,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_fresh_connections_have_is_compared() {
+        let pools = Pools::default();
+        let seen = |loaded: &str| lock(&pools.marks).of("a").see_loaded(loaded);
+        assert!(!seen("09:00:00.0") && !seen("09:00:00.0"));
+        // A kept one has read it a little later, and says nothing of it: a fresh one is asked once.
+        let kept = (7, "10:00:00.7".to_owned());
+        assert!(!pools.knows_read("a", "shop", &kept));
+        assert!(seen("10:00:00.0"));
+        pools.note_read("a", "shop", kept.clone());
+        for _ in 0..3 {
+            assert!(pools.knows_read("a", "shop", &kept) && !seen("10:00:00.0"));
+        }
+        assert!(!pools.knows_read("a", "shop", &(8, kept.1.clone())), "another connection");
+        assert!(!pools.knows_read("b", "shop", &kept), "of another cell nothing was seen");
+        assert!(!lock(&pools.marks).of("b").see_loaded("09:00"));
+        let logins = |text: &str| lock(&pools.marks).of("b").see_logins(text);
+        assert!(!logins("1") && !logins("1") && logins("2"));
+    }
 }
