@@ -20,7 +20,7 @@ pub(crate) async fn pool_of(installation: &Installation, name: &str) -> String {
         if let Some(row) = rows.into_iter().find(|row| row[4].as_deref() == Some(name)) {
             return row.last().unwrap().clone().unwrap_or_default();
         }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -56,7 +56,7 @@ async fn many_sessions_share_few_servers() {
             other.answers().await.unwrap().remove(0).rows.remove(0).remove(0)
         }
     });
-    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!waiting.is_finished());
     run(a, "COMMIT").await;
     assert_eq!(waiting.await.unwrap().as_deref(), Some("7"));
@@ -170,7 +170,7 @@ pub(crate) async fn every_kind() -> Vec<(&'static str, String)> {
         if shown.rows.len() == sessions.len() + others.len() {
             break shown;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     };
     let mut pools: Vec<(u64, String)> = Vec::new();
     for row in shown.rows {
@@ -358,7 +358,7 @@ async fn servers_that_end_are_replaced() {
         assert_eq!(value(&mut one, "SELECT 1").await, "1");
         run(&mut direct, kill).await;
         // The proxy hears of it by its socket, the sooner the better.
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(value(&mut other, "SELECT 2").await, "2");
     }
     run(&mut one, "BEGIN").await;
@@ -395,7 +395,7 @@ async fn clients_that_leave_are_in_nobodys_way() {
         let mut out = Vec::new();
         frontend::query(&mut out, b"SELECT 1");
         one.send(&out).await.unwrap();
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     run(&mut last, "COMMIT").await;
     assert_eq!(value(&mut last, "SELECT 3").await, "3");
@@ -427,7 +427,7 @@ async fn cancel_requests_reach_their_own() {
         address,
         tls,
         keepalive: pg::stream::Keepalive::default(),
-        timeout: std::time::Duration::from_secs(20),
+        timeout: Duration::from_secs(20),
     };
     for round in 0..30 {
         let mut one = sessions.remove(0);
@@ -440,14 +440,14 @@ async fn cancel_requests_reach_their_own() {
         let mut out = Vec::new();
         frontend::query(&mut out, b"SELECT pg_sleep(60)");
         one.send(&out).await.unwrap();
-        tokio::time::sleep(std::time::Duration::from_millis(round % 5)).await;
+        tokio::time::sleep(Duration::from_millis(round % 5)).await;
         let (cancelled, others) = tokio::join!(
             async {
                 loop {
                     target.cancel(pid, &secret).await.unwrap();
                     let answer = one.answers();
                     if let Ok(answer) =
-                        tokio::time::timeout(std::time::Duration::from_millis(200), answer).await
+                        tokio::time::timeout(Duration::from_millis(200), answer).await
                     {
                         return answer.unwrap_err();
                     }
