@@ -11,7 +11,9 @@ use model::policy::{self, Catalog};
 use model::session::facts::{self, Facts};
 use pg::Target;
 use pg::admin::{Admin, AdminLogin};
+use pg::connect::ConnectError;
 use tokio::sync::watch;
+use wire::sqlstate::SqlState;
 
 use crate::auth::Authenticator;
 use crate::carry::Prepared;
@@ -23,6 +25,8 @@ use crate::pool::Pools;
 /// How often, and how long after each other, it is looked whether a fence is being taken back.
 const FENCE_LOOKS: u32 = 40;
 const FENCE_PAUSE: Duration = Duration::from_millis(50);
+/// How long a database may be missing on a standby to which it comes.
+const DATABASE_LATE_MAX: Duration = Duration::from_secs(2);
 /// Databases of which it is known what their names stand for.
 const CATALOGS_MAX: usize = 1_000;
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
@@ -338,13 +342,24 @@ impl App {
     /// # Errors
     /// It does not tell.
     pub async fn learn_facts(&self, cell: &Cell, database: &str) -> Learned {
+        let began = Instant::now();
         let login = AdminLogin { database: database.to_owned(), ..self.admin.clone() };
         let failed = |error: &dyn std::error::Error| Reason::Failed {
             error: format!("Holdfast's own login to `{database}`: {}", model::chain(error)),
         };
         let ask = async {
-            let connect = Admin::connect(&cell.target, &login);
-            let mut admin = connect.await.map_err(|error| failed(&error))?;
+            let mut admin = loop {
+                match Admin::connect(&cell.target, &login).await {
+                    // One that was made just now comes to a standby a little later.
+                    Err(ConnectError::Refused { sqlstate, .. })
+                        if sqlstate == SqlState::INVALID_CATALOG_NAME
+                            && began.elapsed() < DATABASE_LATE_MAX =>
+                    {
+                        tokio::time::sleep(FENCE_PAUSE).await;
+                    }
+                    admin => break admin.map_err(|error| failed(&error))?,
+                }
+            };
             // A library's settings are there only once it is loaded, as every capture loads this one.
             admin.rows("DO LANGUAGE plpgsql 'BEGIN END'").await.map_err(|error| failed(&error))?;
             let mut answers = Vec::new();
@@ -353,7 +368,7 @@ impl App {
             }
             Facts::read(&answers).map(Arc::new).map_err(|error| failed(&error))
         };
-        let (began, wait_max) = (Instant::now(), self.moves.answer_timeout);
+        let wait_max = self.moves.answer_timeout;
         let late = || {
             let error = format!("database `{database}` did not tell what it holds in {wait_max:?}");
             Err(Reason::Failed { error })

@@ -106,7 +106,7 @@ async fn a_plan_is_approved_and_does_all_that_it_says() {
 
     let approved = shown(&installation.holdfast(&["approve", "1"]));
     assert!(approved.contains("approved by local"), "{approved}");
-    let text = wait_for(&installation, "1", "completed");
+    let text = wait_for(&installation, "1", "\ncompleted, ");
     assert!(text.contains("objective 5m: met"), "{text}");
     assert!(text.contains("200 OK seen") && text.contains("execution 2: switchover"), "{text}");
     assert!(text.contains("skipped"), "{text}");
@@ -186,9 +186,9 @@ async fn a_plan_that_is_cut_off_goes_on_and_does_nothing_twice() {
                 let text = wait_for(&installation, "1", "next: holdfast retry 1 switch");
                 assert!(text.contains("aborted, nothing changed"), "{at}: {text}");
                 let _ = installation.holdfast(&["retry", "1"]);
-                wait_for(&installation, "1", "completed")
+                wait_for(&installation, "1", "\ncompleted, ")
             }
-            _ => wait_for(&installation, "1", "completed"),
+            _ => wait_for(&installation, "1", "\ncompleted, "),
         };
         assert_eq!(installation.active(), "b", "{at}: {text}");
         assert_eq!(noted(&installation), ["do after"], "{at}");
@@ -212,7 +212,7 @@ async fn a_step_that_may_have_been_done_waits_for_a_person() {
     // Who looks finds that it was.
     let skipped = shown(&installation.holdfast(&["skip", "1", "--reason", "it is in the notes"]));
     assert!(skipped.contains("skipped by local: it is in the notes"), "{skipped}");
-    wait_for(&installation, "1", "completed");
+    wait_for(&installation, "1", "\ncompleted, ");
     assert_eq!(noted(&installation), ["do once"]);
 }
 
@@ -247,7 +247,7 @@ async fn whoever_has_begun_a_plan_does_not_approve_it() {
     assert!(refused.contains("`root` has begun execution 1: another person approves"), "{refused}");
     let approved = ask("bob", &["approve", "1"]);
     assert!(approved.contains("approved by bob"), "{approved}");
-    wait_for(&installation, "1", "completed");
+    wait_for(&installation, "1", "\ncompleted, ");
 }
 
 /// What was being done when control ended goes on to its time limit at most, and is undone only after.
@@ -321,7 +321,7 @@ async fn a_plan_begins_by_itself_when_its_server_dies_and_not_too_often() {
     let mut client = installation.connect().await;
     run(&mut client, "CREATE TABLE t (n int); INSERT INTO t VALUES (7)").await;
     installation.signal_server("a", "KILL");
-    let text = wait_for(&installation, "1", "completed, ");
+    let text = wait_for(&installation, "1", "\ncompleted, ");
     assert!(text.contains("ungraceful") && text.contains("failover from `a` to `b`"), "{text}");
     assert_eq!(installation.active(), "b");
     let mut client = installation.connect().await;
@@ -373,13 +373,13 @@ async fn people_stop_a_plan_and_have_it_go_on_or_back() {
     tokio::time::sleep(Duration::from_millis(600)).await;
     assert_eq!(noted(&installation), ["do one"]);
     let _ = installation.holdfast(&["resume", "1"]);
-    let text = wait_for(&installation, "1", "completed");
+    let text = wait_for(&installation, "1", "\ncompleted, ");
     assert!(!text.contains("skipped"), "{text}");
     assert_eq!(noted(&installation), ["do one", "do two"]);
 
     let _ = installation.holdfast(&["execute", "shop", "p"]);
     let _ = installation.holdfast(&["cancel", "2", "--reason", "wrong day"]);
-    let text = wait_for(&installation, "2", "undone, ");
+    let text = wait_for(&installation, "2", "\nundone, ");
     assert!(text.contains("reason: cancelled by local: wrong day"), "{text}");
     assert_eq!(noted(&installation)[2..], ["do one", "undo one"]);
     let late = shown(&installation.holdfast(&["approve", "2", "go"]));
