@@ -257,15 +257,16 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         cells.push(shown);
     }
     if let (Some(cell), Some(seen)) = (&active, state.control.seen(name))
-        && state.control.watched(name)?.execution.is_none()
+        && state.control.is_settled_but_for(name, &state.control.watched(name)?, None)
         && seen.cell == *cell
         && seen.analysis != Analysis::NoProblem
     {
-        let to = application.cells.keys().find(|other| *other != cell);
+        let mut standbys = application.cells.iter().filter(|(_, at)| **at == CellState::Passive);
+        let to = standbys.next().map(|(other, _)| other);
         let next = match (&seen.blocked, to) {
             (Some(why), _) => why.clone(),
             (None, Some(to)) => format!("holdfast failover {name} --to {to}"),
-            (None, None) => "there is no other cell".into(),
+            (None, None) => "there is no other cell with a standby".into(),
         };
         let (analysis, says) = (seen.analysis, seen.analysis.says());
         problems.push(format!("cell `{cell}`: {says} ({analysis}): {next}"));
@@ -278,7 +279,11 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         ));
     }
     if let Some(id) = application.execution {
-        problems.push(format!("execution {id} is under way or stuck: holdfast executions {id}"));
+        let does = match state.control.rejoining(name, &application) {
+            Some(execution) => format!("makes `{}` a standby", execution.from),
+            None => "is under way or stuck".into(),
+        };
+        problems.push(format!("execution {id} {does}: holdfast executions {id}"));
     }
     // Whatever becomes of a plan is in no cell's way.
     match state.control.plan_under_way(name) {

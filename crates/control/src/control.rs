@@ -6,8 +6,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use model::cell::Application;
 use model::persisted::Execution;
+use model::switchover::Stage;
 use store::Store;
-use tokio::sync::{Mutex, MutexGuard, Notify};
+use tokio::sync::{Mutex, MutexGuard, Notify, watch};
 
 use crate::Proxies;
 use crate::config::{AppServers, ControlConfig};
@@ -21,6 +22,8 @@ use crate::watch::Seen;
 
 /// Between two looks whether it is somebody's turn.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long a rejoin may take to be given up.
+const GIVE_UP_MAX: Duration = Duration::from_secs(5);
 /// Executions that are shown and kept in mind; older ones stay in the store.
 pub const EXECUTIONS_SHOWN_MAX: usize = 100;
 
@@ -44,6 +47,8 @@ pub struct Control {
     pub(crate) writing: std::sync::Mutex<()>,
     /// How often each rule, of each application, was in the way of a change, and how often one was made in spite of it.
     pub(crate) refusals: std::sync::Mutex<Counts>,
+    /// How often rejoins were given up for a failover, by application.
+    pub(crate) rejoins_given_up: BTreeMap<String, watch::Sender<u64>>,
     /// Something was said to a plan of the application, or of it was done.
     pub(crate) stirred: BTreeMap<String, Notify>,
     pub(crate) never: Notify,
@@ -108,6 +113,8 @@ impl Control {
         let writing = std::sync::Mutex::default();
         let stirred = config.apps.keys().map(|app| (app.clone(), Notify::new())).collect();
         let never = Notify::new();
+        let rejoins_given_up = config.apps.keys().map(|app| (app.clone(), watch::Sender::new(0)));
+        let rejoins_given_up = rejoins_given_up.collect();
         Ok(Arc::new(Control {
             config,
             seat,
@@ -119,6 +126,7 @@ impl Control {
             seen,
             writing,
             refusals: std::sync::Mutex::default(),
+            rejoins_given_up,
             stirred,
             never,
         }))
@@ -210,6 +218,37 @@ impl Control {
                 taken => return taken,
             }
         }
+    }
+
+    /// The execution that makes the old server a standby, if that is all that is still being done.
+    pub fn rejoining(&self, app: &str, application: &Application) -> Option<Execution> {
+        let execution = self.execution(app, application.execution?).ok()?;
+        (execution.stage == Stage::Rejoin && execution.ending.is_none()).then_some(execution)
+    }
+
+    /// Whether nothing is being done to an application, or a rejoin alone, of another cell than this.
+    pub fn is_settled_but_for(
+        &self,
+        app: &str,
+        application: &Application,
+        cell: Option<&str>,
+    ) -> bool {
+        match self.rejoining(app, application) {
+            Some(execution) => cell.is_none_or(|cell| execution.from != cell),
+            None => application.execution.is_none(),
+        }
+    }
+
+    /// A rejoin that is being done is broken off: it can be done again, and what else is to be done cannot wait.
+    pub(crate) async fn give_up_rejoin(&self, app: &str) -> Result<(), ControlError> {
+        let deadline = Instant::now() + GIVE_UP_MAX;
+        while self.rejoining(app, &self.application(app)?).is_some() && Instant::now() < deadline {
+            if let Some(given_up) = self.rejoins_given_up.get(app) {
+                given_up.send_modify(|times| *times += 1);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
     }
 
     pub(crate) fn check_cell(&self, app: &str, cell: &str) -> Result<(), ControlError> {

@@ -7,13 +7,14 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
-use model::cell::Epoch;
+use model::cell::{CellState, Epoch};
 use model::chain;
 use model::durability::{Durability, Follower, Keeper, Protection, Step, standby_name};
 use pg::admin::Admin;
 
 use crate::config::AppServers;
 use crate::control::Control;
+use crate::following::tell;
 use crate::records;
 use crate::stages::{admin, reload};
 
@@ -79,8 +80,11 @@ async fn check_commits(active: &mut Admin) -> Result<(), String> {
 }
 
 /// Gives standbys their names, by which commits wait for them.
-pub(crate) async fn name_standbys(servers: &AppServers, active: &str) {
-    for (cell, server) in servers.cells.iter().filter(|(cell, _)| *cell != active) {
+pub(crate) async fn name_standbys(control: &Control, servers: &AppServers, app: &str) {
+    let Ok(application) = control.application(app) else { return };
+    // Of others something is being done.
+    let is_standby = |cell: &String| application.cells.get(cell) == Some(&CellState::Passive);
+    for (cell, server) in servers.cells.iter().filter(|(cell, _)| is_standby(cell)) {
         let name = async {
             let mut standby = admin(server).await?;
             let sql = "SELECT current_setting('primary_conninfo') WHERE pg_is_in_recovery()";
@@ -92,11 +96,7 @@ pub(crate) async fn name_standbys(servers: &AppServers, active: &str) {
             if named == conninfo {
                 return Ok(());
             }
-            let literal = named.replace('\'', "''");
-            let set = format!("ALTER SYSTEM SET primary_conninfo = '{literal}'");
-            // Its text is not for a log: it may hold a password.
-            standby.rows(&set).await.map_err(|_| "`primary_conninfo` cannot be set".to_owned())?;
-            reload(&mut standby).await
+            tell(&mut standby, &named).await
         };
         if let Err(error) = name.await {
             tracing::warn!(cell, error, "the standby cannot be given its name");
@@ -235,7 +235,7 @@ impl Control {
         let seen = records::application(&*self.store, app).map_err(|error| chain(&error))?;
         let mut application = seen.application;
         let is_other = application.active() != Some(cell)
-            || application.execution.is_some()
+            || !self.is_settled_but_for(app, &application, None)
             || epoch.is_some_and(|epoch| epoch != application.epoch);
         if is_other {
             return Err("the application is being changed".into());

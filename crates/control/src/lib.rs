@@ -16,6 +16,7 @@
 //! - [`plans`]: executions of plans. `actions`: what their steps do elsewhere.
 //! - [`safety`]: rules that are in the way of changes, and gates.
 //! - [`watch`]: looks at the active cells, and fails over.
+//! - `following`: has standbys follow the active cell's server.
 //! - `durability`: has commits wait for standbys.
 //! - [`hba`]: who may still log in to a fenced server.
 //!
@@ -32,6 +33,7 @@ pub mod audit;
 pub mod config;
 pub mod control;
 mod durability;
+mod following;
 pub mod hba;
 mod mailbox;
 pub mod member;

@@ -1,6 +1,7 @@
 //! One execution, stage by stage. What comes next is said by `model::switchover`; here it is recorded, done and
 //! recorded again, so that whoever finds it after a crash knows where it stands.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use model::barrier::Order;
@@ -112,7 +113,7 @@ impl Control {
                 Err(error) => return Err(error),
                 Ok(()) => {
                     crash_point(stage, "begin");
-                    let result = stages::run(self, &mut execution, stage).await;
+                    let result = self.run_stage(&mut execution, stage).await;
                     crash_point(stage, "end");
                     match result {
                         Ok(text) => (Outcome::Done, text),
@@ -137,6 +138,22 @@ impl Control {
                     return Ok(execution);
                 }
             }
+        }
+    }
+
+    async fn run_stage(&self, execution: &mut Execution, stage: Stage) -> Result<String, String> {
+        let app = execution.app.clone();
+        let given_up = self.rejoins_given_up.get(&app).filter(|_| stage == Stage::Rejoin);
+        let Some(given_up) = given_up else { return stages::run(self, execution, stage).await };
+        let mut given_up = given_up.subscribe();
+        tokio::select! {
+            biased;
+            result = Box::pin(async {
+                hold_point(stage).await;
+                stages::run(self, execution, stage).await
+            }) => result,
+            // As after a crash, it is done again later.
+            Ok(()) = given_up.changed() => Err("the new server was lost meanwhile".into()),
         }
     }
 
@@ -263,6 +280,16 @@ fn matters_after_a_crash(stage: Stage) -> bool {
 /// Tests kill the process here; a release build has no such point.
 fn crash_point(stage: Stage, at: &str) {
     crash_point_named(&format!("{stage}:{at}"));
+}
+
+/// Tests have a stage take long here, once; a release build has no such point.
+async fn hold_point(stage: Stage) {
+    static HELD: AtomicBool = AtomicBool::new(false);
+    let here = stage.to_string();
+    let is_here = std::env::var("HOLDFAST_HOLD_AT").is_ok_and(|point| point == here);
+    if cfg!(debug_assertions) && is_here && !HELD.swap(true, Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+    }
 }
 
 pub(crate) fn crash_point_named(here: &str) {

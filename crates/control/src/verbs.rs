@@ -9,6 +9,8 @@ use model::persisted::Execution;
 use model::switchover::{Ending, Kind, OnTimeout, Stage, resume};
 
 use crate::control::{Control, now_ms};
+use crate::following;
+use crate::member::Member;
 use crate::records::{self, RecordError};
 use crate::requests::{
     ControlError, DryRun, FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest,
@@ -240,6 +242,7 @@ impl Control {
         is_automatic: bool,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
+        self.give_up_rejoin(app).await?;
         let _taken = self.take_in_turn(app).await?;
         let FailoverRequest { to, allow_data_loss, .. } = request;
         if let Some((stuck, application)) = self.stands_in_the_way(app)? {
@@ -357,6 +360,34 @@ impl Control {
         }
         stages::check_alone(self.servers(app)?, cell).await.map_err(ControlError::Refused)?;
         let asked = Asked::new(Kind::Unfence, cell.to_owned(), cell.to_owned(), asking);
+        self.execute(app, seen, asked).await
+    }
+
+    /// Makes a standby one anew that has gone another way than the active cell's server.
+    ///
+    /// # Errors
+    /// It has not, or nobody can, or it is refused. How it went otherwise is in the execution.
+    pub(crate) async fn rejoin(
+        &self,
+        app: &str,
+        cell: &str,
+        asking: Asking,
+    ) -> Result<Execution, ControlError> {
+        let _taken = self.take(app)?;
+        let (seen, state) = self.see(app, cell)?;
+        let refused = |why: &str| ControlError::Refused(format!("`{cell}` {why}"));
+        let active = seen.application.active().filter(|_| state == CellState::Passive);
+        let active = active.ok_or_else(|| refused("is no standby of an active cell"))?.to_owned();
+        let servers = self.servers(app)?;
+        let strayed = following::strayed(servers, (cell, &active)).await;
+        let strayed = strayed.map_err(ControlError::Refused)?;
+        let why = strayed.ok_or_else(|| refused("has not gone another way"))?;
+        tracing::warn!(app, cell, active, why, "the standby has gone another way");
+        let member = servers.cells.get(cell).and_then(|server| server.member.as_ref());
+        if !member.is_some_and(Member::is_attended) {
+            return Err(refused("has nobody beside it who could make it a standby again"));
+        }
+        let asked = Asked::new(Kind::Rejoin, cell.to_owned(), active, asking);
         self.execute(app, seen, asked).await
     }
 

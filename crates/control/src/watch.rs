@@ -9,6 +9,7 @@ use model::audit::Asking;
 use model::cell::Application;
 use model::durability::{Keeper, Step};
 use model::failover::{Analysis, Answer, Detector, Process, Sight};
+use model::following::Followers;
 use model::persisted::Execution;
 use model::switchover::{Ending, Kind};
 use pg::admin::Admin;
@@ -18,6 +19,7 @@ use tokio::time::timeout;
 use crate::config::{AppServers, CellServer};
 use crate::control::{Control, now_ms};
 use crate::durability;
+use crate::following;
 use crate::member::Member;
 use crate::requests::{ControlError, FailoverRequest};
 use crate::stages;
@@ -26,6 +28,8 @@ use crate::stages;
 const PAUSE: Duration = Duration::from_millis(250);
 /// How long a server that answers may take to say more.
 const LOOK_MAX: Duration = Duration::from_secs(2);
+/// Between two looks whether standbys follow.
+const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 /// Between two tries of what did not succeed, which double each time, and the longest. After that it is new.
 const TRY_PAUSE: Duration = Duration::from_secs(5);
 const TRY_PAUSE_MAX: Duration = Duration::from_secs(300);
@@ -54,10 +58,14 @@ pub async fn run(control: Arc<Control>, app: String) {
     let mut looked_at: Option<String> = None;
     let mut tried: Option<Instant> = None;
     let mut rejoins = Patience::default();
+    let mut strays = Patience::default();
     let mut reverts = Patience::default();
     let mut forwards = Patience::default();
     let mut orphans = Patience::default();
     let mut keeping: Option<JoinHandle<()>> = None;
+    let mut following: Option<JoinHandle<Followers>> = None;
+    let mut followers = Followers::default();
+    let mut followed_at: Option<Instant> = None;
     let mut keeper = Keeper::default();
     loop {
         wait(&control, &app, looked_at.as_deref()).await;
@@ -81,9 +89,14 @@ pub async fn run(control: Arc<Control>, app: String) {
         }
         if control.is_orphaned(&app, &application) && orphans.may_try(Instant::now()) {
             orphans.tries(Instant::now());
-            if let Err(error) = control.recover(&app).await {
-                tracing::warn!(app, error = model::chain(&error), "what was cut off stands still");
-            }
+            let (cut_off, its) = (control.clone(), app.clone());
+            let recovery = async move {
+                if let Err(error) = cut_off.recover(&its).await {
+                    let error = model::chain(&error);
+                    tracing::warn!(app = its, error, "what was cut off stands still");
+                }
+            };
+            until_rejoin(&control, &app, recovery).await;
             continue;
         }
         if let Some(id) = control.stuck_after(&app)
@@ -91,13 +104,18 @@ pub async fn run(control: Arc<Control>, app: String) {
         {
             forwards.tries(Instant::now());
             let asking = Asking::own("it can only go forward");
+            let (stuck, its) = (control.clone(), app.clone());
             // What it says is in its log.
-            let _ = control.retry(&app, id, asking).await;
+            let retry = async move { drop(stuck.retry(&its, id, asking).await) };
+            until_rejoin(&control, &app, retry).await;
             continue;
         }
-        let active = application.active().filter(|_| application.execution.is_none());
+        // While the old server becomes a standby, which may take long, the new one is watched as ever.
+        let is_watched = control.is_settled_but_for(&app, &application, None);
+        let active = application.active().filter(|_| is_watched);
         let Some(cell) = active.map(str::to_owned) else {
             detector = Detector::default();
+            followed_at = None;
             continue;
         };
         if looked_at.as_ref() != Some(&cell) {
@@ -117,6 +135,37 @@ pub async fn run(control: Arc<Control>, app: String) {
                 Ok(Err(error)) => tracing::warn!(app, cell, error, "standbys cannot be asked for"),
                 Err(_) => tracing::warn!(app, cell, "standbys cannot be asked for in {LOOK_MAX:?}"),
             }
+        }
+        if let Some(task) = following.take_if(|task| task.is_finished()) {
+            followers = task.await.unwrap_or_default();
+            if let Some(cell) = followers.strayed(Instant::now())
+                && application.execution.is_none()
+                && strays.may_try(Instant::now())
+            {
+                strays.tries(Instant::now());
+                let asking = Asking::own("it has gone another way than the active cell's server");
+                let (control, app, cell) = (control.clone(), app.clone(), cell.to_owned());
+                tokio::spawn(async move {
+                    if let Err(error) = control.rejoin(&app, &cell, asking).await {
+                        tracing::warn!(app, cell, error = model::chain(&error), "no rejoin");
+                    }
+                });
+            }
+        }
+        if analysis == Analysis::NoProblem
+            && following.is_none()
+            && followed_at.is_none_or(|at| at.elapsed() >= FOLLOW_PAUSE)
+        {
+            followed_at = Some(Instant::now());
+            let (control, app, cell) = (control.clone(), app.clone(), cell.clone());
+            let mut followers = std::mem::take(&mut followers);
+            // Some may not answer, and the server is watched all the same.
+            following = Some(tokio::spawn(async move {
+                if let Ok(servers) = control.servers(&app) {
+                    following::follow(&control, servers, (&app, &cell), &mut followers).await;
+                }
+                followers
+            }));
         }
         if !analysis.calls_for_failover() {
             if analysis == Analysis::NoProblem
@@ -141,23 +190,41 @@ pub async fn run(control: Arc<Control>, app: String) {
             control.note_seen(&app, |seen| seen.blocked = started.err());
             continue;
         }
-        let blocked = match begin(&control, servers, &app, &cell).await {
-            Ok(execution) if execution.ending == Some(Ending::Aborted) => execution.reason,
-            Ok(_) => None,
-            Err(why) => Some(why),
-        };
-        let blocked = match blocked {
-            Some(why) => {
-                tracing::error!(app, cell, reason = why, "no failover");
-                let started = start_again(&control, servers, &app, &cell).await;
-                Some(match started {
-                    Ok(()) => why,
-                    Err(error) => format!("{why}; {error}"),
-                })
-            }
-            None => None,
-        };
-        control.note_seen(&app, |seen| seen.blocked = blocked);
+        let failover = fail_over(control.clone(), app.clone(), cell);
+        until_rejoin(&control, &app, failover).await;
+    }
+}
+
+/// Has another server take the place of the lost one, or says why none does, and has that one started again.
+async fn fail_over(control: Arc<Control>, app: String, cell: String) {
+    let Ok(servers) = control.servers(&app) else { return };
+    let why = match begin(&control, servers, &app, &cell).await {
+        Ok(execution) if execution.ending == Some(Ending::Aborted) => execution.reason,
+        Ok(_) => None,
+        Err(why) => Some(why),
+    };
+    let Some(why) = why else { return };
+    tracing::error!(app, cell, reason = why, "no failover");
+    let started = start_again(&control, servers, &app, &cell).await;
+    let blocked = match started {
+        Ok(()) => why,
+        Err(error) => format!("{why}; {error}"),
+    };
+    control.note_seen(&app, |seen| seen.blocked = Some(blocked));
+}
+
+/// Until it is done, or nothing is left of it but a rejoin, which goes on by itself.
+async fn until_rejoin(
+    control: &Control,
+    app: &str,
+    work: impl Future<Output = ()> + Send + 'static,
+) {
+    let mut task = tokio::spawn(work);
+    while timeout(PAUSE, &mut task).await.is_err() {
+        let application = control.watched(app);
+        if application.is_ok_and(|application| control.rejoining(app, &application).is_some()) {
+            return;
+        }
     }
 }
 
@@ -211,7 +278,7 @@ fn keep(control: &Arc<Control>, app: &str, cell: &str, step: Step) -> Option<Joi
             }
             Step::Unprotect(why) => durability::unprotect(&control, servers, at, &why).await,
             Step::Name => {
-                durability::name_standbys(servers, &cell).await;
+                durability::name_standbys(&control, servers, &app).await;
                 tokio::time::sleep(PAUSE).await;
                 Ok(())
             }

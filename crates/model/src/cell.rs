@@ -87,7 +87,8 @@ impl CellState {
             | (Draining, Active | Fenced)
             | (Fenced, Recovering)
             | (Recovering, Passive)
-            | (Passive, Promoting)
+            // Its server has gone another way than the active one's.
+            | (Passive, Promoting | Recovering)
             | (Promoting, Active | Fenced) => Ok(next),
             (from, to) => Err(IllegalChange { from, to }),
         }

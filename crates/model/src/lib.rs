@@ -10,6 +10,7 @@
 //! - [`cell`]: applications, cells, their states and the epoch.
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
 //! - [`failover`]: whether a server is lost, and whether another may take its place.
+//! - [`following`]: whether a standby is told to follow another server.
 //! - [`member`]: what control asks of whoever has a server's files at hand.
 //! - [`lease`]: the right to be the primary, for a time.
 //! - [`pledge`]: how that goes on while control is gone.
@@ -33,6 +34,7 @@ pub mod cell;
 pub mod durability;
 pub mod error_chain;
 pub mod failover;
+pub mod following;
 pub mod lease;
 pub mod lsn;
 pub mod member;

@@ -72,6 +72,7 @@ impl Change<'_> {
             Kind::Fence => set(self.from, CellState::Fenced),
             Kind::FenceAll => set(self.from, CellState::Passive),
             Kind::Unfence => set(self.to, CellState::Active),
+            Kind::Rejoin => (),
         }
         cells
     }

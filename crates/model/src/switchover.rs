@@ -22,9 +22,20 @@ pub enum Kind {
     Unfence,
     /// Another cell becomes the active one, because the active one's server is lost.
     Failover,
+    /// A standby that has gone another way than the active cell's server is made one anew.
+    Rejoin,
 }
 
 impl Kind {
+    pub const ALL: [Kind; 6] = [
+        Kind::Switchover,
+        Kind::Fence,
+        Kind::FenceAll,
+        Kind::Unfence,
+        Kind::Failover,
+        Kind::Rejoin,
+    ];
+
     /// Its first stage.
     pub fn first(self) -> Stage {
         match self {
@@ -32,6 +43,7 @@ impl Kind {
             Kind::Fence | Kind::FenceAll => Stage::Hold,
             Kind::Unfence => Stage::Regrant,
             Kind::Failover => Stage::Assess,
+            Kind::Rejoin => Stage::Rejoin,
         }
     }
 
@@ -42,6 +54,7 @@ impl Kind {
             Kind::FenceAll => "fence --all",
             Kind::Unfence => "unfence",
             Kind::Failover => "failover",
+            Kind::Rejoin => "rejoin",
         }
     }
 }
@@ -279,6 +292,7 @@ pub fn resume(kind: Kind, stage: Stage, is_past: bool) -> Stage {
         }
         // It begins with its grant, and there is nothing to go back to.
         (Kind::Unfence, ..) => Stage::Regrant,
+        (Kind::Rejoin, ..) => Stage::Rejoin,
     }
 }
 
@@ -354,6 +368,7 @@ release: rejoin, else Stuck
 rejoin: Completed, else CompletedWithoutRejoin
 "
         );
+        assert_eq!(ways(Kind::Rejoin), "rejoin: Completed, else CompletedWithoutRejoin\n");
         assert_eq!(next(Kind::Fence, Stage::Revert, Outcome::Done), Next::End(Ending::Aborted));
     }
 
@@ -370,7 +385,7 @@ rejoin: Completed, else CompletedWithoutRejoin
 
     #[test]
     fn every_way_ends() {
-        for kind in [Kind::Switchover, Kind::Fence, Kind::FenceAll, Kind::Unfence, Kind::Failover] {
+        for kind in Kind::ALL {
             for mut stage in Stage::ALL {
                 let mut steps = 0;
                 while let Next::Go(after) = next(kind, stage, Outcome::Done) {
@@ -393,6 +408,7 @@ rejoin: Completed, else CompletedWithoutRejoin
             assert_eq!(resume(Kind::Fence, stage, false), Stage::Revert);
             assert_eq!(resume(Kind::Fence, stage, true), Stage::Release);
             assert_eq!(resume(Kind::Unfence, stage, true), Stage::Regrant);
+            assert_eq!(resume(Kind::Rejoin, stage, true), Stage::Rejoin);
         }
     }
 }

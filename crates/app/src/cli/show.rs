@@ -253,7 +253,7 @@ pub(crate) fn print_execution(execution: &Execution) {
     let (id, app, from, to) = (execution.id, &execution.app, &execution.from, &execution.to);
     let ending = ending(execution);
     match execution.kind {
-        kind @ (Kind::Switchover | Kind::Failover) => {
+        kind @ (Kind::Switchover | Kind::Failover | Kind::Rejoin) => {
             let kind = kind.name();
             say!("execution {id}: {kind} of {app} from {from} to {to}: {ending}");
         }

@@ -38,8 +38,11 @@ pub(crate) struct DemoArgs {
     #[arg(long)]
     no_failover: bool,
     /// Have commits wait for so many standbys.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=4))]
     acks: u8,
+    /// Cells, each with a server.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=5))]
+    cells: u8,
     /// Put an agent beside each server, as where servers are on other machines.
     #[arg(long)]
     agents: bool,
@@ -56,7 +59,7 @@ pub(crate) struct DemoArgs {
 }
 
 pub(crate) const APP: &str = "shop";
-const CELLS: [&str; 2] = ["a", "b"];
+const CELLS: [&str; 5] = ["a", "b", "c", "d", "e"];
 const SUPERUSER: &str = "postgres";
 
 pub(crate) fn main(args: DemoArgs) -> Result<ExitCode, String> {
@@ -125,7 +128,7 @@ pub(crate) struct Demo {
 
 impl Demo {
     async fn start(args: &DemoArgs) -> Result<Demo, String> {
-        println!("starting two PostgreSQL servers, a proxy and their control on this machine");
+        println!("starting PostgreSQL servers, a proxy and their control on this machine");
         let bin_dir = args.bindir.clone().or_else(instance::find_bin_dir).ok_or(
             "PostgreSQL is not installed: `apt-get install postgresql`, or `--bindir` says where it is",
         )?;
@@ -169,7 +172,7 @@ impl Demo {
         run_as: Option<RunAs>,
         args: &DemoArgs,
     ) -> Result<(), String> {
-        for cell in CELLS {
+        for cell in CELLS.into_iter().take(args.cells.into()) {
             let data_dir = self.dir.join(cell);
             make_directory(&data_dir, run_as)?;
             let port = self.free_port()?;
@@ -189,8 +192,8 @@ impl Demo {
                 shared: std::sync::Arc::default(),
             });
         }
-        let [primary, standby] = self.instances.as_slice() else {
-            return Err("two cells are needed".into());
+        let [primary, standbys @ ..] = self.instances.as_slice() else {
+            return Err("cells are needed".into());
         };
         let step = Progress::begin(&format!(
             "initialising cell {} (primary, port {})",
@@ -206,18 +209,18 @@ impl Demo {
         primary.write(&conf, text.as_bytes()).map_err(|e| chain(&e))?;
         primary.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
         step.end();
-        let step = Progress::begin(&format!(
-            "copying it to cell {} (standby, port {})",
-            CELLS[1], self.ports[1]
-        ));
         let conninfo = conninfo(self.ports[0]);
-        if standby.has("pg_basebackup") {
-            standby.clone_from(&conninfo).await.map_err(|e| chain(&e))?;
-        } else {
-            copy_stopped(primary, standby, &conninfo).await?;
+        for (standby, (cell, port)) in standbys.iter().zip(CELLS.iter().zip(&self.ports).skip(1)) {
+            let step =
+                Progress::begin(&format!("copying it to cell {cell} (standby, port {port})"));
+            if standby.has("pg_basebackup") {
+                standby.clone_from(&conninfo).await.map_err(|e| chain(&e))?;
+            } else {
+                copy_stopped(primary, standby, &conninfo).await?;
+            }
+            standby.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
+            step.end();
         }
-        standby.start(Duration::from_secs(60)).await.map_err(|e| chain(&e))?;
-        step.end();
         if args.controls > 1 {
             let step = Progress::begin("starting etcd, nodes of control, agents and proxies");
             let controls = self.start_controls(args.controls, bin_dir).await?;
@@ -377,7 +380,7 @@ impl Demo {
 
     /// Each in a process of its own, as on a machine of its own.
     fn start_agents(&mut self, controls: &[u16], bin_dir: &Path) -> Result<(), String> {
-        for (at, cell) in CELLS.iter().enumerate() {
+        for (at, cell) in CELLS.iter().take(self.ports.len()).enumerate() {
             let port = self.free_port()?;
             let text = format!(
                 "[agent]\napp = \"{APP}\"\ncell = \"{cell}\"\ncontrol = {}\nlisten = \"127.0.0.1:{port}\"\n\
@@ -427,7 +430,7 @@ impl Demo {
         }
         text.push_str(&format!("\n[app.durability]\nacks = {}\n", self.acks));
         text.push_str(&format!("\n[app.failover]\nautomatic = {}\n", self.fails_over));
-        for (at, cell) in CELLS.iter().enumerate() {
+        for (at, cell) in CELLS.iter().take(self.ports.len()).enumerate() {
             text.push_str(&format!(
                 "\n[[app.cell]]\nname = \"{cell}\"\nserver = \"127.0.0.1:{}\"\nactive = {}\n",
                 self.ports[at],

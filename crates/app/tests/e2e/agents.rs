@@ -44,7 +44,7 @@ fn synchronous(text: String) -> String {
 }
 
 /// Until that is proven: without, nobody fails over by himself.
-async fn wait_protected(installation: &Installation) {
+pub(crate) async fn wait_protected(installation: &Installation) {
     wait_until("commits that wait", async || {
         !shown(&installation.holdfast(&["status", "shop"])).contains('!')
     })

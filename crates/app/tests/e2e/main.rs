@@ -30,4 +30,5 @@ mod relay;
 mod safety;
 mod single;
 mod targets;
+mod three;
 mod twins;

@@ -90,6 +90,17 @@ impl Installation {
         Installation::start_on(name, &[args, &["--proxies", "2"]].concat(), other_bin_dir())
     }
 
+    /// Three cells, of which each commit is on two.
+    pub(crate) fn start_of_three(name: &str, args: &[&str]) -> Installation {
+        let three = ["--pool", "8", "--cells", "3", "--acks", "1"];
+        let mut installation =
+            Installation::start_on(name, &[args, &three].concat(), other_bin_dir());
+        // Several are lost within minutes.
+        let often = "automatic = true\nblock = \"0s\"";
+        installation.reconfigure(|text| text.replacen("automatic = true", often, 1));
+        installation
+    }
+
     /// Three nodes of which one is control, with etcd; two proxies; agents.
     pub(crate) fn start_nodes(name: &str, args: &[&str]) -> Installation {
         let nodes = ["--pool", "8", "--controls", "3", "--proxies", "2"];

@@ -23,6 +23,7 @@ use super::fencing::reload;
 use super::{Done, POLL, admin, admin_at_once, chain, release, reported};
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
+use crate::following;
 use crate::member::Member;
 use crate::records;
 
@@ -567,14 +568,20 @@ pub(super) async fn keep_tail(
     let lost = from.member.as_ref().ok_or_else(unknown)?;
     // Whatever somebody has started writes to it no more.
     lost.end().await?;
-    if !lost.look().await?.reads_wal {
-        return Err(unknown());
-    }
+    let condition = lost.look().await?;
+    let timeline = condition.timeline.filter(|_| condition.reads_wal).ok_or_else(unknown)?;
     let mut new = admin(to).await?;
-    let (timeline, fork) = fork_of(&mut new).await?;
+    let (now, history) = following::history(&mut new).await?;
+    let nothing = || "the lost server had nothing that is not here".to_owned();
+    if timeline == now {
+        return Ok(nothing());
+    }
+    let Some(fork) = history.left(timeline) else {
+        return Err(format!("it was on timeline {timeline}, of which {now} does not come"));
+    };
     let around = tail_around(lost, timeline, fork).await?;
     if around.last.ok_or("nothing of its log can be read there")? < fork {
-        return Ok("the lost server had nothing that is not here".into());
+        return Ok(nothing());
     }
     let tail = lost.read_tail(timeline, fork).await?;
     let last = tail.last.ok_or("nothing of its log can be read there")?;
@@ -588,20 +595,6 @@ pub(super) async fn keep_tail(
     execution.lost = Some(LostTail { from: fork, to: last, transactions: tail.commits, kept_in });
     control.save(execution).map_err(chain)?;
     Ok(text)
-}
-
-/// The timeline that the new primary has left, and where.
-async fn fork_of(new: &mut Admin) -> Result<(u64, Lsn), String> {
-    // Its control file names the new timeline from its first checkpoint on.
-    new.rows("CHECKPOINT").await.map_err(chain)?;
-    let question = "SELECT pg_read_file('pg_wal/' || upper(lpad(to_hex(timeline_id), 8, '0')) || '.history') \
-        FROM pg_control_checkpoint()";
-    let text = new.value(question).await.map_err(chain)?.unwrap_or_default();
-    let last = text.lines().rev().find(|line| !line.trim().is_empty() && !line.starts_with('#'));
-    let mut words = last.unwrap_or_default().split_whitespace();
-    let timeline = words.next().and_then(|word| word.parse().ok());
-    let fork = words.next().and_then(Lsn::read);
-    timeline.zip(fork).ok_or_else(|| "the history of its timeline cannot be read".into())
 }
 
 /// What would be done, for `--dry-run`.

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::durability::before_promotion;
+use crate::following;
 use crate::requests::SwitchoverRequest;
 
 /// A standby further behind is refused before anybody is held.
@@ -64,7 +65,9 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::Attach => attach(control, execution).await,
         Stage::Release => {
             let state = match execution.kind {
-                Kind::Switchover | Kind::Unfence | Kind::Failover => CellState::Active,
+                Kind::Switchover | Kind::Unfence | Kind::Failover | Kind::Rejoin => {
+                    CellState::Active
+                }
                 Kind::Fence => CellState::Fenced,
                 Kind::FenceAll => CellState::Passive,
             };
@@ -73,7 +76,12 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::Rejoin => {
             let retire = Order::Retire { app: execution.app.clone() };
             reported(control.order(retire).await)?;
-            if rejoining::is_done(from).await {
+            // Done late, it is another by now that is followed.
+            let application = control.application(&execution.app).map_err(chain)?;
+            let active = application.active().filter(|active| *active != execution.from);
+            let active = active.ok_or("no other cell is active")?.to_owned();
+            let to = server(&active)?;
+            if rejoining::is_done(from, to).await {
                 return Ok("streams as a standby already".into());
             }
             // A standby takes logins: nobody is to come who takes it for what it was.
@@ -81,10 +89,14 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             if !late.is_empty() {
                 tracing::warn!(app = execution.app, ?late, "proxies were waited for");
             }
+            let is_planned = !matches!(execution.kind, Kind::Failover | Kind::Rejoin);
+            if is_planned {
+                following::turn(control, servers, &execution.app, &active).await;
+            }
             let kept = match rejoining::has_begun(from).await {
                 // What became of it since, nobody knows, so what is left of the directory is kept.
                 true => Err("an earlier try was broken off".to_owned()),
-                false if execution.kind != Kind::Failover => Ok("nothing was lost".to_owned()),
+                false if is_planned => Ok("nothing was lost".to_owned()),
                 false if execution.lost.is_some() => {
                     Ok("what was lost was looked at before".to_owned())
                 }
@@ -92,7 +104,7 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             };
             let rejoined = rejoin((&execution.from, from), to, kept.is_ok()).await?;
             Ok(match kept {
-                Ok(_) if execution.kind != Kind::Failover => rejoined,
+                Ok(_) if is_planned => rejoined,
                 Ok(kept) => format!("{rejoined}; {kept}"),
                 Err(why) => format!("{rejoined}; what was lost is not known: {why}"),
             })

@@ -8,6 +8,7 @@ use super::fencing::hba_file;
 use super::{Done, admin, chain};
 use crate::config::CellServer;
 use crate::durability::named;
+use crate::following;
 
 const STREAM_MAX: Duration = Duration::from_secs(60);
 
@@ -18,12 +19,12 @@ pub(super) async fn has_begun(server: &CellServer) -> bool {
 }
 
 /// It is a standby that streams: an earlier try has come to its end.
-pub(super) async fn is_done(server: &CellServer) -> bool {
+pub(super) async fn is_done(server: &CellServer, primary: &CellServer) -> bool {
     if has_begun(server).await {
         return false;
     }
     let Ok(mut admin) = admin(server).await else { return false };
-    admin.status().await.is_ok_and(|status| status.in_recovery && status.streaming)
+    following::follows(&mut admin, primary).await == Ok(true)
 }
 
 /// Makes the old server a standby of the new one. What only it has may go if that `is_kept`.
@@ -55,7 +56,7 @@ pub(super) async fn rejoin(
     let how = member.rejoin(work).await?;
     let mut old = admin(from).await?;
     let deadline = Instant::now() + STREAM_MAX;
-    while !old.status().await.map_err(chain)?.streaming {
+    while !following::follows(&mut old, to).await? {
         if Instant::now() > deadline {
             return Err(format!("it does not stream from the new primary after {STREAM_MAX:?}"));
         }

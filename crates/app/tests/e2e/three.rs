@@ -1,0 +1,169 @@
+//! More than two cells: whoever is lost, the others go on together.
+
+use std::time::{Duration, Instant};
+
+use crate::agents::{switch_to, wait_protected, wait_until};
+use crate::failover::{begin, end, wait_active};
+use crate::support::{Installation, run, shown, signal, value};
+
+const POLL: Duration = Duration::from_millis(50);
+
+/// Which cell is active once all stream and commits wait for them.
+async fn settled(installation: &Installation, not: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    loop {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        let active = status.split("active cell ").nth(1).and_then(|rest| rest.split(',').next());
+        if let Some(active) = active
+            && active != not
+            && !status.contains('!')
+        {
+            return active.to_owned();
+        }
+        assert!(Instant::now() < deadline, "{status}");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// One is lost after the other, and each time the third follows whoever takes its place.
+async fn lose_one_after_the_other(installation: &Installation) {
+    let mut idle = installation.connect().await;
+    let writers = begin(installation).await;
+    run(&mut idle, "SET work_mem = '7MB'").await;
+    wait_active(installation, "a").await;
+    wait_protected(installation).await;
+    let mut lost = "a".to_owned();
+    for _ in 0..3 {
+        installation.signal_server(&lost, "KILL");
+        lost = settled(installation, &lost).await;
+        wait_protected(installation).await;
+        assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    }
+    for writer in writers {
+        let (acknowledged, told) = writer.stop().await;
+        assert!(acknowledged.len() > 50, "{} {told:?}", acknowledged.len());
+        let list: Vec<String> = acknowledged.iter().map(u64::to_string).collect();
+        let question = format!(
+            "SELECT count(*) FROM unnest('{{{}}}'::bigint[]) n WHERE n NOT IN (SELECT n FROM written)",
+            list.join(",")
+        );
+        assert_eq!(value(&mut idle, &question).await, "0", "acknowledged and not there");
+    }
+}
+
+#[tokio::test]
+async fn whichever_is_lost_the_others_follow() {
+    lose_one_after_the_other(&Installation::start_of_three("three", &[])).await;
+}
+
+#[tokio::test]
+async fn whichever_is_lost_the_others_follow_by_their_agents() {
+    lose_one_after_the_other(&Installation::start_of_three("three-agents", &["--agents"])).await;
+}
+
+#[tokio::test]
+async fn a_switchover_takes_the_third_along() {
+    let installation = Installation::start_of_three("three-switch", &[]);
+    let mut client = installation.connect().await;
+    let writers = begin(&installation).await;
+    wait_protected(&installation).await;
+    for to in ["c", "b", "a"] {
+        let text = switch_to(&installation, to).await;
+        assert!(text.contains("completed"), "{text}");
+        assert_eq!(settled(&installation, "").await, to);
+        wait_protected(&installation).await;
+    }
+    end(&installation, writers).await;
+    let all = value(&mut client, "SELECT count(*) FROM written").await;
+    for cell in ["b", "c"] {
+        let mut standby = installation.direct(cell).await;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while value(&mut standby, "SELECT count(*) FROM written").await != all {
+            assert!(Instant::now() < deadline, "{cell} does not follow");
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+/// The new server is lost while the old one is made a standby of it: the third takes its place, and all come back.
+#[tokio::test]
+async fn a_failover_waits_for_no_rejoin() {
+    let mut installation = Installation::start_of_three("three-rejoin", &[]);
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_HOLD_AT", "rejoin")]);
+    let mut idle = installation.connect().await;
+    run(&mut idle, "CREATE TABLE t (n int); SET work_mem = '7MB'").await;
+    wait_protected(&installation).await;
+    installation.signal_server("a", "KILL");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let text = shown(&installation.holdfast(&["executions", "1"]));
+        if text.contains("rejoin   runs") {
+            break;
+        }
+        assert!(Instant::now() < deadline && !text.contains("completed"), "{text}");
+        tokio::time::sleep(POLL).await;
+    }
+    // The third follows meanwhile, and commits wait for it.
+    wait_until("commits that wait", async || {
+        !shown(&installation.holdfast(&["status", "shop"])).contains("by one server alone")
+    })
+    .await;
+    let second = installation.active();
+    installation.signal_server(&second, "KILL");
+    let third = settled(&installation, &second).await;
+    assert_ne!(third, "a", "it was no standby yet");
+    assert_eq!(value(&mut idle, "SHOW work_mem").await, "7MB");
+    run(&mut idle, "INSERT INTO t VALUES (1)").await;
+    wait_protected(&installation).await;
+}
+
+/// A standby that was not there has more than the one that took the place: what only it has is kept, and it follows.
+#[tokio::test]
+async fn a_standby_that_has_gone_another_way_is_made_one_anew() {
+    let mut installation = Installation::start_of_three("three-strays", &[]);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    wait_protected(&installation).await;
+    let mut standby = installation.direct("c").await;
+    let frozen = value(&mut standby, "SELECT pid FROM pg_stat_wal_receiver").await;
+    let frozen = frozen.parse().unwrap();
+    drop(standby);
+    signal(frozen, "STOP");
+    run(&mut client, "INSERT INTO t VALUES (1)").await;
+    drop(client);
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.signal_server("b", "STOP");
+    installation.signal_server("a", "KILL");
+    // Nothing is left of its log, and what was on its way to `c` is lost with it.
+    std::fs::remove_dir_all(installation.dir.join("a/pg_wal")).unwrap();
+    signal(frozen, "KILL");
+    installation.restart(&[]);
+    let failover = ["failover", "shop", "--to", "c", "--allow-data-loss"];
+    wait_until("the failover", async || {
+        shown(&installation.holdfast(&failover)).contains("release") || installation.active() == "c"
+    })
+    .await;
+    let mut client = installation.connect().await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "0", "lost, as was said");
+    run(&mut client, "INSERT INTO t VALUES (2)").await;
+    installation.signal_server("b", "CONT");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let text = shown(&installation.holdfast(&["executions"]));
+        if text.lines().any(|line| line.contains("rejoin: b to c") && line.contains("completed")) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{text}");
+        tokio::time::sleep(POLL).await;
+    }
+    let text = shown(&installation.holdfast(&["executions", "2"]));
+    assert!(text.contains("1 commits") && text.contains("kept in"), "{text}");
+    let mut standby = installation.direct("b").await;
+    wait_until("the rejoined", async || {
+        value(&mut standby, "SELECT string_agg(n::text, ' ') FROM t").await == "2"
+    })
+    .await;
+}
