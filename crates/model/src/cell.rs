@@ -252,7 +252,7 @@ mod tests {
 x.x... draining
 ...x.. fenced
 ....x. recovering
-.....x passive
+....xx passive
 x.x... promoting
 "
         );
