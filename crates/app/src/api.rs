@@ -10,12 +10,14 @@ use axum::extract::{Json, Path, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use control::config::AppServers;
 use control::{
     Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest,
 };
 use model::audit::Record;
 use model::cell::CellState;
 use model::failover::Analysis;
+use model::objectives::{Measured, Objectives};
 use model::persisted::Execution;
 use model::plan::run::{PlanError, PlanExecution, StepState};
 use model::switchover::Kind;
@@ -271,7 +273,9 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         let (analysis, says) = (seen.analysis, seen.analysis.says());
         problems.push(format!("cell `{cell}`: {says} ({analysis}): {next}"));
     }
-    problems.extend(state.control.seen(name).and_then(|seen| seen.held_back));
+    if let Some(seen) = state.control.seen(name) {
+        problems.extend(seen.held_back.into_iter().chain(seen.notices));
+    }
     let acks = state.control.config.apps[name].durability.acks;
     if acks > 0 && application.protected.is_none() && active.is_some() {
         problems.push(format!(
@@ -575,6 +579,7 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
             );
         }
     }
+    write_costs(&state, &mut out);
     let counts = state.control.safety_counts();
     let lines = |which: &dyn Fn(&(u64, u64)) -> u64| -> Vec<(String, u64)> {
         let line = |((app, rule), counts): (&(String, String), &(u64, u64))| {
@@ -589,6 +594,44 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
     let help = "Changes that were begun in spite of a safety rule.";
     proxy::metrics::write_metric(&mut out, name, "counter", help, &lines(&|counts| counts.1));
     ([("content-type", "text/plain; version=0.0.4")], out).into_response()
+}
+
+/// What the newest changes of cells have cost, and what they were to cost at most.
+fn write_costs(state: &State, out: &mut String) {
+    let mut write = |name, help, lines: &[(String, u64)]| {
+        proxy::metrics::write_metric(out, name, "gauge", help, lines);
+    };
+    let apps = &state.control.config.apps;
+    let objective = |of: fn(&Objectives) -> Option<u64>| -> Vec<(String, u64)> {
+        let line = |(app, servers): (&String, &AppServers)| {
+            Some((format!("{{app=\"{app}\"}}"), of(&servers.objectives)?))
+        };
+        apps.iter().filter_map(line).collect()
+    };
+    let newest: Vec<Execution> = apps
+        .keys()
+        .filter_map(|app| state.control.executions(app).ok())
+        .flat_map(|all| {
+            let of =
+                |kind| all.iter().find(|one| one.kind == kind && one.ending.is_some()).cloned();
+            [of(Kind::Switchover), of(Kind::Failover)].into_iter().flatten().collect::<Vec<_>>()
+        })
+        .collect();
+    let measured = |of: fn(&Measured) -> Option<u64>| -> Vec<(String, u64)> {
+        let line = |one: &Execution| {
+            let labels = format!("{{app=\"{}\",kind=\"{}\"}}", one.app, one.kind.name());
+            Some((labels, of(&one.measured)?))
+        };
+        newest.iter().filter_map(line).collect()
+    };
+    let help = "Milliseconds without service by the newest change of cells.";
+    write("holdfast_recovery_ms", help, &measured(|one| one.without_ms));
+    let help = "Milliseconds that a change of cells may take at most, as an objective.";
+    write("holdfast_recovery_objective_ms", help, &objective(|one| one.rto_ms));
+    let help = "Bytes of WAL that were on the lost server alone at the newest change of cells.";
+    write("holdfast_loss_bytes", help, &measured(|one| one.lost_bytes));
+    let help = "Bytes of WAL that may be lost at most, as an objective.";
+    write("holdfast_loss_objective_bytes", help, &objective(|one| one.rpo_bytes));
 }
 
 /// 200 while every application is served by an active cell.

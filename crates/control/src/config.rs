@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use model::durability::Durability;
 use model::lease::Terms;
+use model::objectives::Objectives;
 use model::plan::Plan;
 use model::safety::Rule;
 use pg::Target;
@@ -47,6 +48,9 @@ pub struct AppServers {
     pub cells: BTreeMap<String, CellServer>,
     pub failover: FailoverConfig,
     pub durability: Durability,
+    pub objectives: Objectives,
+    /// Servers keep WAL for standbys of other cells by slots.
+    pub slots: bool,
     /// By name.
     pub plans: BTreeMap<String, Plan>,
     pub rules: Vec<Rule>,

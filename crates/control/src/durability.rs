@@ -96,7 +96,7 @@ pub(crate) async fn name_standbys(control: &Control, servers: &AppServers, app: 
             if named == conninfo {
                 return Ok(());
             }
-            tell(&mut standby, &named).await
+            tell(&mut standby, Some(&named), None).await
         };
         if let Err(error) = name.await {
             tracing::warn!(cell, error, "the standby cannot be given its name");

@@ -1,17 +1,21 @@
 //! Standbys of other cells follow the active one's server, whichever that is by now.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::cell::CellState;
 use model::durability::standby_name;
-use model::following::{Followers, History, Position, Standby};
+use model::following::{Followers, History, Position, Standby, is_same_place};
+use model::settings::{self, ASKED, Setting};
+use model::slots::{self as slots_model, slot_name};
 use pg::admin::Admin;
 use tokio::time::timeout;
 
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::durability::named;
+use crate::slots;
 use crate::stages::{admin, reload};
 
 /// How long one standby may take.
@@ -20,7 +24,15 @@ const ASK_MAX: Duration = Duration::from_secs(5);
 const TURN_MAX: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(10);
 
-/// Tells those to follow that do not.
+/// What is found where the active cell's server is.
+struct AtPrimary {
+    /// Names of standbys that stream from it.
+    listed: Vec<String>,
+    /// Slots by which standbys may receive.
+    slots: BTreeSet<String>,
+}
+
+/// Tells those to follow that do not, keeps their slots, and finds settings that are in the way.
 pub(crate) async fn follow(
     control: &Control,
     servers: &AppServers,
@@ -29,8 +41,13 @@ pub(crate) async fn follow(
 ) {
     let Ok(application) = control.application(app) else { return };
     let Some(primary) = servers.cells.get(active) else { return };
-    let ask = timeout(ASK_MAX, listed(primary));
-    let Ok(Ok(listed)) = ask.await else { return };
+    let mut notices = Vec::new();
+    let look = look_at_primary(servers, active, &mut notices);
+    let at_primary = match timeout(ASK_MAX, look).await {
+        Ok(Ok(at_primary)) => at_primary,
+        Ok(Err(error)) => return tracing::debug!(app, active, error, "it cannot be asked"),
+        Err(_) => return tracing::debug!(app, active, "it does not answer in {ASK_MAX:?}"),
+    };
     for (cell, server) in servers.cells.iter().filter(|(cell, _)| *cell != active) {
         // Of others something is being done, or a person has to.
         let is_standby = application.cells.get(cell) == Some(&CellState::Passive);
@@ -39,21 +56,33 @@ pub(crate) async fn follow(
             continue;
         }
         let wanted = named(&primary.conninfo, cell);
-        let is_listed = listed.contains(&standby_name(cell));
+        let is_listed = at_primary.listed.contains(&standby_name(cell));
         let needs_all = servers.durability.acks > 0;
         let look = async {
             let mut standby = admin(server).await?;
-            let Some((is_streaming, conninfo)) = receives(&mut standby).await? else {
+            let Some(Receiver { is_streaming, conninfo, slot }) = receives(&mut standby).await?
+            else {
                 return Ok::<(), String>(());
             };
+            slots::keep(&mut standby, &BTreeSet::new()).await?;
+            check_settings(&mut standby, (cell, server), false, &mut notices).await?;
+            let wanted_slot = slot_name(cell).filter(|name| at_primary.slots.contains(name));
+            // Somebody else's is theirs. One that is not there would keep it from streaming.
+            let is_other_slot = (slot.is_empty() || slots_model::is_ours(&slot))
+                && slot != wanted_slot.as_deref().unwrap_or_default();
+            let other_slot = is_other_slot.then(|| wanted_slot.unwrap_or_default());
             let conninfo = conninfo.as_str();
             let seen = Standby { cell, is_streaming, is_listed, conninfo, wanted: &wanted };
-            if !followers.see(Instant::now(), seen, needs_all) {
-                if !(is_listed && is_streaming)
-                    && let Some((position, _)) = has_strayed(&mut standby, primary).await?
-                {
-                    followers.note_strayed(Instant::now(), cell, position);
-                }
+            let turns = followers.see(Instant::now(), seen, needs_all);
+            if !turns
+                && !(is_listed && is_streaming)
+                && let Some((position, why)) = has_strayed(&mut standby, primary).await?
+            {
+                notices.push(format!("cell `{cell}` will not follow: {why}"));
+                followers.note_strayed(Instant::now(), cell, position);
+            }
+            let is_there = is_listed || is_same_place(conninfo, &wanted);
+            if !turns && !(other_slot.is_some() && is_there) {
                 return Ok(());
             }
             // The application may have been changed since it was looked at.
@@ -61,8 +90,13 @@ pub(crate) async fn follow(
             if now.version != application.version {
                 return Ok(());
             }
-            tell(&mut standby, &wanted).await?;
-            tracing::warn!(app, cell, active, "the standby is told to follow");
+            let conninfo = turns.then_some(&*wanted);
+            tell(&mut standby, conninfo, other_slot.as_deref()).await?;
+            if turns {
+                tracing::warn!(app, cell, active, "the standby is told to follow");
+            } else {
+                tracing::info!(app, cell, slot = other_slot, "the standby is told its slot");
+            }
             Ok(())
         };
         match timeout(ASK_MAX, look).await {
@@ -71,34 +105,117 @@ pub(crate) async fn follow(
             Err(_) => tracing::debug!(app, cell, "the standby does not answer in {ASK_MAX:?}"),
         }
     }
+    control.note_seen(app, |seen| seen.notices = notices);
 }
 
-/// Has a standby follow whom this connection string names.
-pub(crate) async fn tell(standby: &mut Admin, conninfo: &str) -> Result<(), String> {
-    let literal = conninfo.replace('\'', "''");
-    let set = format!("ALTER SYSTEM SET primary_conninfo = '{literal}'");
-    // Its text is not for a log: it may hold a password.
-    standby.rows(&set).await.map_err(|_| "`primary_conninfo` cannot be set".to_owned())?;
+async fn look_at_primary(
+    servers: &AppServers,
+    active: &str,
+    notices: &mut Vec<String>,
+) -> Result<AtPrimary, String> {
+    let server = servers.cells.get(active).ok_or("it is not configured")?;
+    let mut primary = admin(server).await?;
+    let others = servers.cells.keys().filter(|cell| *cell != active);
+    let wanted = match servers.slots && is_bounded(&mut primary).await? {
+        true => others.filter_map(|cell| slot_name(cell)).collect(),
+        false => BTreeSet::new(),
+    };
+    // Standbys are told to follow without, too.
+    let slots = slots::keep(&mut primary, &wanted).await.unwrap_or_else(|error| {
+        notices.push(format!("slots of cell `{active}` cannot be kept: {error}"));
+        BTreeSet::new()
+    });
+    check_settings(&mut primary, (active, server), servers.slots, notices).await?;
+    Ok(AtPrimary { listed: listed(&mut primary).await?, slots })
+}
+
+/// What slots keep has a limit: a standby that is gone does not fill the disk.
+async fn is_bounded(primary: &mut Admin) -> Result<bool, String> {
+    let sql = "SELECT (setting::bigint >= 0)::text FROM pg_settings WHERE name = 'max_slot_wal_keep_size'";
+    let value = primary.value(sql).await.map_err(|error| model::chain(&error))?;
+    Ok(value.as_deref() == Some("true"))
+}
+
+/// Notes what is in the way of a failover, and puts right what nobody has chosen to be so.
+async fn check_settings(
+    server: &mut Admin,
+    (cell, of): (&str, &CellServer),
+    has_slots: bool,
+    notices: &mut Vec<String>,
+) -> Result<(), String> {
+    let names: Vec<String> = ASKED.iter().map(|name| format!("'{name}'")).collect();
+    let sql = format!(
+        "SELECT name, setting, (source = 'default')::text FROM pg_settings WHERE name IN ({})",
+        names.join(", ")
+    );
+    let rows = server.rows(&sql).await.map_err(|error| model::chain(&error))?;
+    let setting = |row: Vec<Option<String>>| {
+        let mut row = row.into_iter().map(Option::unwrap_or_default);
+        let (name, value) = (row.next()?, row.next()?);
+        Some((name, Setting { value, is_default: row.next()? == "true" }))
+    };
+    let settings = rows.into_iter().filter_map(setting).collect();
+    for finding in settings::check(&settings, has_slots) {
+        let may = finding.is_default && of.member.is_some();
+        match finding.to.filter(|_| may) {
+            Some((name, value)) => {
+                let set = format!("ALTER SYSTEM SET {name} = '{value}'");
+                server.rows(&set).await.map_err(|error| model::chain(&error))?;
+                reload(server).await?;
+                tracing::info!(cell, name, value, "a setting that nobody has chosen is changed");
+            }
+            None => notices.push(format!("cell `{cell}`: {}", finding.says)),
+        }
+    }
+    Ok(())
+}
+
+/// Has a standby follow whom this connection string names, or by this slot: by none if that is empty.
+pub(crate) async fn tell(
+    standby: &mut Admin,
+    conninfo: Option<&str>,
+    slot: Option<&str>,
+) -> Result<(), String> {
+    if let Some(conninfo) = conninfo {
+        let literal = conninfo.replace('\'', "''");
+        let set = format!("ALTER SYSTEM SET primary_conninfo = '{literal}'");
+        // Its text is not for a log: it may hold a password.
+        standby.rows(&set).await.map_err(|_| "`primary_conninfo` cannot be set".to_owned())?;
+    }
+    if let Some(slot) = slot {
+        let set = format!("ALTER SYSTEM SET primary_slot_name = '{slot}'");
+        standby.rows(&set).await.map_err(|error| model::chain(&error))?;
+    }
     reload(standby).await
 }
 
 /// Names of standbys that stream from a server.
-async fn listed(server: &CellServer) -> Result<Vec<String>, String> {
+async fn listed(primary: &mut Admin) -> Result<Vec<String>, String> {
     let sql =
         "SELECT application_name FROM pg_catalog.pg_stat_replication WHERE state = 'streaming'";
-    let rows = admin(server).await?.rows(sql).await.map_err(|error| model::chain(&error))?;
+    let rows = primary.rows(sql).await.map_err(|error| model::chain(&error))?;
     Ok(rows.into_iter().flatten().flatten().collect())
 }
 
-/// Whether a standby receives, and by which `primary_conninfo`. None if it is none.
-async fn receives(standby: &mut Admin) -> Result<Option<(bool, String)>, String> {
+/// Of a standby.
+struct Receiver {
+    is_streaming: bool,
+    /// `primary_conninfo`, `primary_slot_name`.
+    conninfo: String,
+    slot: String,
+}
+
+/// Whether a standby receives, and how. None if it is none.
+async fn receives(standby: &mut Admin) -> Result<Option<Receiver>, String> {
     let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_wal_receiver WHERE status = 'streaming')::text, \
-        pg_catalog.current_setting('primary_conninfo') WHERE pg_catalog.pg_is_in_recovery()";
+        pg_catalog.current_setting('primary_conninfo'), pg_catalog.current_setting('primary_slot_name') \
+        WHERE pg_catalog.pg_is_in_recovery()";
     let rows = standby.rows(sql).await.map_err(|error| model::chain(&error))?;
     let Some(row) = rows.into_iter().next() else { return Ok(None) };
     let mut values = row.into_iter().map(Option::unwrap_or_default);
     let is_streaming = values.next().as_deref() == Some("true");
-    Ok(Some((is_streaming, values.next().unwrap_or_default())))
+    let (conninfo, slot) = (values.next().unwrap_or_default(), values.next().unwrap_or_default());
+    Ok(Some(Receiver { is_streaming, conninfo, slot }))
 }
 
 /// The timeline that a primary writes, and those that it comes from.
@@ -170,15 +287,17 @@ pub(crate) async fn turn(control: &Control, servers: &AppServers, app: &str, act
         let wanted = named(&primary.conninfo, cell);
         let turned = async {
             let mut standby = admin(server).await?;
-            let Some((_, conninfo)) = receives(&mut standby).await? else { return Ok(()) };
-            if conninfo == wanted {
+            let Some(receiver) = receives(&mut standby).await? else { return Ok(()) };
+            if receiver.conninfo == wanted {
                 return Ok(());
             }
-            let receiver = "SELECT pid::text FROM pg_stat_wal_receiver";
-            let before = standby.value(receiver).await.map_err(|error| model::chain(&error))?;
-            tell(&mut standby, &wanted).await?;
+            let asked = "SELECT pid::text FROM pg_stat_wal_receiver";
+            let before = standby.value(asked).await.map_err(|error| model::chain(&error))?;
+            // Its slot is made where it is to follow once that is looked at.
+            let slot = slots_model::is_ours(&receiver.slot).then_some("");
+            tell(&mut standby, Some(&wanted), slot).await?;
             let is_same = async |standby: &mut Admin| {
-                let now = standby.value(receiver).await.map_err(|error| model::chain(&error))?;
+                let now = standby.value(asked).await.map_err(|error| model::chain(&error))?;
                 Ok::<bool, String>(before.is_some() && now == before)
             };
             while is_same(&mut standby).await? {

@@ -44,6 +44,7 @@ pub mod requests;
 mod runner;
 pub mod safety;
 pub mod seat;
+mod slots;
 mod stages;
 mod verbs;
 pub mod watch;

@@ -31,6 +31,8 @@ impl Control {
             return Err(ControlError::OtherEpoch { app: app.into(), epoch, found });
         }
         let mut execution = asked.execution(app, 0, &seen.application);
+        execution.objectives = self.servers(app)?.objectives;
+        execution.heard_at_ms = self.heard_at_ms(app, &execution.from);
         {
             let _writing = self.write_alone();
             execution.id = records::next_id(&*self.store, app)?;
@@ -217,6 +219,7 @@ impl Control {
             }
         };
         execution.record(LogEntry { at_ms: now_ms(), stage, event, text, took_ms: Some(took_ms) });
+        execution.measured = execution.measure();
         if let Next::End(ending) = after {
             execution.ending = Some(ending);
             if ending != Ending::Stuck {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use model::audit::{Asking, Draft};
 use model::barrier::{Order, Report};
 use model::cell::{Application, CellState};
+use model::objectives::{Measured, Objectives};
 use model::persisted::Execution;
 use model::switchover::{Ending, Kind, OnTimeout, Stage, resume};
 
@@ -55,6 +56,9 @@ impl Asked {
             stage: kind.first(),
             lsn: None,
             lost: None,
+            heard_at_ms: None,
+            objectives: Objectives::default(),
+            measured: Measured::default(),
             ending: None,
             reason: None,
             log: Vec::new(),

@@ -50,6 +50,8 @@ pub struct Seen {
     pub since: Instant,
     /// Why a plan does not begin by itself that is for this.
     pub held_back: Option<String>,
+    /// What was found on servers that a failover or a standby hangs on.
+    pub notices: Vec<String>,
 }
 
 /// Runs until the task is dropped.
@@ -461,6 +463,7 @@ impl Control {
             blocked: None,
             since: Instant::now(),
             held_back: None,
+            notices: Vec::new(),
         }));
     }
 
@@ -503,6 +506,13 @@ impl Control {
         let execution = self.execution(app, application.execution?).ok()?;
         let is_stuck = execution.ending == Some(Ending::Stuck) && application.is_past(&execution);
         is_stuck.then_some(execution.id)
+    }
+
+    /// When the server of the active cell has answered last.
+    pub(crate) fn heard_at_ms(&self, app: &str, cell: &str) -> Option<u64> {
+        let answered = self.seen(app).filter(|seen| seen.cell == cell)?.answered?;
+        let ago = u64::try_from(answered.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Some(now_ms().saturating_sub(ago))
     }
 
     /// Has the agent of the active cell start its server again, if nothing is changing the application.

@@ -252,7 +252,7 @@ mod tests {
 x.x... draining
 ...x.. fenced
 ....x. recovering
-....xx passive
+...x.x passive
 x.x... promoting
 "
         );

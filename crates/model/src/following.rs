@@ -124,6 +124,11 @@ impl Followers {
     }
 }
 
+/// Whether two connection strings lead to one server, as far as that is known.
+pub fn is_same_place(one: &str, other: &str) -> bool {
+    place(one).is_some_and(|place_of_one| place(other) == Some(place_of_one))
+}
+
 /// Host and port of a connection string of keywords; of one that has them otherwise nothing is known.
 fn place(conninfo: &str) -> Option<(&str, &str)> {
     let of = |keyword: &str| {

@@ -18,6 +18,8 @@
 //! - [`durability`]: on how many servers a commit is before it is acknowledged.
 //! - [`plan`]: steps that change an application and what hangs on it, and what is to be done next in them.
 //! - [`safety`]: what must hold for a change of cells.
+//! - [`slots`], [`settings`]: what servers keep for standbys, and what a failover hangs on.
+//! - [`objectives`]: how long clients may be without service and what may be lost, and what it was.
 //! - [`barrier`]: what control asks of proxies, and what they answer.
 //! - [`proxies`]: what proxies of other processes and control say to each other, and what they make of it.
 //! - [`seat`]: which of several control nodes is control.
@@ -38,6 +40,7 @@ pub mod following;
 pub mod lease;
 pub mod lsn;
 pub mod member;
+pub mod objectives;
 pub mod persisted;
 pub mod plan;
 pub mod pledge;
@@ -46,6 +49,8 @@ pub mod proxies;
 pub mod safety;
 pub mod seat;
 pub mod session;
+pub mod settings;
+pub mod slots;
 pub mod sql;
 pub mod switchover;
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::{Asking, Draft};
 use crate::cell::{CellError, CellState, Epoch};
+use crate::objectives::{Measured, Objectives};
 use crate::switchover::{Ending, Kind, OnTimeout, Stage};
 
 pub use crate::cell::Application;
@@ -152,6 +153,14 @@ pub struct Execution {
     /// What only the lost server had, once it was looked at.
     #[serde(default)]
     pub lost: Option<LostTail>,
+    /// Of a failover: when the lost server has answered last, in milliseconds since 1970.
+    #[serde(default)]
+    pub heard_at_ms: Option<u64>,
+    /// What the application was to keep to when this began, and what it has cost.
+    #[serde(default)]
+    pub objectives: Objectives,
+    #[serde(default)]
+    pub measured: Measured,
     pub ending: Option<Ending>,
     /// Why it was given up or stands still.
     pub reason: Option<String>,

@@ -378,7 +378,9 @@ impl Instance {
         let text = std::fs::read_to_string(&auto).unwrap_or_default();
         let kept = text.lines().filter(|line| {
             let name = line.split('=').next().unwrap_or_default().trim();
-            !matches!(name, "primary_conninfo" | "default_transaction_read_only")
+            // A slot that the primary does not have would keep it from streaming.
+            let goes = ["primary_conninfo", "primary_slot_name", "default_transaction_read_only"];
+            !goes.contains(&name)
         });
         let mut text: String = kept.map(|line| format!("{line}\n")).collect();
         let quoted = primary_conninfo.replace('\'', "''");

@@ -22,6 +22,7 @@ macro_rules! say {
 pub(crate) mod client;
 mod copies;
 mod plans;
+mod report;
 pub(crate) mod show;
 
 use crate::config::{NodeConfig, Roles, chain, read_duration};
@@ -187,9 +188,12 @@ enum Verb {
         deadline: u64,
     },
     /// What was done: the newest executions, or one with its steps.
-    #[command(after_help = "Example: holdfast executions 3")]
+    #[command(after_help = "Example: holdfast executions 3 --report")]
     Executions {
         id: Option<u64>,
+        /// One of them on a page, in Markdown.
+        #[arg(long, requires = "id")]
+        report: bool,
         /// Where two applications have one of this number.
         #[arg(long)]
         app: Option<String>,
@@ -371,7 +375,9 @@ pub(crate) fn main() -> ExitCode {
             let request = control::MoveRequest { session, to, deadline_ms: deadline };
             show::move_sessions(&cli.global, &app, &request)
         }
-        Verb::Executions { id, app } => show::executions(&cli.global, id, app.as_deref()),
+        Verb::Executions { id, report, app } => {
+            show::executions(&cli.global, id, app.as_deref(), report)
+        }
         Verb::Audit => show::audit(&cli.global),
         Verb::Retry { which, step } => show::retry(&cli.global, &which, step),
         Verb::Safety { app } => show::safety(&cli.global, &app),

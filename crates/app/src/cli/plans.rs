@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use control::plans::{PlanDryRun, PlanRequest};
+use model::objectives::Verdict;
 use model::persisted::Execution;
 use model::plan::run::{DRILL_OVER, PlanEnding, PlanExecution, StepState};
 use model::plan::{Mode, Plan, SEPARATOR, What};
@@ -58,7 +59,7 @@ fn conditions(step: &model::plan::Step) -> String {
     all.join(", ")
 }
 
-fn took(ms: u64) -> String {
+pub(super) fn took(ms: u64) -> String {
     humantime::format_duration(Duration::from_millis(ms)).to_string()
 }
 
@@ -175,16 +176,19 @@ fn now_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// How long it took, beside how long it was to take.
+pub(super) fn objective_of(execution: &PlanExecution) -> String {
+    let (ms, limit) = (execution.took_ms(now_ms()), execution.plan.objective_ms);
+    let objective = limit.map_or(String::new(), |limit| {
+        format!(", objective {}: {}", took(limit), Verdict::of(Some(ms), Some(limit)).name())
+    });
+    format!("{} without approvals{objective}", took(ms))
+}
+
 fn print_end(execution: &PlanExecution) {
     let ending = execution.ending.map_or("under way", PlanEnding::name);
-    let ms = execution.took_ms(now_ms());
-    let objective = match execution.plan.objective_ms {
-        Some(objective) if ms <= objective => format!(", objective {}: met", took(objective)),
-        Some(objective) => format!(", objective {}: missed", took(objective)),
-        None => String::new(),
-    };
     let paused = if execution.is_paused { ", paused" } else { "" };
-    say!("{ending}{paused}, {} without approvals{objective}", took(ms));
+    say!("{ending}{paused}, {}", objective_of(execution));
     if let Some(reason) = &execution.reason {
         say!("reason: {reason}");
     }
@@ -209,9 +213,8 @@ fn print_end(execution: &PlanExecution) {
     }
 }
 
-pub(super) fn print(execution: &PlanExecution) {
-    say!("{}", execution.says());
-    let rows: Vec<Vec<String>> = execution
+pub(super) fn step_rows(execution: &PlanExecution) -> Vec<Vec<String>> {
+    execution
         .plan
         .all_steps()
         .iter()
@@ -222,8 +225,12 @@ pub(super) fn print(execution: &PlanExecution) {
             let text = if progress.text.is_empty() { step.says() } else { progress.text };
             vec![indented(&step.name), progress.state.to_string(), ms, text]
         })
-        .collect();
-    table(&["step", "", "took", ""], &rows);
+        .collect()
+}
+
+pub(super) fn print(execution: &PlanExecution) {
+    say!("{}", execution.says());
+    table(&["step", "", "took", ""], &step_rows(execution));
     print_end(execution);
 }
 

@@ -14,7 +14,7 @@ use model::switchover::{Ending, Kind};
 use serde::Serialize;
 
 use super::plans::{Found, Which};
-use super::{Global, client, plans};
+use super::{Global, client, plans, report};
 use crate::api::{Audit, ProxyStatus, Status};
 
 pub(super) type Done = Result<ExitCode, String>;
@@ -245,7 +245,7 @@ fn ended(global: &Global, execution: &Execution) -> Done {
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn ending(execution: &Execution) -> &'static str {
+pub(super) fn ending(execution: &Execution) -> &'static str {
     execution.ending.map_or("under way", Ending::name)
 }
 
@@ -262,10 +262,20 @@ pub(crate) fn print_execution(execution: &Execution) {
     if let Some(reason) = &execution.reason {
         say!("reason: {reason}");
     }
-    // A stage is shown when it has ended; the last one also while it runs.
+    table(&["stage", "", "took", ""], &stage_rows(execution));
+    for (what, text) in report::costs(execution) {
+        say!("{what}: {text}");
+    }
+    if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
+        say!("next: holdfast retry {id}");
+    }
+}
+
+/// A stage is shown when it has ended; the last one also while it runs.
+pub(super) fn stage_rows(execution: &Execution) -> Vec<Vec<String>> {
     let last = execution.log.len().saturating_sub(1);
     let shown = |at: usize, event| event != LogEvent::Started || at == last;
-    let rows: Vec<Vec<String>> = execution
+    execution
         .log
         .iter()
         .enumerate()
@@ -280,11 +290,7 @@ pub(crate) fn print_execution(execution: &Execution) {
             };
             vec![entry.stage.to_string(), event.into(), took, entry.text.clone()]
         })
-        .collect();
-    table(&["stage", "", "took", ""], &rows);
-    if let Some(Ending::Stuck | Ending::CompletedWithoutRejoin) = execution.ending {
-        say!("next: holdfast retry {id}");
-    }
+        .collect()
 }
 
 pub(super) fn safety(global: &Global, app: &str) -> Done {
@@ -379,11 +385,18 @@ pub(super) fn move_sessions(global: &Global, app: &str, request: &MoveRequest) -
     Ok(code)
 }
 
-pub(super) fn executions(global: &Global, id: Option<u64>, app: Option<&str>) -> Done {
+pub(super) fn executions(
+    global: &Global,
+    id: Option<u64>,
+    app: Option<&str>,
+    is_report: bool,
+) -> Done {
     if let Some(id) = id {
         match (plans::find_any(global, id, app)?, global.json) {
             (Found::Cells(found), true) => json(&[found])?,
             (Found::Plan(found), true) => json(&[found])?,
+            (Found::Cells(found), false) if is_report => say!("{}", report::of_cells(&found)),
+            (Found::Plan(found), false) if is_report => say!("{}", report::of_plan(&found)),
             (Found::Cells(found), false) => print_execution(&found),
             (Found::Plan(found), false) => plans::print(&found),
         }

@@ -14,6 +14,7 @@ use control::{ControlConfig, Member};
 pub(crate) use model::chain;
 use model::durability::Durability;
 use model::lease::Terms;
+use model::objectives::Objectives;
 use pg::admin::AdminLogin;
 use pg::instance::{self, Instance};
 use pg::member::Local;
@@ -465,6 +466,16 @@ fn read_durability(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Durabi
     Durability { acks: usize::try_from(acks).unwrap_or(0), is_strict }
 }
 
+/// `[app.objectives]`
+fn read_objectives(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Objectives {
+    let Some(mut table) = table.table(mistakes, "objectives") else { return Objectives::default() };
+    let rto = table.duration(mistakes, "rto");
+    let rto_ms = rto.map(|rto| u64::try_from(rto.as_millis()).unwrap_or(u64::MAX));
+    let rpo_bytes = table.size(mistakes, "rpo");
+    table.end(mistakes);
+    Objectives { rto_ms, rpo_bytes }
+}
+
 /// `[app.failover]`
 fn read_failover(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> FailoverConfig {
     let default = FailoverConfig::default();
@@ -499,6 +510,8 @@ fn read_app(
     let policy = policy::read(table, mistakes);
     let failover = read_failover(table, mistakes);
     let durability = read_durability(table, mistakes);
+    let objectives = read_objectives(table, mistakes);
+    let slots = table.flag(mistakes, "slots").unwrap_or(false);
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -570,7 +583,10 @@ fn read_app(
         mistakes.add(table.span_of("durability"), text);
     }
     let plans = BTreeMap::new();
-    Some((app, AppServers { first_active, cells, failover, durability, plans, rules }))
+    Some((
+        app,
+        AppServers { first_active, cells, failover, durability, objectives, slots, plans, rules },
+    ))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {

@@ -440,3 +440,49 @@ async fn a_server_that_is_being_rejoined_starts_as_no_primary() {
     let mut client = installation.connect().await;
     assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "1200000");
 }
+
+#[tokio::test]
+async fn what_a_change_has_cost_stands_beside_what_it_was_to_cost() {
+    let mut installation = Installation::start_failing_over("failover-objectives");
+    let with = |rto: &str| {
+        let objectives =
+            format!("[app.objectives]\nrto = \"{rto}\"\nrpo = \"0B\"\n\n[app.failover]");
+        move |text: String| text.replacen("[app.failover]", &objectives, 1)
+    };
+    installation.reconfigure(with("60s"));
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    wait_active(&installation, "a").await;
+    installation.signal_server("a", "KILL");
+    wait_active(&installation, "b").await;
+    let shown_of = |id: &str, more: &[&str]| {
+        shown(&installation.holdfast(&[&["executions", id], more].concat()))
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let text = loop {
+        let text = shown_of("1", &[]);
+        if text.contains(": completed") {
+            break text;
+        }
+        assert!(Instant::now() < deadline, "{text}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert!(text.contains("without service: ") && text.contains(", objective 1m: met"), "{text}");
+    assert!(text.contains("lost: 0 bytes, objective 0 bytes: met"), "{text}");
+    let page = shown_of("1", &["--report"]);
+    assert!(page.starts_with("# failover of shop, from a to b: completed\n"), "{page}");
+    assert!(page.contains("| lost | 0 bytes, objective 0 bytes: met |"), "{page}");
+    assert!(
+        page.contains("| asked for by | holdfast") && page.contains("| rejoin | done |"),
+        "{page}"
+    );
+    let metrics = format!("{}/metrics", installation.facts.api);
+    let metrics = ureq::get(metrics).call().unwrap().body_mut().read_to_string().unwrap();
+    assert!(metrics.contains("holdfast_recovery_ms{app=\"shop\",kind=\"failover\"} "), "{metrics}");
+    assert!(metrics.contains("holdfast_loss_bytes{app=\"shop\",kind=\"failover\"} 0"), "{metrics}");
+    assert!(metrics.contains("holdfast_recovery_objective_ms{app=\"shop\"} 60000"), "{metrics}");
+    drop(client);
+    installation.reconfigure(|text| text.replacen("rto = \"60s\"", "rto = \"1ms\"", 1));
+    let text = installation.switch_to("a");
+    assert!(text.contains(", objective 1ms: missed"), "{text}");
+}

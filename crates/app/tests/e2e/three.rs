@@ -167,3 +167,88 @@ async fn a_standby_that_has_gone_another_way_is_made_one_anew() {
     })
     .await;
 }
+
+/// What a failover hangs on is said where somebody has chosen it, and put right where nobody has.
+#[tokio::test]
+async fn settings_that_are_in_the_way_are_found() {
+    let installation = Installation::start_of_three("three-settings", &[]);
+    let mut server = installation.direct("b").await;
+    let interval = "SHOW wal_retrieve_retry_interval";
+    run(&mut server, "ALTER SYSTEM SET wal_retrieve_retry_interval = '5s'").await;
+    run(&mut server, "SELECT pg_reload_conf()").await;
+    wait_until("the finding", async || {
+        let text = shown(&installation.holdfast(&["status", "shop"]));
+        text.contains("! cell `b`: `wal_retrieve_retry_interval` is 5000 ms")
+    })
+    .await;
+    assert_eq!(value(&mut server, interval).await, "5s", "somebody has chosen it");
+    let file = installation.dir.join("b/postgresql.conf");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("wal_retrieve_retry_interval = 100ms"));
+    std::fs::write(&file, text.replace("wal_retrieve_retry_interval = 100ms", "")).unwrap();
+    run(&mut server, "ALTER SYSTEM RESET wal_retrieve_retry_interval").await;
+    run(&mut server, "SELECT pg_reload_conf()").await;
+    let source = "SELECT sourcefile LIKE '%auto.conf' FROM pg_settings WHERE name = 'wal_retrieve_retry_interval'";
+    wait_until("the mend", async || {
+        value(&mut server, interval).await == "100ms" && value(&mut server, source).await == "t"
+    })
+    .await;
+    wait_protected(&installation).await;
+}
+
+/// What standbys have not received is kept for them, wherever the primary is, and for nobody else.
+#[tokio::test]
+async fn servers_keep_wal_for_standbys_by_slots() {
+    let mut installation = Installation::start_of_three("three-slots", &[]);
+    installation.reconfigure(|text| text.replacen("[[app]]\n", "[[app]]\nslots = true\n", 1));
+    let status = || shown(&installation.holdfast(&["status", "shop"]));
+    wait_until("the limit to be missed", async || {
+        status().contains("cell `a`: `max_slot_wal_keep_size` has no limit")
+    })
+    .await;
+    for cell in ["a", "b", "c"] {
+        let mut server = installation.direct(cell).await;
+        run(&mut server, "ALTER SYSTEM SET max_slot_wal_keep_size = '1GB'").await;
+        run(&mut server, "ALTER SYSTEM SET wal_keep_size = 0").await;
+        run(&mut server, "SELECT pg_reload_conf()").await;
+    }
+    let slots = async |cell: &str, has: &str| {
+        let mut server = installation.direct(cell).await;
+        let asked = "SELECT coalesce(string_agg(slot_name || ' ' || active, ', ' ORDER BY slot_name), '') \
+            FROM pg_replication_slots";
+        wait_until(has, async || value(&mut server, asked).await == has).await;
+    };
+    slots("a", "holdfast_b true, holdfast_c true").await;
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    installation.signal_server("c", "INT");
+    slots("a", "holdfast_b true, holdfast_c false").await;
+    let mut server = installation.direct("a").await;
+    for _ in 0..3 {
+        run(&mut client, "INSERT INTO t VALUES (1)").await;
+        run(&mut server, "SELECT pg_switch_wal()").await;
+        run(&mut server, "CHECKPOINT").await;
+    }
+    installation.start_server("c").await;
+    slots("a", "holdfast_b true, holdfast_c true").await;
+    wait_protected(&installation).await;
+    installation.signal_server("a", "KILL");
+    let active = settled(&installation, "a").await;
+    for cell in ["a", "b", "c"].into_iter().filter(|cell| *cell != active) {
+        slots(cell, "").await;
+    }
+    let others: Vec<String> = ["a", "b", "c"]
+        .into_iter()
+        .filter(|cell| *cell != active)
+        .map(|cell| format!("holdfast_{cell} true"))
+        .collect();
+    slots(&active, &others.join(", ")).await;
+    // Nobody keeps anything once it is not asked for.
+    installation.reconfigure(|text| text.replacen("slots = true\n", "", 1));
+    let mut server = installation.direct(&active).await;
+    wait_until("no slots", async || {
+        value(&mut server, "SELECT count(*) FROM pg_replication_slots").await == "0"
+    })
+    .await;
+    wait_protected(&installation).await;
+}

@@ -581,6 +581,8 @@ pub(super) async fn keep_tail(
     };
     let around = tail_around(lost, timeline, fork).await?;
     if around.last.ok_or("nothing of its log can be read there")? < fork {
+        let kept_in = String::new();
+        execution.lost = Some(LostTail { from: fork, to: fork, transactions: 0, kept_in });
         return Ok(nothing());
     }
     let tail = lost.read_tail(timeline, fork).await?;
