@@ -74,15 +74,15 @@ pub(crate) async fn follow(
             let conninfo = conninfo.as_str();
             let seen = Standby { cell, is_streaming, is_listed, conninfo, wanted: &wanted };
             let turns = followers.see(Instant::now(), seen, needs_all);
-            if !turns
-                && !(is_listed && is_streaming)
+            let follows = is_listed && is_streaming;
+            if !(turns || follows)
                 && let Some((position, why)) = has_strayed(&mut standby, primary).await?
             {
                 notices.push(format!("cell `{cell}` will not follow: {why}"));
                 followers.note_strayed(Instant::now(), cell, position);
             }
             let is_there = is_listed || is_same_place(conninfo, &wanted);
-            if !turns && !(other_slot.is_some() && is_there) {
+            if !(turns || (other_slot.is_some() && is_there)) {
                 return Ok(());
             }
             // The application may have been changed since it was looked at.

@@ -255,9 +255,8 @@ impl Control {
             let asked = Asked::new(Kind::Failover, from, to.clone(), asking.clone());
             let asked = Asked { allow_data_loss, ..asked };
             let mut provisional = asked.execution(app, 0, &application);
-            stages::run(self, &mut provisional, Stage::Assess)
-                .await
-                .map_err(ControlError::Refused)?;
+            let assess = stages::run(self, &mut provisional, Stage::Assess);
+            Box::pin(assess).await.map_err(ControlError::Refused)?;
             self.supersede(app, stuck, &asking)?;
         }
         let seen = records::application(&*self.store, app)?;
