@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use control::config::AppServers;
+use control::live::Live;
 use control::{
     Control, ControlError, FailoverRequest, FenceRequest, MoveRequest, SwitchoverRequest,
 };
@@ -27,11 +28,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::time::timeout;
 
+use crate::loaded::Loaded;
+
 /// How long one server may take to say where it stands.
 const STATUS_MAX: Duration = Duration::from_secs(2);
 
 pub(crate) mod access;
 pub(crate) mod agents;
+mod configuration;
 pub(crate) mod plans;
 mod proxies;
 pub(crate) mod safety;
@@ -41,12 +45,18 @@ pub(crate) struct State {
     /// That of this process, if it has one.
     proxy: Option<Arc<Proxy>>,
     control: Arc<Control>,
-    access: Access,
+    access: Live<Access>,
+    loaded: Option<Arc<Loaded>>,
 }
 
 impl State {
-    pub(crate) fn new(proxy: Option<Arc<Proxy>>, control: Arc<Control>, access: Access) -> State {
-        State { proxy, control, access }
+    pub(crate) fn new(
+        proxy: Option<Arc<Proxy>>,
+        control: Arc<Control>,
+        access: Live<Access>,
+        loaded: Option<Arc<Loaded>>,
+    ) -> State {
+        State { proxy, control, access, loaded }
     }
 }
 
@@ -68,6 +78,8 @@ pub(crate) fn routes(state: State) -> Router {
         .route("/v1/applications/{app}/safety", get(safety::show))
         .route("/v1/applications/{app}/gates/{gate}", post(safety::set_gate))
         .route("/v1/executions", get(executions))
+        .route("/v1/configuration/diff", get(configuration::diff))
+        .route("/v1/configuration/apply", post(configuration::apply))
         .route("/v1/audit", get(audit))
         .route("/v1/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
@@ -177,7 +189,7 @@ async fn status(
     Extract(state): Extract<State>,
     headers: HeaderMap,
 ) -> Result<Json<Status>, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     let mut apps = Vec::new();
     for name in state.control.config.apps.keys() {
         apps.push(app_status(&state, name).await?);
@@ -276,7 +288,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     if let Some(seen) = state.control.seen(name) {
         problems.extend(seen.held_back.into_iter().chain(seen.notices));
     }
-    let acks = state.control.config.apps[name].durability.acks;
+    let acks = state.control.config.apps[name].now().durability.acks;
     if acks > 0 && application.protected.is_none() && active.is_some() {
         problems.push(format!(
             "commits are acknowledged by one server alone, {acks} others are asked for: look whether the standbys stream, and `synchronous_commit` is on"
@@ -399,10 +411,10 @@ async fn sessions(
     Query(query): Queried,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     state.control.application(&app)?;
     if query.get("pinned").is_some_and(|value| value != "false") {
-        state.access.allow(&headers, Role::Operator)?;
+        state.access.now().allow(&headers, Role::Operator)?;
         // Asks every session's server, as a switchover would.
         let report = state.control.order(model::barrier::Order::Inspect { app }).await;
         return Ok(Json(report).into_response());
@@ -418,7 +430,7 @@ async fn switchover(
     headers: HeaderMap,
     Json(request): Json<SwitchoverRequest>,
 ) -> Result<Response, ApiError> {
-    let asking = state.access.asking(&headers, &query, Role::Operator)?;
+    let asking = state.access.now().asking(&headers, &query, Role::Operator)?;
     state.control.application(&app)?;
     if request.dry_run {
         return Ok(Json(state.control.dry_run(&app, &request).await?).into_response());
@@ -441,7 +453,7 @@ async fn failover(
     Json(request): Json<FailoverRequest>,
 ) -> Result<Response, ApiError> {
     let role = if request.allow_data_loss { Role::Admin } else { Role::Operator };
-    let asking = state.access.asking(&headers, &query, role)?;
+    let asking = state.access.now().asking(&headers, &query, role)?;
     state.control.application(&app)?;
     if request.dry_run {
         return Ok(Json(state.control.failover_dry_run(&app, &request).await?).into_response());
@@ -463,7 +475,7 @@ async fn move_sessions(
     headers: HeaderMap,
     Json(request): Json<MoveRequest>,
 ) -> Result<Response, ApiError> {
-    let asking = state.access.asking(&headers, &query, Role::Operator)?;
+    let asking = state.access.now().asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
     to_its_end(async move { control.move_sessions(&app, request, asking).await }).await
 }
@@ -475,7 +487,7 @@ async fn fence(
     headers: HeaderMap,
     Json(request): Json<FenceRequest>,
 ) -> Result<Response, ApiError> {
-    let asking = state.access.asking(&headers, &query, Role::Operator)?;
+    let asking = state.access.now().asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
     to_its_end(async move {
         let kind = if request.all { Kind::FenceAll } else { Kind::Fence };
@@ -493,7 +505,7 @@ async fn unfence(
     Query(query): Queried,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let asking = state.access.asking(&headers, &query, Role::Operator)?;
+    let asking = state.access.now().asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
     to_its_end(async move {
         let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Unfence, &cell);
@@ -510,7 +522,7 @@ async fn retry(
     Query(query): Queried,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let asking = state.access.asking(&headers, &query, Role::Operator)?;
+    let asking = state.access.now().asking(&headers, &query, Role::Operator)?;
     let control = state.control.clone();
     to_its_end(async move { control.retry(&app, id, asking).await }).await
 }
@@ -540,7 +552,7 @@ async fn audit(
     Extract(state): Extract<State>,
     headers: HeaderMap,
 ) -> Result<Json<Audit>, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     let records = state.control.audit()?;
     let (verified, broken) = match state.control.verify_audit()? {
         Ok(count) => (Some(count), None),
@@ -553,7 +565,7 @@ async fn executions(
     Extract(state): Extract<State>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     let mut all = Vec::new();
     for app in state.control.config.apps.keys() {
         all.extend(state.control.executions(app)?);
@@ -604,7 +616,7 @@ fn write_costs(state: &State, out: &mut String) {
     let apps = &state.control.config.apps;
     let objective = |of: fn(&Objectives) -> Option<u64>| -> Vec<(String, u64)> {
         let line = |(app, servers): (&String, &AppServers)| {
-            Some((format!("{{app=\"{app}\"}}"), of(&servers.objectives)?))
+            Some((format!("{{app=\"{app}\"}}"), of(&servers.now().objectives)?))
         };
         apps.iter().filter_map(line).collect()
     };

@@ -12,6 +12,7 @@ mod api;
 mod cli;
 mod config;
 mod demo;
+mod loaded;
 mod node;
 mod remote;
 mod run;

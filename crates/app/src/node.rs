@@ -22,7 +22,8 @@ use tower::ServiceExt;
 
 use crate::api::{self, ApiError};
 use crate::config::{NodeConfig, chain};
-use crate::run::{RunError, take_up, watch};
+use crate::loaded::Loaded;
+use crate::run::{RunError, on_hangup, take_up, watch};
 
 /// After a tenure that ended by a failure, until the next.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -34,6 +35,7 @@ type Answers = Arc<Mutex<Option<(Router, Handle)>>>;
 
 pub(crate) struct Node {
     config: NodeConfig,
+    loaded: Arc<Loaded>,
     store: Arc<dyn Store>,
     answers: Answers,
     pub(crate) api: std::net::SocketAddr,
@@ -43,7 +45,7 @@ pub(crate) struct Node {
 impl Node {
     /// # Errors
     /// An address is taken, or etcd does not answer.
-    pub(crate) async fn start(config: NodeConfig) -> Result<Node, RunError> {
+    pub(crate) async fn start(config: NodeConfig, loaded: Arc<Loaded>) -> Result<Node, RunError> {
         // The address first: a second process of this node is to find it taken, not to take the name from the one that runs.
         let address = config.api.listen;
         let listener =
@@ -60,7 +62,9 @@ impl Node {
                 tracing::error!(%error, "the API has ended");
             }
         });
-        Ok(Node { config, store, answers, api, serving })
+        // The audit is written by whoever is control; here it stands in the log.
+        serving.spawn(on_hangup(loaded.clone(), |_, _| Ok(())));
+        Ok(Node { config, loaded, store, answers, api, serving })
     }
 
     /// Takes the seat again and again, until `stop` resolves.
@@ -88,8 +92,9 @@ impl Node {
             let runtime = crate::cli::runtime()?;
             let (failed, failure) = oneshot::channel();
             let (config, held, answers) = (self.config.clone(), seat.clone(), self.answers.clone());
+            let loaded = self.loaded.clone();
             runtime.spawn(async move {
-                let error = Box::pin(hold_office(config, held, &answers)).await;
+                let error = Box::pin(hold_office((config, loaded), held, &answers)).await;
                 let _ = failed.send(chain(&error));
             });
             let (why, stopped) = tokio::select! {
@@ -122,7 +127,11 @@ async fn end(runtime: Runtime) {
 }
 
 /// Does what control does. Gives why it does it no more.
-async fn hold_office(config: NodeConfig, seat: Arc<Seated>, answers: &Answers) -> RunError {
+async fn hold_office(
+    config: (NodeConfig, Arc<Loaded>),
+    seat: Arc<Seated>,
+    answers: &Answers,
+) -> RunError {
     match try_office(config, seat, answers).await {
         Ok(()) => RunError::Ended,
         Err(error) => error,
@@ -130,14 +139,15 @@ async fn hold_office(config: NodeConfig, seat: Arc<Seated>, answers: &Answers) -
 }
 
 async fn try_office(
-    config: NodeConfig,
+    (config, loaded): (NodeConfig, Arc<Loaded>),
     seat: Arc<Seated>,
     answers: &Answers,
 ) -> Result<(), RunError> {
     let control = Control::open(config.control.anew(), seat, None)?;
     let mut tasks = JoinSet::new();
     // People may see what is recovered, and have it wait.
-    let state = api::State::new(None, control.clone(), config.api.access.clone());
+    let access = config.api.access.clone();
+    let state = api::State::new(None, control.clone(), access, Some(loaded));
     let routes = (api::routes(state), Handle::current());
     *answers.lock().unwrap_or_else(PoisonError::into_inner) = Some(routes);
     take_up(&control, Some(config.agents), &mut tasks).await?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control::{Ask, Control, ControlError, Seated};
+use model::audit::Asking;
 use proxy::{Proxy, StartError};
 use store::StoreError;
 use store::embedded::EmbeddedStore;
@@ -14,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::api;
 use crate::config::{Agents, Config};
+use crate::loaded::Loaded;
 
 /// Orders that may wait for the proxy; control sends one at a time for each application.
 const ORDERS_MAX: usize = 16;
@@ -52,7 +54,10 @@ impl Running {
     ///
     /// # Errors
     /// The store is in use or damaged, or an address is taken.
-    pub(crate) async fn start(config: Config) -> Result<Running, RunError> {
+    pub(crate) async fn start(
+        config: Config,
+        loaded: Option<Arc<Loaded>>,
+    ) -> Result<Running, RunError> {
         let store = Arc::new(EmbeddedStore::open(&config.control.state_dir)?);
         let (orders, incoming) = mpsc::channel::<Ask>(ORDERS_MAX);
         let seat = Seated::alone(store)?;
@@ -68,8 +73,14 @@ impl Running {
             TcpListener::bind(address).await.map_err(|source| RunError::Api { address, source })?;
         watch(&control, &mut tasks);
         let api = listener.local_addr().unwrap_or(address);
-        let state =
-            api::State::new(Some(proxy.clone()), control.clone(), config.api.access.clone());
+        let access = config.api.access.clone();
+        let state = api::State::new(Some(proxy.clone()), control.clone(), access, loaded.clone());
+        if let Some(loaded) = loaded {
+            let control = control.clone();
+            tasks.spawn(on_hangup(loaded, move |asking, text| {
+                control.note_configuration(asking, text).map_err(|error| model::chain(&error))
+            }));
+        }
         tasks.spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
                 tracing::error!(%error, "the API has ended");
@@ -138,6 +149,26 @@ async fn serve(control: &Control, app: &str) -> Result<(), ControlError> {
         tracing::error!(app, cell, error, "application cannot be served");
     }
     Ok(())
+}
+
+/// Takes up the configuration file at each SIGHUP. `note` records it.
+pub(crate) async fn on_hangup(
+    loaded: Arc<Loaded>,
+    note: impl Fn(Asking, String) -> Result<(), String>,
+) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+    while hangups.recv().await.is_some() {
+        match loaded.apply() {
+            Ok(changes) => {
+                tracing::info!("{}", changes.says());
+                if let Err(error) = note(Asking::own("SIGHUP"), changes.says()) {
+                    tracing::error!(error, "that is not in the audit");
+                }
+            }
+            Err(why) => tracing::error!("nothing is taken up: {why}"),
+        }
+    }
 }
 
 async fn carry_orders(proxy: Arc<Proxy>, mut incoming: mpsc::Receiver<Ask>) {

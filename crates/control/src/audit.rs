@@ -1,6 +1,8 @@
 //! Adds to the audit in the transaction of what it records, and reads it.
 
-use model::audit::{Broken, Draft, HEAD_KEY, Head, Record, record_key, record_prefix, verify};
+use model::audit::{
+    Asking, Broken, Draft, HEAD_KEY, Head, Record, record_key, record_prefix, verify,
+};
 use ring::digest::{SHA256, digest};
 use store::{Store, Txn};
 
@@ -11,7 +13,8 @@ use crate::requests::ControlError;
 /// Records that are read at once.
 pub const RECORDS_MAX: usize = 1_000;
 
-fn digest_of(bytes: &[u8]) -> String {
+/// SHA-256, in hexadecimal digits.
+pub fn digest_of(bytes: &[u8]) -> String {
     digest(&SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -34,6 +37,15 @@ pub(crate) fn noting(store: &dyn Store, txn: Txn, draft: Draft) -> Result<Txn, R
 }
 
 impl Control {
+    /// Records that configuration was taken up.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub fn note_configuration(&self, asking: Asking, text: String) -> Result<(), ControlError> {
+        let Asking { by, reason, .. } = asking;
+        self.note(Draft { by, did: "apply", app: String::new(), epoch: 0, reason, text })
+    }
+
     /// Records what changes nothing in the store.
     pub(crate) fn note(&self, draft: Draft) -> Result<(), ControlError> {
         let _writing = self.write_alone();

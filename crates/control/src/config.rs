@@ -14,6 +14,7 @@ use pg::Target;
 use pg::admin::AdminLogin;
 
 use crate::agents::Link;
+use crate::live::Live;
 use crate::member::Member;
 
 #[derive(Debug, Clone)]
@@ -46,6 +47,19 @@ pub struct AppServers {
     /// The cell that is active when the application is first seen.
     pub first_active: String,
     pub cells: BTreeMap<String, CellServer>,
+    pub settings: Live<AppSettings>,
+}
+
+impl AppServers {
+    /// What holds now; whoever looks at more than one of them takes them once.
+    pub fn now(&self) -> Arc<AppSettings> {
+        self.settings.now()
+    }
+}
+
+/// What of an application can be taken up anew while it is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppSettings {
     pub failover: FailoverConfig,
     pub durability: Durability,
     pub objectives: Objectives,

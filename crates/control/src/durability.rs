@@ -58,7 +58,7 @@ pub(crate) async fn look(
         true => "",
         false => runs,
     };
-    let policy = servers.durability;
+    let policy = servers.now().durability;
     if policy.acks > 0
         && let Err(why) = check_commits(active).await
     {

@@ -57,7 +57,7 @@ pub(crate) async fn follow(
         }
         let wanted = named(&primary.conninfo, cell);
         let is_listed = at_primary.listed.contains(&standby_name(cell));
-        let needs_all = servers.durability.acks > 0;
+        let needs_all = servers.now().durability.acks > 0;
         let look = async {
             let mut standby = admin(server).await?;
             let Some(Receiver { is_streaming, conninfo, slot }) = receives(&mut standby).await?
@@ -116,7 +116,8 @@ async fn look_at_primary(
     let server = servers.cells.get(active).ok_or("it is not configured")?;
     let mut primary = admin(server).await?;
     let others = servers.cells.keys().filter(|cell| *cell != active);
-    let wanted = match servers.slots && is_bounded(&mut primary).await? {
+    let has_slots = servers.now().slots;
+    let wanted = match has_slots && is_bounded(&mut primary).await? {
         true => others.filter_map(|cell| slot_name(cell)).collect(),
         false => BTreeSet::new(),
     };
@@ -125,7 +126,7 @@ async fn look_at_primary(
         notices.push(format!("slots of cell `{active}` cannot be kept: {error}"));
         BTreeSet::new()
     });
-    check_settings(&mut primary, (active, server), servers.slots, notices).await?;
+    check_settings(&mut primary, (active, server), has_slots, notices).await?;
     Ok(AtPrimary { listed: listed(&mut primary).await?, slots })
 }
 

@@ -35,6 +35,7 @@ pub mod control;
 mod durability;
 mod following;
 pub mod hba;
+pub mod live;
 mod mailbox;
 pub mod member;
 pub mod plans;

@@ -120,9 +120,10 @@ impl Control {
         self.stirred.get(app).unwrap_or(&self.never)
     }
 
-    fn plan(&self, app: &str, name: &str) -> Result<&Plan, ControlError> {
-        let plans = &self.servers(app)?.plans;
-        plans.get(name).ok_or_else(|| {
+    fn plan(&self, app: &str, name: &str) -> Result<Plan, ControlError> {
+        let settings = self.servers(app)?.now();
+        let plans = &settings.plans;
+        plans.get(name).cloned().ok_or_else(|| {
             let known = plans.keys().cloned().collect::<Vec<_>>().join(", ");
             ControlError::NoPlan { app: app.into(), plan: name.into(), known }
         })
@@ -178,7 +179,7 @@ impl Control {
             id: 0,
             app: app.into(),
             nonce: nonce()?,
-            plan: self.plan(app, name)?.clone(),
+            plan: self.plan(app, name)?,
             mode: request.mode,
             is_drill: request.drill,
             is_triggered: false,
@@ -325,7 +326,7 @@ impl Control {
     /// Begins plans that are for what is the matter with the active cell.
     pub(crate) fn trigger_plans(&self, app: &str) {
         let (Some(seen), Ok(servers)) = (self.seen(app), self.servers(app)) else { return };
-        for plan in servers.plans.values() {
+        for plan in servers.now().plans.values() {
             for trigger in &plan.triggers {
                 if let Err(error) = self.trigger_plan(app, plan, trigger, &seen) {
                     let error = model::chain(&error);

@@ -31,7 +31,7 @@ impl Control {
             return Err(ControlError::OtherEpoch { app: app.into(), epoch, found });
         }
         let mut execution = asked.execution(app, 0, &seen.application);
-        execution.objectives = self.servers(app)?.objectives;
+        execution.objectives = self.servers(app)?.now().objectives;
         execution.heard_at_ms = self.heard_at_ms(app, &execution.from);
         {
             let _writing = self.write_alone();

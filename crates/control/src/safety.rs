@@ -29,7 +29,7 @@ impl Control {
     /// There is no such application, or the store cannot be read.
     pub fn safety(&self, app: &str) -> Result<Safety, ControlError> {
         let open = self.application(app)?.gates;
-        let rules = self.servers(app)?.rules.clone();
+        let rules = self.servers(app)?.now().rules.clone();
         let named = rules.iter().flat_map(|rule| rule.require.gates());
         let gates = named.map(|gate| (gate.to_owned(), open.contains(gate))).collect();
         Ok(Safety { rules, gates })
@@ -56,14 +56,16 @@ impl Control {
     ) -> Result<Result<(), Unsafe>, ControlError> {
         let Execution { app, kind, from, to, asked, .. } = execution;
         let change = Change { application, kind: *kind, from, to, now_ms: now_ms() };
-        let rules = &self.servers(app)?.rules;
+        let settings = self.servers(app)?.now();
+        let rules = &settings.rules;
         let checked = check(rules, &change, &asked.overrides);
         Ok(checked.map_err(|Violated { rule, why }| Unsafe { rule, why }))
     }
 
     /// Rules that are gone on in spite of are named, and there is a reason.
     pub(crate) fn check_overrides(&self, app: &str, asking: &Asking) -> Result<(), ControlError> {
-        let rules = &self.servers(app)?.rules;
+        let settings = self.servers(app)?.now();
+        let rules = &settings.rules;
         for name in &asking.overrides {
             if !rules.iter().any(|rule| rule.name == *name) {
                 let known = rules.iter().map(|rule| rule.name.clone()).collect::<Vec<_>>();

@@ -182,12 +182,12 @@ pub async fn run(control: Arc<Control>, app: String) {
             continue;
         }
         let is_early = tried.is_some_and(|at| at.elapsed() < RETRY_PAUSE);
-        if is_early || !(servers.failover.automatic || is_supervised(servers, &cell)) {
+        if is_early || !(servers.now().failover.automatic || is_supervised(servers, &cell)) {
             continue;
         }
         tried = Some(Instant::now());
         tracing::error!(app, cell, %analysis, "{}", analysis.says());
-        if !servers.failover.automatic {
+        if !servers.now().failover.automatic {
             let started = start_again(&control, servers, &app, &cell).await;
             control.note_seen(&app, |seen| seen.blocked = started.err());
             continue;
@@ -407,7 +407,8 @@ async fn begin(
     cell: &str,
 ) -> Result<Execution, String> {
     let recent = control.executions(app).map_err(|error| model::chain(&error))?;
-    let block_ms = u64::try_from(servers.failover.block.as_millis()).unwrap_or(u64::MAX);
+    let block = servers.now().failover.block;
+    let block_ms = u64::try_from(block.as_millis()).unwrap_or(u64::MAX);
     let is_recent = |one: &&Execution| {
         one.kind == Kind::Failover
             && one.is_automatic
@@ -420,8 +421,8 @@ async fn begin(
     check_not_older(control, app)?;
     if let Some(one) = recent.iter().find(is_recent) {
         return Err(format!(
-            "execution {} failed over less than {:?} ago; `holdfast failover {app} --to {to}` does it again",
-            one.id, servers.failover.block
+            "execution {} failed over less than {block:?} ago; `holdfast failover {app} --to {to}` does it again",
+            one.id
         ));
     }
     let request = FailoverRequest { to, allow_data_loss: false, dry_run: false };

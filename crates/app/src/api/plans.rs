@@ -2,6 +2,7 @@
 
 use axum::extract::{Json, Path, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
+use control::config::AppServers;
 use control::plans::{PlanRequest, Say};
 use model::plan::run::PlanExecution;
 use model::plan::{Action, Mode, Plan, What};
@@ -25,9 +26,10 @@ pub(super) async fn list(
     Path(app): Path<String>,
     headers: HeaderMap,
 ) -> Result<Json<Vec<Plan>>, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     state.control.application(&app)?;
-    let plans = state.control.config.apps.get(&app).map(|servers| servers.plans.values());
+    let settings = state.control.config.apps.get(&app).map(AppServers::now);
+    let plans = settings.as_ref().map(|settings| settings.plans.values());
     Ok(Json(plans.into_iter().flatten().cloned().collect()))
 }
 
@@ -35,7 +37,7 @@ pub(super) async fn executions(
     Extract(state): Extract<State>,
     headers: HeaderMap,
 ) -> Result<Json<Vec<PlanExecution>>, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     let mut all = Vec::new();
     for app in state.control.config.apps.keys() {
         all.extend(state.control.plan_executions(app)?);
@@ -48,7 +50,7 @@ pub(super) async fn one(
     Path((app, id)): Path<(String, u64)>,
     headers: HeaderMap,
 ) -> Result<Json<PlanExecution>, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     Ok(Json(state.control.plan_execution(&app, id)?))
 }
 
@@ -72,9 +74,10 @@ pub(super) async fn execute(
     Json(request): Json<PlanRequest>,
 ) -> Result<axum::response::Response, ApiError> {
     use axum::response::IntoResponse;
-    let known = state.control.config.apps.get(&app).and_then(|servers| servers.plans.get(&plan));
+    let settings = state.control.config.apps.get(&app).map(AppServers::now);
+    let known = settings.as_ref().and_then(|settings| settings.plans.get(&plan));
     let role = known.map_or(Role::Operator, |plan| role_for(plan, request.mode));
-    let asking = state.access.asking(&headers, &query, role)?;
+    let asking = state.access.now().asking(&headers, &query, role)?;
     if request.dry_run {
         return Ok(Json(state.control.plan_dry_run(&app, &plan, &request).await?).into_response());
     }
@@ -89,7 +92,7 @@ pub(super) async fn say(
     Json(said): Json<Said>,
 ) -> Result<Json<PlanExecution>, ApiError> {
     // Whoever may say nothing learns nothing.
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     let wrong = |text: String| ApiError(StatusCode::BAD_REQUEST, text);
     let Said { step, mode } = said;
     let of_step = |say: fn(String) -> Say| {
@@ -120,6 +123,6 @@ pub(super) async fn say(
         }
         Say::Skip(_) | Say::Pause | Say::Cancel => Role::Operator,
     };
-    let asking = state.access.asking(&headers, &query, role)?;
+    let asking = state.access.now().asking(&headers, &query, role)?;
     Ok(Json(state.control.say_to_plan(&app, id, &say, &asking)?))
 }

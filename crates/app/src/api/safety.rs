@@ -20,7 +20,7 @@ pub(super) async fn show(
     Path(app): Path<String>,
     headers: HeaderMap,
 ) -> Result<Json<Safety>, ApiError> {
-    state.access.allow(&headers, Role::Viewer)?;
+    state.access.now().allow(&headers, Role::Viewer)?;
     Ok(Json(state.control.safety(&app)?))
 }
 
@@ -32,7 +32,7 @@ pub(super) async fn set_gate(
     headers: HeaderMap,
     Json(request): Json<Gate>,
 ) -> Result<Json<Safety>, ApiError> {
-    let asking = state.access.asking(&headers, &query, Role::Approver)?;
+    let asking = state.access.now().asking(&headers, &query, Role::Approver)?;
     state.control.set_gate(&app, &gate, request.open, &asking)?;
     Ok(Json(state.control.safety(&app)?))
 }

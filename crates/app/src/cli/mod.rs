@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -26,6 +27,7 @@ mod report;
 pub(crate) mod show;
 
 use crate::config::{NodeConfig, Roles, chain, read_duration};
+use crate::loaded::Loaded;
 use crate::node::Node;
 use crate::remote::{Remote, RemoteConfig};
 use crate::run::Running;
@@ -198,6 +200,12 @@ enum Verb {
         #[arg(long)]
         app: Option<String>,
     },
+    /// What is different in the configuration file from what runs, and what of it could be taken up at once.
+    #[command(after_help = "Example: holdfast diff")]
+    Diff,
+    /// Take up what can be of the configuration file, which is checked as a whole; nobody is disturbed.
+    #[command(after_help = "Example: holdfast apply --reason 'two standbys from today on'")]
+    Apply,
     /// Copies of the store, which holds the states of cells and what was done.
     #[command(subcommand)]
     Store(StoreVerb),
@@ -379,6 +387,8 @@ pub(crate) fn main() -> ExitCode {
             show::executions(&cli.global, id, app.as_deref(), report)
         }
         Verb::Audit => show::audit(&cli.global),
+        Verb::Diff => show::diff(&cli.global),
+        Verb::Apply => show::apply(&cli.global),
         Verb::Retry { which, step } => show::retry(&cli.global, &which, step),
         Verb::Safety { app } => show::safety(&cli.global, &app),
         Verb::Gate { app, gate, open } => show::gate(&cli.global, &app, &gate, open),
@@ -458,14 +468,17 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, String> {
 
 fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
     log_to_stderr("info");
-    let config = match Roles::load(path).map_err(|error| chain(&error))? {
+    let (roles, text) = Roles::load_with_text(path).map_err(|error| chain(&error))?;
+    let config = match roles {
         Roles::Here(config) => *config,
-        Roles::Node(config) => return run_node(*config),
+        Roles::Node(config) => return run_node(*config, (path, &text)),
         Roles::Agent(agent) => return run_agent(*agent),
         Roles::Proxy(remote) => return run_remote(*remote),
     };
     runtime()?.block_on(async {
-        let running = Running::start(config).await.map_err(|error: run::RunError| chain(&error))?;
+        let loaded = Arc::new(config.loaded((path, &text)));
+        let running = Running::start(config, Some(loaded)).await;
+        let running = running.map_err(|error: run::RunError| chain(&error))?;
         for address in running.proxy.addresses() {
             tracing::info!(%address, "clients are served");
         }
@@ -477,12 +490,15 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
     })
 }
 
-fn run_node(config: NodeConfig) -> Result<ExitCode, String> {
+fn run_node(config: NodeConfig, file: (&std::path::Path, &str)) -> Result<ExitCode, String> {
+    let (control, access) = (config.control.clone(), config.api.access.clone());
+    let name = config.node.etcd.node.clone();
+    let loaded = Arc::new(Loaded::new(file, control, access, Some(name)));
     runtime()?.block_on(async {
         let stop = shutdown_signal();
         tokio::pin!(stop);
         let node = tokio::select! {
-            node = Box::pin(Node::start(config)) => node.map_err(|error| chain(&error))?,
+            node = Box::pin(Node::start(config, loaded)) => node.map_err(|error| chain(&error))?,
             signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
         };
         tracing::info!(address = %node.api, "the API is served");
@@ -503,6 +519,7 @@ fn run_remote(config: RemoteConfig) -> Result<ExitCode, String> {
         }
         tokio::select! {
             stopped = &mut stop => stopped?,
+            () = ignore_hangups() => (),
             () = remote.failed() => return Err("a part of the proxy has failed".into()),
         }
         tracing::info!("shutting down");
@@ -526,7 +543,10 @@ fn run_agent(config: AgentConfig) -> Result<ExitCode, String> {
         let agent = Agent::start(AgentConfig { guard, ..config }).await;
         let agent = agent.map_err(|error| chain(&error))?;
         tracing::info!(app, cell, "the agent runs");
-        shutdown_signal().await?;
+        tokio::select! {
+            stopped = shutdown_signal() => stopped?,
+            () = ignore_hangups() => (),
+        }
         tracing::info!("shutting down, the server as well");
         agent.stop().await;
         Ok(ExitCode::SUCCESS)
@@ -546,6 +566,16 @@ fn run_guard(
     let runtime = runtime.map_err(|error| format!("no runtime: {error}"))?;
     let done = runtime.block_on(agent::guard::run(&instance, state_dir, kill_at));
     done.map(|()| ExitCode::SUCCESS).map_err(|error| format!("the guard's socket: {error}"))
+}
+
+/// Of this process nothing is taken up while it runs, and a reload of the service is not to end it.
+async fn ignore_hangups() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return std::future::pending().await };
+    while hangups.recv().await.is_some() {
+        tracing::warn!("SIGHUP: the configuration of this process is read at its start alone");
+    }
+    std::future::pending().await
 }
 
 /// Waits for SIGINT or SIGTERM.

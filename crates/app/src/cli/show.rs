@@ -16,6 +16,7 @@ use serde::Serialize;
 use super::plans::{Found, Which};
 use super::{Global, client, plans, report};
 use crate::api::{Audit, ProxyStatus, Status};
+use crate::loaded::{Changes, Takes};
 
 pub(super) type Done = Result<ExitCode, String>;
 
@@ -324,6 +325,42 @@ fn print_safety(global: &Global, safety: &Safety) -> Done {
         let state = |open| if open { "open" } else { "closed" };
         let rows = safety.gates.iter().map(|(gate, open)| vec![gate.clone(), state(*open).into()]);
         table(&["gate", ""], &rows.collect::<Vec<_>>());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn diff(global: &Global) -> Done {
+    print_changes(global, &client::get(global, "/v1/configuration/diff")?)
+}
+
+pub(super) fn apply(global: &Global) -> Done {
+    print_changes(global, &client::post(global, "/v1/configuration/apply", &serde_json::json!({}))?)
+}
+
+fn print_changes(global: &Global, found: &Changes) -> Done {
+    if global.json {
+        json(found)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if found.changes.is_empty() {
+        say!("configuration {} runs, nothing is different", found.version);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
+    let rows: Vec<Vec<String>> = found
+        .changes
+        .iter()
+        .map(|change| {
+            let takes = match change.takes {
+                Takes::Now => "at once",
+                Takes::Restart => "at a restart",
+            };
+            vec![change.setting.clone(), value(&change.from), value(&change.to), takes.into()]
+        })
+        .collect();
+    table(&["setting", "from", "to", "taken up"], &rows);
+    if let Some(node) = &found.node {
+        say!("! this is node `{node}`: each of the others takes up its own file at a SIGHUP");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use agent::config::AgentConfig;
 use control::agents::Link;
-use control::config::{AppServers, CellServer, FailoverConfig};
+use control::config::{AppServers, AppSettings, CellServer, FailoverConfig};
+use control::live::Live;
 use control::{ControlConfig, Member};
 pub(crate) use model::chain;
 use model::durability::Durability;
@@ -36,6 +37,7 @@ mod reader;
 mod safety;
 
 use crate::api::access::{Access, Role, Token};
+use crate::loaded::Loaded;
 use crate::remote::RemoteConfig;
 pub(crate) use agents::Agents;
 pub(crate) use node::Node;
@@ -53,6 +55,13 @@ pub(crate) struct Config {
     pub(crate) api: ApiConfig,
     /// Where agents find control, if there are to be any.
     pub(crate) agents: Option<Agents>,
+}
+
+impl Config {
+    /// What runs, to be compared with its file.
+    pub(crate) fn loaded(&self, file: (&Path, &str)) -> Loaded {
+        Loaded::new(file, self.control.clone(), self.api.access.clone(), None)
+    }
 }
 
 /// What one of several nodes of control needs.
@@ -79,7 +88,7 @@ pub(crate) enum Roles {
 #[derive(Debug, Clone)]
 pub(crate) struct ApiConfig {
     pub(crate) listen: SocketAddr,
-    pub(crate) access: Access,
+    pub(crate) access: Live<Access>,
 }
 
 #[derive(Debug, Error)]
@@ -128,14 +137,23 @@ impl Roles {
     /// # Errors
     /// It cannot be read, or has mistakes; all of them are named.
     pub(crate) fn load(path: &Path) -> Result<Roles, ConfigError> {
+        Roles::load_with_text(path).map(|(roles, _)| roles)
+    }
+
+    /// The text as well.
+    ///
+    /// # Errors
+    /// As `load`.
+    pub(crate) fn load_with_text(path: &Path) -> Result<(Roles, String), ConfigError> {
         let file = |source| ConfigError::File { path: path.to_owned(), source };
         let len = std::fs::metadata(path).map_err(file)?.len();
         if len > FILE_LEN_MAX {
             return Err(file(std::io::ErrorKind::FileTooLarge.into()));
         }
         let text = std::fs::read_to_string(path).map_err(file)?;
-        Roles::read(&text)
-            .map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })
+        let roles = Roles::read(&text)
+            .map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })?;
+        Ok((roles, text))
     }
 
     /// Reads and checks the text of a file.
@@ -243,7 +261,7 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
         apps.push(app);
     }
     check_databases(&apps, mistakes);
-    let has_tokens = api.as_ref().is_some_and(|api| !api.access.tokens.is_empty());
+    let has_tokens = api.as_ref().is_some_and(|api| !api.access.now().tokens.is_empty());
     // A proxy whose control is elsewhere does not know who may approve there.
     plans::settle(plans, &mut servers, has_tokens || elsewhere.is_some(), mistakes);
     let proxy = ProxyConfig {
@@ -385,7 +403,8 @@ fn read_api(control: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<ApiC
         );
         mistakes.add(span, text);
     }
-    Some(ApiConfig { listen: address, access: Access { tokens, is_private } })
+    let access = Live::new(Access { tokens, is_private });
+    Some(ApiConfig { listen: address, access })
 }
 
 fn read_token(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Token> {
@@ -583,10 +602,8 @@ fn read_app(
         mistakes.add(table.span_of("durability"), text);
     }
     let plans = BTreeMap::new();
-    Some((
-        app,
-        AppServers { first_active, cells, failover, durability, objectives, slots, plans, rules },
-    ))
+    let settings = AppSettings { failover, durability, objectives, slots, plans, rules };
+    Some((app, AppServers { first_active, cells, settings: Live::new(settings) }))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
-use control::config::AppServers;
+use control::config::{AppServers, AppSettings};
 use model::cell::CellState;
 use model::failover::Analysis;
 use model::plan::trigger::Trigger;
@@ -492,7 +493,8 @@ pub(super) fn settle(
     }
     for (app, plans) in settled {
         if let Some(servers) = apps.get_mut(&app) {
-            servers.plans = plans;
+            let settings = AppSettings { plans, ..(*servers.now()).clone() };
+            servers.settings.set(Arc::new(settings));
         }
     }
 }

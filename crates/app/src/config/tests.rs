@@ -195,7 +195,8 @@ only_if = [{ cell = "b", is = "passive" }]
 "#,
     );
     let Roles::Here(config) = Roles::read(&text).unwrap() else { panic!() };
-    let plan = &config.control.apps["shop"].plans["to-b"];
+    let settings = config.control.apps["shop"].now();
+    let plan = &settings.plans["to-b"];
     let names: Vec<&str> = plan.all_steps().iter().map(|step| step.name.as_str()).collect();
     assert_eq!(names, ["first", "first/hook", "both", "both/x", "both/x/y", "both/z", "switch"]);
     assert_eq!(plan.step("first/hook").unwrap().tries, 3);

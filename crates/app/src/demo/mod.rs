@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -189,7 +190,7 @@ impl Demo {
                 data_dir,
                 run_as,
                 options,
-                shared: std::sync::Arc::default(),
+                shared: Arc::default(),
             });
         }
         let [primary, standbys @ ..] = self.instances.as_slice() else {
@@ -241,8 +242,10 @@ impl Demo {
         if self.has_agents {
             self.start_agents(&[agents], bin_dir)?;
         }
-        let config = Roles::load(&path).map_err(|e| chain(&e))?.into_config()?;
-        self.running = Some(Running::start(config).await.map_err(|e| chain(&e))?);
+        let (roles, text) = Roles::load_with_text(&path).map_err(|e| chain(&e))?;
+        let config = roles.into_config()?;
+        let loaded = Arc::new(config.loaded((&path, &text)));
+        self.running = Some(Running::start(config, Some(loaded)).await.map_err(|e| chain(&e))?);
         self.apis.push(api);
         workload::create_tables(&self.dsn()).await?;
         for number in 2..=self.more_proxies + 1 {

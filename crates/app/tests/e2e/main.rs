@@ -10,6 +10,7 @@ mod batches;
 mod battery;
 mod between;
 mod cells;
+mod configuration;
 mod crash;
 mod drivers;
 mod failover;

@@ -161,7 +161,7 @@ fn ends_pledges(
 }
 
 fn loss_policy(execution: &Execution, servers: &AppServers) -> LossPolicy {
-    LossPolicy { allowed: execution.allow_data_loss, max: servers.failover.loss_max }
+    LossPolicy { allowed: execution.allow_data_loss, max: servers.now().failover.loss_max }
 }
 
 fn or_allow(execution: &Execution, reason: &str) -> String {

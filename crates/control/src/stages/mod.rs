@@ -413,7 +413,7 @@ async fn promote_server(
 ) -> Done {
     let mut new = admin_at_once(to).await?;
     let servers = control.servers(&execution.app).map_err(chain)?;
-    before_promotion(servers.durability, servers, &execution.to, &mut new).await?;
+    before_promotion(servers.now().durability, servers, &execution.to, &mut new).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
         while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f")

@@ -1,0 +1,322 @@
+//! The configuration that runs, beside the file that it was read from: what is different, and what can be taken up at once.
+//!
+//! What is taken up of an application is taken up as a whole, and only where nothing else of it waits for a restart: what the
+//! file says was checked together.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use control::ControlConfig;
+use control::audit::digest_of;
+use control::live::Live;
+use serde::{Deserialize, Serialize};
+use toml::de::{DeTable, DeValue};
+
+use crate::api::access::Access;
+use crate::config::{Roles, chain};
+
+/// A setting: the names on the way to it. Of several tables of a name each goes by its `name`.
+type Way = Vec<String>;
+
+/// Of an application, what is taken up at once. What they are set to is no secret.
+const LIVE: [&str; 5] = ["failover", "durability", "objectives", "slots", "safety"];
+/// As well, but somebody else's passwords may be in it.
+const LIVE_PLANS: &str = "plan";
+
+/// What is different in the file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Change {
+    pub(crate) setting: String,
+    /// None: it is not there, or not shown, as it may be a secret.
+    pub(crate) from: Option<String>,
+    pub(crate) to: Option<String>,
+    pub(crate) takes: Takes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Takes {
+    Now,
+    Restart,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Changes {
+    /// Of the file: the begin of its SHA-256.
+    pub(crate) version: String,
+    pub(crate) changes: Vec<Change>,
+    /// The node that this is about, where there are several.
+    pub(crate) node: Option<String>,
+}
+
+/// What runs, of whichever process.
+pub(crate) struct Loaded {
+    path: PathBuf,
+    control: ControlConfig,
+    access: Live<Access>,
+    node: Option<String>,
+    runs: Mutex<BTreeMap<Way, String>>,
+}
+
+impl Loaded {
+    pub(crate) fn new(
+        (path, text): (&Path, &str),
+        control: ControlConfig,
+        access: Live<Access>,
+        node: Option<String>,
+    ) -> Loaded {
+        let runs = Mutex::new(settings(text));
+        Loaded { path: path.to_owned(), control, access, node, runs }
+    }
+
+    /// What is different in the file.
+    ///
+    /// # Errors
+    /// It cannot be read, or has mistakes.
+    pub(crate) fn diff(&self) -> Result<Changes, String> {
+        let (_, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
+        let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(self.changes(&text, &compare(&runs, &settings(&text))))
+    }
+
+    fn changes(&self, text: &str, differ: &Differences) -> Changes {
+        let version = digest_of(text.as_bytes()).chars().take(12).collect();
+        let change = |(way, (from, to)): (&Way, &(Option<String>, Option<String>))| {
+            let takes = if differ.is_now(way) { Takes::Now } else { Takes::Restart };
+            let shown = |value: &Option<String>| value.clone().filter(|_| is_shown(way));
+            Change { setting: way.join("."), from: shown(from), to: shown(to), takes }
+        };
+        let changes = differ.settings.iter().map(change).collect();
+        Changes { version, changes, node: self.node.clone() }
+    }
+
+    /// Takes up what can be.
+    ///
+    /// # Errors
+    /// The file cannot be read, or has mistakes; nothing is taken up.
+    pub(crate) fn apply(&self) -> Result<Changes, String> {
+        let (roles, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
+        let (control, access) = match roles {
+            Roles::Here(config) => (config.control, config.api.access),
+            Roles::Node(config) => (config.control, config.api.access),
+            Roles::Agent(_) | Roles::Proxy(_) => {
+                return Err(format!(
+                    "`{}` is not that of control any more: a restart is needed",
+                    self.path.display()
+                ));
+            }
+        };
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = settings(&text);
+        let differ = compare(&runs, &now);
+        for (app, servers) in &self.control.apps {
+            if let Some(read) = control.apps.get(app).filter(|_| differ.is_app_now(app)) {
+                servers.settings.set(read.now());
+            }
+        }
+        // Secrets are in files of their own, whose names may be the same as before.
+        if !differ.control_waits {
+            self.access.set(access.now());
+        }
+        for (way, (_, to)) in &differ.settings {
+            match to.clone().filter(|_| differ.is_now(way)) {
+                Some(value) => drop(runs.insert(way.clone(), value)),
+                None if differ.is_now(way) => drop(runs.remove(way)),
+                None => (),
+            }
+        }
+        Ok(self.changes(&text, &differ))
+    }
+}
+
+impl Changes {
+    /// What was taken up, for the audit: what it is set to stays in the file.
+    pub(crate) fn says(&self) -> String {
+        let of = |takes: Takes| -> Vec<&str> {
+            let these = self.changes.iter().filter(|change| change.takes == takes);
+            these.map(|change| change.setting.as_str()).collect()
+        };
+        let (now, later) = (of(Takes::Now), of(Takes::Restart));
+        let mut text = format!("configuration {}: ", self.version);
+        text.push_str(&match now.is_empty() {
+            true => "nothing".to_owned(),
+            false => now.join(", "),
+        });
+        if !later.is_empty() {
+            text.push_str(&format!("; a restart takes up {}", later.join(", ")));
+        }
+        text
+    }
+}
+
+/// What is different, and what of it has to wait.
+struct Differences {
+    settings: BTreeMap<Way, (Option<String>, Option<String>)>,
+    /// Something of `[control]` waits for a restart, on which what applications may have hangs.
+    control_waits: bool,
+    /// Applications of which something does.
+    apps_wait: BTreeSet<String>,
+}
+
+impl Differences {
+    fn is_app_now(&self, app: &str) -> bool {
+        !self.control_waits && !self.apps_wait.contains(app)
+    }
+
+    fn is_now(&self, way: &Way) -> bool {
+        match kind_of(way) {
+            Kind::OfApp(app) => self.is_app_now(app),
+            Kind::Token => !self.control_waits,
+            Kind::Restart => false,
+        }
+    }
+}
+
+enum Kind<'a> {
+    OfApp(&'a str),
+    Token,
+    Restart,
+}
+
+fn kind_of(way: &Way) -> Kind<'_> {
+    let names: Vec<&str> = way.iter().map(String::as_str).collect();
+    match names.as_slice() {
+        ["app", app, what, ..] if LIVE.contains(what) || *what == LIVE_PLANS => Kind::OfApp(app),
+        ["control", "token", ..] => Kind::Token,
+        _ => Kind::Restart,
+    }
+}
+
+fn is_shown(way: &Way) -> bool {
+    matches!(way.as_slice(), [app, _, what, ..] if app == "app" && LIVE.contains(&what.as_str()))
+}
+
+fn compare(before: &BTreeMap<Way, String>, after: &BTreeMap<Way, String>) -> Differences {
+    let ways: BTreeSet<&Way> = before.keys().chain(after.keys()).collect();
+    let differs = |way: &Way| {
+        let (from, to) = (before.get(way), after.get(way));
+        (from != to).then(|| (way.clone(), (from.cloned(), to.cloned())))
+    };
+    let settings: BTreeMap<_, _> = ways.into_iter().filter_map(differs).collect();
+    let waits = || settings.keys().filter(|way| matches!(kind_of(way), Kind::Restart));
+    let of = |way: &&Way, first: &str| way.first().is_some_and(|name| name == first);
+    let control_waits = waits().any(|way| of(&way, "control"));
+    let apps = waits().filter(|way| of(way, "app")).filter_map(|way| way.get(1).cloned());
+    let apps_wait = apps.collect();
+    Differences { settings, control_waits, apps_wait }
+}
+
+/// Each setting of a file, by the way to it.
+fn settings(text: &str) -> BTreeMap<Way, String> {
+    let mut found = BTreeMap::new();
+    let (document, _) = DeTable::parse_recoverable(text);
+    walk_table(document.get_ref(), &Vec::new(), &mut found);
+    found
+}
+
+fn walk_table(table: &DeTable<'_>, way: &Way, found: &mut BTreeMap<Way, String>) {
+    for (name, value) in table.iter() {
+        let mut way = way.clone();
+        way.push(name.get_ref().to_string());
+        walk(value.get_ref(), &way, found);
+    }
+}
+
+fn walk(value: &DeValue<'_>, way: &Way, found: &mut BTreeMap<Way, String>) {
+    match value {
+        DeValue::Table(table) => walk_table(table, way, found),
+        DeValue::Array(all) if all.iter().any(|one| matches!(one.get_ref(), DeValue::Table(_))) => {
+            for (at, one) in all.iter().enumerate() {
+                let name = match one.get_ref() {
+                    DeValue::Table(table) => {
+                        table.get("name").and_then(|name| name.get_ref().as_str())
+                    }
+                    _ => None,
+                };
+                let mut way = way.clone();
+                way.push(name.map_or_else(|| at.to_string(), str::to_owned));
+                if way.iter().any(|name| name == "step") {
+                    // Which is before which.
+                    let mut place = way.clone();
+                    place.push("(place)".into());
+                    found.insert(place, at.to_string());
+                }
+                walk(one.get_ref(), &way, found);
+            }
+        }
+        leaf => drop(found.insert(way.clone(), shown(leaf))),
+    }
+}
+
+fn shown(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => text.to_string(),
+        DeValue::Integer(number) => number.to_string(),
+        DeValue::Float(number) => number.to_string(),
+        DeValue::Boolean(is) => is.to_string(),
+        DeValue::Datetime(at) => at.to_string(),
+        DeValue::Array(all) => {
+            let all: Vec<String> = all.iter().map(|one| shown(one.get_ref())).collect();
+            format!("[{}]", all.join(", "))
+        }
+        DeValue::Table(_) => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUNS: &str = "[control]\nlisten = \"127.0.0.1:1\"\n[[control.token]]\nname = \"ops\"\nrole = \"operator\"\n\
+        [[app]]\nname = \"shop\"\nslots = true\n[app.failover]\nautomatic = true\n[[app.cell]]\nname = \"a\"\nconninfo = \"password=x\"\n\
+        [[app]]\nname = \"billing\"\n";
+
+    fn differ(change: &[(&str, &str)]) -> Vec<(String, bool)> {
+        let text = change.iter().fold(RUNS.to_owned(), |text, (from, to)| {
+            assert!(text.contains(from), "{from}");
+            text.replacen(from, to, 1)
+        });
+        let found = compare(&settings(RUNS), &settings(&text));
+        found.settings.keys().map(|way| (way.join("."), found.is_now(way))).collect()
+    }
+
+    #[test]
+    fn what_an_application_keeps_to_is_taken_up_at_once() {
+        assert_eq!(differ(&[]), []);
+        let found = differ(&[("automatic = true", "automatic = false\nblock = \"1s\"")]);
+        let now = |way: &str| (way.to_owned(), true);
+        assert_eq!(found, [now("app.shop.failover.automatic"), now("app.shop.failover.block")]);
+        assert_eq!(differ(&[("slots = true\n", "")]), [now("app.shop.slots")]);
+        assert_eq!(differ(&[("operator", "admin")]), [now("control.token.ops.role")]);
+    }
+
+    #[test]
+    fn what_was_checked_with_what_waits_waits_too() {
+        let found =
+            differ(&[("password=x", "password=y"), ("automatic = true", "automatic = false")]);
+        let waits = |way: &str| (way.to_owned(), false);
+        assert_eq!(
+            found,
+            [waits("app.shop.cell.a.conninfo"), waits("app.shop.failover.automatic")]
+        );
+        let found =
+            differ(&[("127.0.0.1:1", "0.0.0.0:1"), ("operator", "admin"), ("slots = true\n", "")]);
+        assert!(found.len() == 3 && found.iter().all(|(_, now)| !now), "{found:?}");
+        let found = differ(&[
+            ("name = \"billing\"\n", "name = \"billing\"\ndatabases = [\"b\"]\n"),
+            ("slots = true\n", ""),
+        ]);
+        assert_eq!(found, [waits("app.billing.databases"), ("app.shop.slots".to_owned(), true)]);
+    }
+
+    #[test]
+    fn what_may_be_a_secret_is_not_shown() {
+        let way = |text: &str| text.split('.').map(str::to_owned).collect::<Way>();
+        assert!(is_shown(&way("app.shop.failover.block")));
+        for hidden in ["app.shop.cell.a.conninfo", "app.shop.plan.p.step", "control.token.ops.role"]
+        {
+            assert!(!is_shown(&way(hidden)), "{hidden}");
+        }
+    }
+}

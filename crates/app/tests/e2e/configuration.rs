@@ -1,0 +1,62 @@
+//! The configuration file is taken up while clients go on.
+
+use crate::agents::wait_until;
+use crate::support::{Installation, run, shown, signal, value};
+
+fn change(installation: &Installation, from: &str, to: &str) {
+    let text = std::fs::read_to_string(installation.config()).unwrap();
+    assert!(text.contains(from), "{from} is not in {text}");
+    std::fs::write(installation.config(), text.replacen(from, to, 1)).unwrap();
+}
+
+#[tokio::test]
+async fn what_an_application_keeps_to_is_taken_up_while_clients_go_on() {
+    let installation = Installation::start("configuration");
+    let mut client = installation.connect().await;
+    run(&mut client, "SET work_mem = '7MB'").await;
+    let says = |args: &[&str]| shown(&installation.holdfast(args));
+    assert!(says(&["diff"]).contains("nothing is different"), "{}", says(&["diff"]));
+    change(&installation, "[[app.cell]]", "[app.objectives]\nrto = \"1ms\"\n\n[[app.cell]]");
+    let text = says(&["diff"]);
+    assert!(text.contains("app.shop.objectives.rto") && text.contains("at once"), "{text}");
+    let text = says(&["switchover", "shop", "--to", "b"]);
+    assert!(!text.contains("objective"), "not taken up yet: {text}");
+    let text = says(&["apply", "--reason", "we promise more"]);
+    assert!(text.contains("app.shop.objectives.rto") && text.contains("1ms"), "{text}");
+    assert!(says(&["diff"]).contains("nothing is different"));
+    let audit = says(&["audit"]);
+    assert!(audit.contains("apply") && audit.contains("we promise more"), "{audit}");
+    let text = says(&["switchover", "shop", "--to", "a"]);
+    assert!(text.contains(", objective 1ms: missed"), "{text}");
+    // A signal does the same.
+    change(&installation, "rto = \"1ms\"", "rto = \"10m\"");
+    signal(installation.pid(), "HUP");
+    wait_until("the signal", async || says(&["diff"]).contains("nothing is different")).await;
+    let text = says(&["switchover", "shop", "--to", "b"]);
+    assert!(text.contains(", objective 10m: met"), "{text}");
+    assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
+}
+
+#[tokio::test]
+async fn nothing_is_taken_up_that_could_not_run_together() {
+    let installation = Installation::start("configuration-waits");
+    let mut client = installation.connect().await;
+    let says = |args: &[&str]| shown(&installation.holdfast(args));
+    // A mistake anywhere: nothing is taken up, by nobody.
+    let (before, with) = ("sslmode = \"disable\"\n", "sslmode = \"disable\"\nslots = ");
+    change(&installation, before, &format!("{with}\"perhaps\"\n"));
+    let output = installation.holdfast(&["apply"]);
+    assert!(!output.status.success());
+    assert!(shown(&output).contains("`app.slots`"), "{}", shown(&output));
+    signal(installation.pid(), "HUP");
+    change(&installation, "slots = \"perhaps\"", "slots = true");
+    // What a cell is takes a restart, and with it what was checked with it.
+    change(&installation, "\"-c listen_addresses", "\"-c work_mem=8MB\", \"-c listen_addresses");
+    let text = says(&["apply"]);
+    assert!(!text.contains("at once"), "{text}");
+    let waits = text.lines().filter(|line| line.contains("at a restart")).count();
+    assert!(waits >= 2 && text.contains("app.shop.slots"), "{text}");
+    assert!(!text.contains("work_mem"), "what may be a secret is not shown: {text}");
+    assert_eq!(value(&mut client, "SELECT 1").await, "1");
+    assert!(says(&["diff"]).contains("app.shop.slots"), "it waits still");
+}
