@@ -262,7 +262,7 @@ impl Control {
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &to)?;
         let asked = Asked::new(Kind::Failover, from, to, asking);
-        self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
+        Box::pin(self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked })).await
     }
 
     /// The application as it is watched over: an execution that stands still before its point of no return is in the way of

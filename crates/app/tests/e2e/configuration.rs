@@ -1,6 +1,7 @@
 //! The configuration file is taken up while clients go on.
 
 use crate::agents::wait_until;
+use crate::nodes::{control_of, wait_for_control};
 use crate::support::{Installation, run, shown, signal, value};
 
 fn change(installation: &Installation, from: &str, to: &str) {
@@ -59,4 +60,38 @@ async fn nothing_is_taken_up_that_could_not_run_together() {
     assert!(!text.contains("work_mem"), "what may be a secret is not shown: {text}");
     assert_eq!(value(&mut client, "SELECT 1").await, "1");
     assert!(says(&["diff"]).contains("app.shop.slots"), "it waits still");
+}
+
+#[tokio::test]
+async fn each_node_takes_up_its_own_file_and_a_reload_ends_nobody() {
+    let installation = Installation::start_nodes("configuration-nodes", &[]);
+    let first = wait_for_control(&installation).await;
+    let mut client = installation.connect().await;
+    run(&mut client, "SET work_mem = '7MB'").await;
+    for number in 1..=3 {
+        let path = installation.dir.join(format!("control-{number}.toml"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let with = "[app.objectives]\nrto = \"10m\"\n\n[[app.cell]]";
+        std::fs::write(&path, text.replacen("[[app.cell]]", with, 1)).unwrap();
+    }
+    let says = |args: &[&str]| shown(&installation.holdfast(args));
+    assert!(says(&["diff"]).contains("app.shop.objectives.rto"));
+    let proxies = installation.facts.proxies.iter().map(|(_, pid)| *pid);
+    let agents = ["a", "b"].map(|cell| installation.agent(cell));
+    let all: Vec<u32> =
+        installation.facts.controls.iter().copied().chain(proxies).chain(agents).collect();
+    for pid in &all {
+        signal(*pid, "HUP");
+    }
+    wait_until("the signal", async || says(&["diff"]).contains("nothing is different")).await;
+    for pid in &all {
+        assert!(std::fs::exists(format!("/proc/{pid}/cwd")).unwrap(), "process {pid} has ended");
+    }
+    // What takes the place of control has taken up the same.
+    signal(installation.facts.controls[first], "KILL");
+    wait_until("another control", async || control_of(&installation).is_some()).await;
+    assert!(says(&["diff"]).contains("nothing is different"));
+    let text = says(&["switchover", "shop", "--to", "b"]);
+    assert!(text.contains(", objective 10m: met"), "{text}");
+    assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
 }

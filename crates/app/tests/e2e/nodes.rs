@@ -11,7 +11,7 @@ use crate::support::{HOLDFAST, Installation, run, shown, signal, value};
 const SEAT_AND_MORE: Duration = Duration::from_secs(6);
 
 /// The node that is control, if there is one.
-fn control_of(installation: &Installation) -> Option<usize> {
+pub(crate) fn control_of(installation: &Installation) -> Option<usize> {
     let mut apis = installation.facts.api.split(',').enumerate();
     apis.find(|(_, api)| {
         let output = Command::new(HOLDFAST).args(["--api", api, "executions"]).output().unwrap();
@@ -20,7 +20,7 @@ fn control_of(installation: &Installation) -> Option<usize> {
     .map(|(at, _)| at)
 }
 
-async fn wait_for_control(installation: &Installation) -> usize {
+pub(crate) async fn wait_for_control(installation: &Installation) -> usize {
     wait_until("another control", async || control_of(installation).is_some()).await;
     control_of(installation).unwrap()
 }

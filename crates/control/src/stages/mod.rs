@@ -424,9 +424,11 @@ async fn promote_server(
             tokio::time::sleep(POLL).await;
         }
     }
-    let timeline =
-        new.value("SELECT timeline_id FROM pg_control_checkpoint()").await.map_err(chain)?;
-    Ok(format!("primary, after timeline {}", timeline.unwrap_or_default()))
+    // It is a primary whether or not that can be read.
+    Ok(match following::history(&mut new).await {
+        Ok((timeline, _)) => format!("primary, on timeline {timeline}"),
+        Err(_) => "primary".to_owned(),
+    })
 }
 
 async fn attach(control: &Control, execution: &Execution) -> Done {
