@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use control::ControlConfig;
 use control::audit::digest_of;
 use control::live::Live;
+use control::{Control, ControlConfig};
+use proxy::config::PolicyConfig;
 use serde::{Deserialize, Serialize};
 use toml::de::{DeTable, DeValue};
 
@@ -21,6 +22,8 @@ type Way = Vec<String>;
 
 /// Of an application, what is taken up at once. What they are set to is no secret.
 const LIVE: [&str; 5] = ["failover", "durability", "objectives", "slots", "safety"];
+/// As well, once sessions are at a safe point.
+const RULES: &str = "policy";
 /// As well, but somebody else's passwords may be in it.
 const LIVE_PLANS: &str = "plan";
 
@@ -38,6 +41,8 @@ pub(crate) struct Change {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Takes {
     Now,
+    /// It could not be taken up now.
+    Later,
     Restart,
 }
 
@@ -46,6 +51,8 @@ pub(crate) struct Changes {
     /// Of the file: the begin of its SHA-256.
     pub(crate) version: String,
     pub(crate) changes: Vec<Change>,
+    /// What is to be said of rules for commands, which proxies take up, each from its own file.
+    pub(crate) rules: Vec<String>,
     /// The node that this is about, where there are several.
     pub(crate) node: Option<String>,
 }
@@ -88,7 +95,7 @@ impl Loaded {
             Change { setting: way.join("."), from: shown(from), to: shown(to), takes }
         };
         let changes = differ.settings.iter().map(change).collect();
-        Changes { version, changes, node: self.node.clone() }
+        Changes { version, changes, rules: Vec::new(), node: self.node.clone() }
     }
 
     /// Takes up what can be.
@@ -119,7 +126,7 @@ impl Loaded {
         if !differ.control_waits {
             self.access.set(access.now());
         }
-        for (way, (_, to)) in &differ.settings {
+        for (way, (_, to)) in differ.settings.iter().filter(|(way, _)| !is_rule(way)) {
             match to.clone().filter(|_| differ.is_now(way)) {
                 Some(value) => drop(runs.insert(way.clone(), value)),
                 None if differ.is_now(way) => drop(runs.remove(way)),
@@ -128,6 +135,77 @@ impl Loaded {
         }
         Ok(self.changes(&text, &differ))
     }
+}
+
+impl Loaded {
+    /// The rules for commands of an application, if they may be taken up. None if something else of it waits.
+    ///
+    /// # Errors
+    /// The file cannot be read, or has mistakes.
+    pub(crate) fn rules(&self, app: &str) -> Result<Option<PolicyConfig>, String> {
+        let (roles, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
+        let Roles::Here(config) = roles else { return Ok(None) };
+        let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let differ = compare(&runs, &settings(&text));
+        let mut apps = config.proxy.apps.into_iter();
+        let found = apps.find(|one| one.name == app).filter(|_| differ.is_app_now(app));
+        Ok(found.map(|found| found.policy))
+    }
+
+    /// Rules of an application were taken up as they are in the file.
+    fn rules_taken(&self, app: &str) {
+        let Ok((_, text)) = Roles::load_with_text(&self.path) else { return };
+        let now = settings(&text);
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_its = |way: &Way| is_rule(way) && way.get(1).is_some_and(|name| name == app);
+        runs.retain(|way, _| !is_its(way));
+        runs.extend(now.into_iter().filter(|(way, _)| is_its(way)));
+    }
+}
+
+/// What is different, rules in the files of proxies included.
+///
+/// # Errors
+/// The file cannot be read, or has mistakes.
+pub(crate) async fn diff(loaded: &Loaded, control: &Control) -> Result<Changes, String> {
+    let mut changes = loaded.diff()?;
+    for app in control.config.apps.keys() {
+        match control.other_rules(app).await {
+            Ok(0) => (),
+            Ok(count) => changes
+                .rules
+                .push(format!("{count} proxies have other rules for `{app}` in their files")),
+            Err(error) => changes.rules.push(format!("rules of `{app}`: {}", chain(&error))),
+        }
+    }
+    Ok(changes)
+}
+
+/// Takes up what can be, rules in the files of proxies included.
+///
+/// # Errors
+/// The file cannot be read, or has mistakes; nothing is taken up.
+pub(crate) async fn take_up(loaded: &Loaded, control: &Control) -> Result<Changes, String> {
+    let mut changes = loaded.apply()?;
+    for app in control.config.apps.keys() {
+        match control.reload_rules(app).await {
+            Ok(0) => (),
+            Ok(count) => {
+                loaded.rules_taken(app);
+                changes.rules.push(format!("{count} proxies go by the new rules of `{app}`"));
+            }
+            Err(error) => {
+                let its = format!("app.{app}.{RULES}.");
+                for change in &mut changes.changes {
+                    if change.setting.starts_with(&its) && change.takes == Takes::Now {
+                        change.takes = Takes::Later;
+                    }
+                }
+                changes.rules.push(format!("rules of `{app}` are not taken up: {}", chain(&error)));
+            }
+        }
+    }
+    Ok(changes)
 }
 
 impl Changes {
@@ -143,6 +221,9 @@ impl Changes {
             true => "nothing".to_owned(),
             false => now.join(", "),
         });
+        for line in &self.rules {
+            text.push_str(&format!("; {line}"));
+        }
         if !later.is_empty() {
             text.push_str(&format!("; a restart takes up {}", later.join(", ")));
         }
@@ -182,14 +263,21 @@ enum Kind<'a> {
 fn kind_of(way: &Way) -> Kind<'_> {
     let names: Vec<&str> = way.iter().map(String::as_str).collect();
     match names.as_slice() {
-        ["app", app, what, ..] if LIVE.contains(what) || *what == LIVE_PLANS => Kind::OfApp(app),
+        ["app", app, what, ..] if LIVE.contains(what) || [LIVE_PLANS, RULES].contains(what) => {
+            Kind::OfApp(app)
+        }
         ["control", "token", ..] => Kind::Token,
         _ => Kind::Restart,
     }
 }
 
 fn is_shown(way: &Way) -> bool {
-    matches!(way.as_slice(), [app, _, what, ..] if app == "app" && LIVE.contains(&what.as_str()))
+    let is_known = |what: &str| LIVE.contains(&what) || what == RULES;
+    matches!(way.as_slice(), [app, _, what, ..] if app == "app" && is_known(what))
+}
+
+fn is_rule(way: &Way) -> bool {
+    matches!(way.as_slice(), [app, _, what, ..] if app == "app" && what == RULES)
 }
 
 fn compare(before: &BTreeMap<Way, String>, after: &BTreeMap<Way, String>) -> Differences {
@@ -236,7 +324,7 @@ fn walk(value: &DeValue<'_>, way: &Way, found: &mut BTreeMap<Way, String>) {
                 };
                 let mut way = way.clone();
                 way.push(name.map_or_else(|| at.to_string(), str::to_owned));
-                if way.iter().any(|name| name == "step") {
+                if way.iter().any(|name| name == "step" || name == RULES) {
                     // Which is before which.
                     let mut place = way.clone();
                     place.push("(place)".into());

@@ -63,7 +63,7 @@ impl Node {
             }
         });
         // The audit is written by whoever is control; here it stands in the log.
-        serving.spawn(on_hangup(loaded.clone(), |_, _| Ok(())));
+        serving.spawn(on_hangup(loaded.clone(), None));
         Ok(Node { config, loaded, store, answers, api, serving })
     }
 

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::api;
 use crate::config::{Agents, Config};
-use crate::loaded::Loaded;
+use crate::loaded::{self, Loaded};
 
 /// Orders that may wait for the proxy; control sends one at a time for each application.
 const ORDERS_MAX: usize = 16;
@@ -76,10 +76,9 @@ impl Running {
         let access = config.api.access.clone();
         let state = api::State::new(Some(proxy.clone()), control.clone(), access, loaded.clone());
         if let Some(loaded) = loaded {
-            let control = control.clone();
-            tasks.spawn(on_hangup(loaded, move |asking, text| {
-                control.note_configuration(asking, text).map_err(|error| model::chain(&error))
-            }));
+            let its = loaded.clone();
+            proxy.rereads_by(Box::new(move |app| its.rules(app)));
+            tasks.spawn(on_hangup(loaded, Some(control.clone())));
         }
         tasks.spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
@@ -151,22 +150,26 @@ async fn serve(control: &Control, app: &str) -> Result<(), ControlError> {
     Ok(())
 }
 
-/// Takes up the configuration file at each SIGHUP. `note` records it.
-pub(crate) async fn on_hangup(
-    loaded: Arc<Loaded>,
-    note: impl Fn(Asking, String) -> Result<(), String>,
-) {
+/// Takes up the configuration file at each SIGHUP. Whoever is one of several nodes has the proxies' done when asked.
+pub(crate) async fn on_hangup(loaded: Arc<Loaded>, control: Option<Arc<Control>>) {
     use tokio::signal::unix::{SignalKind, signal};
     let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
     while hangups.recv().await.is_some() {
-        match loaded.apply() {
-            Ok(changes) => {
-                tracing::info!("{}", changes.says());
-                if let Err(error) = note(Asking::own("SIGHUP"), changes.says()) {
-                    tracing::error!(error, "that is not in the audit");
-                }
+        let taken = match &control {
+            Some(control) => loaded::take_up(&loaded, control).await,
+            None => loaded.apply(),
+        };
+        let changes = match taken {
+            Ok(changes) => changes.says(),
+            Err(why) => {
+                tracing::error!("nothing is taken up: {why}");
+                continue;
             }
-            Err(why) => tracing::error!("nothing is taken up: {why}"),
+        };
+        tracing::info!("{changes}");
+        let Some(control) = &control else { continue };
+        if let Err(error) = control.note_configuration(Asking::own("SIGHUP"), changes) {
+            tracing::error!(error = model::chain(&error), "that is not in the audit");
         }
     }
 }

@@ -110,7 +110,7 @@ impl Remote {
                 Duration::from_millis(*deadline_ms).saturating_add(LATE_MAX)
             }
             Order::Cut { .. } => CUT_MAX,
-            Order::List { .. } => LIST_MAX,
+            Order::List { .. } | Order::Compare { .. } => LIST_MAX,
             _ => WORK_MAX,
         };
         let deadline = Instant::now() + patience;

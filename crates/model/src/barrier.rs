@@ -92,6 +92,10 @@ pub enum Order {
     Retire { app: String },
     /// Only list sessions.
     List { app: String },
+    /// Only look: has its configuration file other rules for commands than it goes by? Done by those that have.
+    Compare { app: String },
+    /// Go by the rules in its configuration file from the release on.
+    Reload { app: String },
 }
 
 impl Order {
@@ -111,7 +115,9 @@ impl Order {
             | Order::GiveUp { app }
             | Order::Move { app, .. }
             | Order::Retire { app }
-            | Order::List { app } => app,
+            | Order::List { app }
+            | Order::Compare { app }
+            | Order::Reload { app } => app,
         }
     }
 
@@ -123,7 +129,8 @@ impl Order {
             | Order::HearOut { .. }
             | Order::AttachFirst { .. }
             | Order::Attach { .. }
-            | Order::GiveUp { .. } => true,
+            | Order::GiveUp { .. }
+            | Order::Reload { .. } => true,
             Order::Prepare { .. }
             | Order::Inspect { .. }
             | Order::Hold { .. }
@@ -131,7 +138,8 @@ impl Order {
             | Order::Cut { .. }
             | Order::Move { .. }
             | Order::Retire { .. }
-            | Order::List { .. } => false,
+            | Order::List { .. }
+            | Order::Compare { .. } => false,
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::auth::Authenticator;
 use crate::carry::Prepared;
 use crate::config::{AppConfig, MoveLimits, PolicyConfig, PoolLimits};
 use crate::confine::texts::Texts;
-use crate::confine::{Counts, Regime};
+use crate::confine::{Regime, Rules};
 use crate::pool::Pools;
 
 /// How often, and how long after each other, it is looked whether a fence is being taken back.
@@ -68,9 +68,8 @@ pub struct App {
     pub auth: Authenticator,
     /// How Holdfast itself logs in.
     pub admin: AdminLogin,
-    /// The rules by which commands are judged, and how often each was about one.
-    pub policy: PolicyConfig,
-    pub(crate) policy_counts: Vec<Counts>,
+    /// The rules by which commands are judged from the next state on that is told.
+    rules: Mutex<Arc<Rules>>,
     pub(crate) texts: Texts,
     regime: Mutex<Arc<Regime>>,
     /// The version of the regime, or 0 while there is nothing to judge in the state of the cell.
@@ -94,6 +93,7 @@ impl App {
         let cell =
             |(name, target): (String, Target)| (name.clone(), Arc::new(Cell { name, target }));
         let cells: BTreeMap<String, Arc<Cell>> = config.cells.into_iter().map(cell).collect();
+        let rules = Arc::new(Rules::new(config.policy));
         let gate = cells.get(active).map_or(Gate::Held, |cell| Gate::Open(cell.clone()));
         App {
             name: config.name,
@@ -105,10 +105,13 @@ impl App {
             cells,
             auth: Authenticator::new(config.auth, config.admin.clone()),
             admin: config.admin,
-            policy_counts: config.policy.counts(),
-            policy: config.policy,
+            rules: Mutex::new(rules.clone()),
             texts: Texts::default(),
-            regime: Mutex::new(Arc::new(Regime { cell: active.to_owned(), ..Regime::default() })),
+            regime: Mutex::new(Arc::new(Regime {
+                cell: active.to_owned(),
+                rules,
+                ..Regime::default()
+            })),
             judged_by: AtomicU64::new(0),
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
@@ -148,6 +151,22 @@ impl App {
         self.regime.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The rules as they are from the next state on that is told.
+    pub(crate) fn rules_now(&self) -> Arc<Rules> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a configuration has other rules.
+    pub(crate) fn has_other_rules(&self, config: &PolicyConfig) -> bool {
+        self.rules_now().config != *config
+    }
+
+    /// From the next state on that is told, commands are judged by these.
+    pub(crate) fn set_rules(&self, config: PolicyConfig) {
+        let rules = Arc::new(Rules::new(config));
+        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = rules;
+    }
+
     /// Why nobody can log in: the cell neither reads nor writes, and its server admits nobody.
     pub(crate) fn refuses_logins(&self) -> Option<String> {
         let regime = self.regime(None)?;
@@ -184,7 +203,8 @@ impl App {
         epoch: Epoch,
         databases: &BTreeSet<String>,
     ) {
-        let is_confined = !self.policy.policy.accepts_all(state);
+        let rules = self.rules_now();
+        let is_confined = !rules.config.policy.accepts_all(state);
         let mut catalogs = BTreeMap::new();
         if is_confined {
             // Clients are held meanwhile. Of what is not learned in time nothing is known.
@@ -203,7 +223,7 @@ impl App {
         let (number, version) = (regime.number + 1, regime.version + 1);
         let cell = cell.name.clone();
         let keys = Default::default();
-        *regime = Arc::new(Regime { number, version, cell, state, epoch, catalogs, keys });
+        *regime = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
         self.judged_by.store(if is_confined { version } else { 0 }, Ordering::Release);
     }
 
@@ -221,8 +241,9 @@ impl App {
             catalogs.insert(database.to_owned(), Arc::new(catalog));
             let Regime { number, state, epoch, .. } = **now;
             let (cell, version) = (now.cell.clone(), now.version + 1);
+            let rules = now.rules.clone();
             let keys = Default::default();
-            *now = Arc::new(Regime { number, version, cell, state, epoch, catalogs, keys });
+            *now = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
             self.judged_by.store(version, Ordering::Release);
         }
     }
@@ -244,7 +265,7 @@ impl App {
         let late = |_| format!("no answer in {wait_max:?}");
         match tokio::time::timeout(wait_max, ask).await.map_err(late).flatten() {
             Ok(mut catalog) => {
-                catalog.reading.extend(self.policy.reading.iter().cloned());
+                catalog.reading.extend(self.rules_now().config.reading.iter().cloned());
                 Some(catalog)
             }
             Err(error) => {

@@ -98,7 +98,7 @@ impl Default for PoolLimits {
 }
 
 /// The rules of an application, and how they are applied.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyConfig {
     pub policy: Policy,
     /// What would be refused is counted and logged, and passes.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::barrier::SessionView;
@@ -17,7 +17,7 @@ use wire::backend::Report;
 use wire::sqlstate::SqlState;
 
 use crate::app::App;
-use crate::config::ProxyConfig;
+use crate::config::{PolicyConfig, ProxyConfig};
 use crate::engine::{Clock, Command, EngineHandle, PoolView, Want};
 use crate::listener;
 use crate::metrics::{Metrics, write_metric};
@@ -40,7 +40,11 @@ pub(crate) struct Shared {
     next_id: AtomicU64,
     clients: AtomicUsize,
     keys: Mutex<HashMap<Key, (u64, usize)>>,
+    pub(crate) rereads: OnceLock<Reread>,
 }
+
+/// Reads the rules of an application from the configuration file once more. None: they are not to change.
+pub type Reread = Box<dyn Fn(&str) -> Result<Option<PolicyConfig>, String> + Send + Sync>;
 
 /// A client's place among those that are allowed, and its cancel key.
 pub struct Place {
@@ -233,6 +237,7 @@ impl Proxy {
             next_id: AtomicU64::new(config.first_id),
             clients: AtomicUsize::new(0),
             keys: Mutex::default(),
+            rereads: OnceLock::new(),
             config,
         });
         let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
@@ -263,6 +268,11 @@ impl Proxy {
             addresses,
             threads: Mutex::new(threads),
         })
+    }
+
+    /// How rules are read anew, once and for all.
+    pub fn rereads_by(&self, reread: Reread) {
+        let _ = self.shared.rereads.set(reread);
     }
 
     /// Where clients may connect.

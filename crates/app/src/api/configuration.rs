@@ -5,7 +5,7 @@ use axum::http::{HeaderMap, StatusCode};
 
 use super::access::Role;
 use super::{ApiError, Queried, State};
-use crate::loaded::{Changes, Loaded};
+use crate::loaded::{self, Changes, Loaded};
 
 fn loaded(state: &State) -> Result<&Loaded, ApiError> {
     state.loaded.as_deref().ok_or_else(|| {
@@ -23,7 +23,7 @@ pub(super) async fn diff(
     headers: HeaderMap,
 ) -> Result<Json<Changes>, ApiError> {
     state.access.now().allow(&headers, Role::Operator)?;
-    Ok(Json(loaded(&state)?.diff().map_err(refused)?))
+    Ok(Json(loaded::diff(loaded(&state)?, &state.control).await.map_err(refused)?))
 }
 
 pub(super) async fn apply(
@@ -32,7 +32,7 @@ pub(super) async fn apply(
     headers: HeaderMap,
 ) -> Result<Json<Changes>, ApiError> {
     let asking = state.access.now().asking(&headers, &query, Role::Admin)?;
-    let changes = loaded(&state)?.apply().map_err(refused)?;
+    let changes = loaded::take_up(loaded(&state)?, &state.control).await.map_err(refused)?;
     tracing::info!(by = asking.by, "{}", changes.says());
     state.control.note_configuration(asking, changes.says())?;
     Ok(Json(changes))

@@ -473,7 +473,7 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
         Roles::Here(config) => *config,
         Roles::Node(config) => return run_node(*config, (path, &text)),
         Roles::Agent(agent) => return run_agent(*agent),
-        Roles::Proxy(remote) => return run_remote(*remote),
+        Roles::Proxy(remote) => return run_remote(*remote, path),
     };
     runtime()?.block_on(async {
         let loaded = Arc::new(config.loaded((path, &text)));
@@ -506,7 +506,8 @@ fn run_node(config: NodeConfig, file: (&std::path::Path, &str)) -> Result<ExitCo
     })
 }
 
-fn run_remote(config: RemoteConfig) -> Result<ExitCode, String> {
+fn run_remote(config: RemoteConfig, path: &std::path::Path) -> Result<ExitCode, String> {
+    let path = path.to_owned();
     runtime()?.block_on(async {
         let stop = shutdown_signal();
         tokio::pin!(stop);
@@ -514,6 +515,12 @@ fn run_remote(config: RemoteConfig) -> Result<ExitCode, String> {
             remote = Box::pin(Remote::start(config)) => remote.map_err(|error| chain(&error))?,
             signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
         };
+        remote.proxy.rereads_by(Box::new(move |app| {
+            let roles = Roles::load(&path).map_err(|error| chain(&error))?;
+            let Roles::Proxy(config) = roles else { return Ok(None) };
+            let mut apps = config.proxy.apps.into_iter();
+            Ok(apps.find(|one| one.name == app).map(|found| found.policy))
+        }));
         for address in remote.proxy.addresses() {
             tracing::info!(%address, "clients are served");
         }

@@ -342,7 +342,7 @@ fn print_changes(global: &Global, found: &Changes) -> Done {
         json(found)?;
         return Ok(ExitCode::SUCCESS);
     }
-    if found.changes.is_empty() {
+    if found.changes.is_empty() && found.rules.is_empty() {
         say!("configuration {} runs, nothing is different", found.version);
         return Ok(ExitCode::SUCCESS);
     }
@@ -353,12 +353,18 @@ fn print_changes(global: &Global, found: &Changes) -> Done {
         .map(|change| {
             let takes = match change.takes {
                 Takes::Now => "at once",
+                Takes::Later => "not yet",
                 Takes::Restart => "at a restart",
             };
             vec![change.setting.clone(), value(&change.from), value(&change.to), takes.into()]
         })
         .collect();
-    table(&["setting", "from", "to", "taken up"], &rows);
+    if !rows.is_empty() {
+        table(&["setting", "from", "to", "taken up"], &rows);
+    }
+    for line in &found.rules {
+        say!("{line}");
+    }
     if let Some(node) = &found.node {
         say!("! this is node `{node}`: each of the others takes up its own file at a SIGHUP");
     }

@@ -1,8 +1,17 @@
 //! The configuration file is taken up while clients go on.
 
+use pg::Connection;
+use wire::sqlstate::SqlState;
+
 use crate::agents::wait_until;
+use crate::failover::begin;
 use crate::nodes::{control_of, wait_for_control};
 use crate::support::{Installation, run, shown, signal, value};
+
+async fn refused(session: &mut Connection, sql: &str) {
+    let error = session.query(sql).await.map(|_| ()).expect_err(sql);
+    assert_eq!(error.sqlstate(), Some(SqlState::INSUFFICIENT_PRIVILEGE), "{sql}: {error}");
+}
 
 fn change(installation: &Installation, from: &str, to: &str) {
     let text = std::fs::read_to_string(installation.config()).unwrap();
@@ -87,6 +96,19 @@ async fn each_node_takes_up_its_own_file_and_a_reload_ends_nobody() {
     for pid in &all {
         assert!(std::fs::exists(format!("/proc/{pid}/cwd")).unwrap(), "process {pid} has ended");
     }
+    // Each proxy has rules in a file of its own.
+    for number in 1..=2 {
+        let path = installation.dir.join(format!("proxy-{number}.toml"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replacen("[[app.cell]]", &format!("{FREEZE}[[app.cell]]"), 1))
+            .unwrap();
+    }
+    let text = says(&["diff"]);
+    assert!(text.contains("2 proxies have other rules for `shop` in their files"), "{text}");
+    let text = says(&["apply"]);
+    assert!(text.contains("2 proxies go by the new rules of `shop`"), "{text}");
+    refused(&mut client, "CREATE TABLE t (n int)").await;
+    refused(&mut installation.connect_elsewhere().await, "CREATE TABLE t (n int)").await;
     // What takes the place of control has taken up the same.
     signal(installation.facts.controls[first], "KILL");
     wait_until("another control", async || control_of(&installation).is_some()).await;
@@ -94,4 +116,45 @@ async fn each_node_takes_up_its_own_file_and_a_reload_ends_nobody() {
     let text = says(&["switchover", "shop", "--to", "b"]);
     assert!(text.contains(", objective 10m: met"), "{text}");
     assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
+}
+
+const FREEZE: &str = "[app.policy]\nversion = 2\n\n[[app.policy.rule]]\nname = \"freeze\"\nstates = [\"active\"]\n\
+    classes = [\"definition\"]\ndisposition = \"refuse\"\n\n[[app.policy.rule]]\nname = \"all\"\nstates = [\"active\"]\ndisposition = \"accept\"\n\n";
+
+/// Rules for commands begin to hold, and end, between two commands of each session: none is told anything else.
+#[tokio::test]
+async fn rules_for_commands_are_taken_up_between_two_commands() {
+    let installation = Installation::start_pooled("configuration-rules", 8);
+    let apply = async || {
+        let output = installation.holdfast_in_background(&["apply"]);
+        shown(&output.await.unwrap())
+    };
+    let mut client = installation.connect().await;
+    let writers = begin(&installation).await;
+    for _ in 0..3 {
+        run(&mut client, "CREATE TABLE t (n int); DROP TABLE t").await;
+        change(&installation, "[[app.cell]]", &format!("{FREEZE}[[app.cell]]"));
+        let text = shown(&installation.holdfast(&["diff"]));
+        assert!(text.contains("app.shop.policy.rule.freeze.classes"), "{text}");
+        let text = apply().await;
+        assert!(text.contains("1 proxies go by the new rules of `shop`"), "{text}");
+        refused(&mut client, "CREATE TABLE t (n int)").await;
+        change(&installation, FREEZE, "");
+        let text = apply().await;
+        assert!(text.contains("1 proxies go by the new rules of `shop`"), "{text}");
+    }
+    for writer in writers {
+        let (acknowledged, told) = writer.stop().await;
+        assert!(acknowledged.len() > 50 && told.is_empty(), "{} {told:?}", acknowledged.len());
+    }
+    // A transaction that does not end is not cut, and the rules wait.
+    run(&mut client, "BEGIN; SELECT 1").await;
+    change(&installation, "[[app.cell]]", &format!("{FREEZE}[[app.cell]]"));
+    let text = apply().await;
+    assert!(text.contains("not yet") && text.contains("are not taken up"), "{text}");
+    run(&mut client, "CREATE TABLE t (n int); COMMIT").await;
+    let text = apply().await;
+    assert!(text.contains("at once") && text.contains("go by the new rules"), "{text}");
+    refused(&mut client, "DROP TABLE t").await;
+    assert!(shown(&installation.holdfast(&["diff"])).contains("nothing is different"));
 }

@@ -243,7 +243,7 @@ pub(crate) async fn differences(old: &mut Admin, new: &mut Admin) -> Result<Vec<
     Ok(here.configured_otherwise(&there))
 }
 
-fn describe_blockers(blockers: &[Blocker]) -> String {
+pub(crate) fn describe_blockers(blockers: &[Blocker]) -> String {
     const SHOWN: usize = 3;
     let one = |blocker: &Blocker| {
         let reasons: Vec<String> = blocker.reasons.iter().map(ToString::to_string).collect();

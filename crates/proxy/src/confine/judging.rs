@@ -42,7 +42,7 @@ impl Session {
         if let Some(kind) = self.confined.as_ref().and_then(|confined| confined.kind) {
             return kind;
         }
-        let policy = &self.app.policy;
+        let policy = &regime.rules.config;
         let (_, of_reading) = policy.policy.rule(Class::Read, &self.asked(regime));
         let kind = Kind {
             key: regime.key(&self.identity.user, &self.identity.database),
@@ -59,7 +59,7 @@ impl Session {
     pub(super) fn has_passed(&mut self, regime: &Regime, text: &Text) -> bool {
         let Some(key) = self.kind(regime).key else { return false };
         let Some(rule) = text.passed(key).filter(|_| !self.is_held_by_rule()) else { return false };
-        if let Some(counts) = self.app.policy_counts.get(rule) {
+        if let Some(counts) = regime.rules.counts.get(rule) {
             counts.count(Disposition::Accept, false);
         }
         true
@@ -133,14 +133,14 @@ impl Session {
             What::Unknown => vec![("unknown", Class::Unknown)],
         };
         let asked = self.asked(regime);
-        let policy = &self.app.policy;
+        let policy = &regime.rules.config;
         let shadow = policy.shadow;
         let is_held = self.is_held_by_rule();
         let count = |rule: usize, disposition: Disposition| {
             if is_held && disposition == Disposition::Hold {
                 return;
             }
-            if let Some(counts) = self.app.policy_counts.get(rule) {
+            if let Some(counts) = regime.rules.counts.get(rule) {
                 counts.count(disposition, shadow);
             }
         };
@@ -189,7 +189,7 @@ impl Session {
         }
         let catalog = regime.catalogs.get(&self.identity.database);
         let key = self.kind(regime).key;
-        let rule_of = |class: Class| self.app.policy.policy.rule(class, &self.asked(regime));
+        let rule_of = |class: Class| regime.rules.config.policy.rule(class, &self.asked(regime));
         let classes = text.classes(catalog);
         // What others do hangs on the session, or changes it.
         if let ([(_, _, class @ (Class::Read | Class::Begin))], Some(key), false) =

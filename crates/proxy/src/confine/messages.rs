@@ -148,7 +148,7 @@ impl Session {
             return Turn::Pass;
         };
         let mut out = Vec::new();
-        let report = regime.report(&self.app.name, &self.app.policy.policy, &refusal);
+        let report = regime.report(&self.app.name, &refusal);
         report.write_error(&mut out);
         let is_batch = !matches!(header.tag, b'Q' | b'F');
         if !is_batch {
@@ -307,7 +307,7 @@ impl Session {
         is_whole: bool,
         refusal: &Refusal,
     ) {
-        let report = regime.report(&self.app.name, &self.app.policy.policy, refusal);
+        let report = regime.report(&self.app.name, refusal);
         let Some(confined) = &mut self.confined else { return };
         let is_query = matches!(header.tag, b'Q' | b'F');
         let mark = confined.refuse(report, is_query);

@@ -46,6 +46,21 @@ pub(crate) struct Counts {
     pub(crate) shadowed: AtomicU64,
 }
 
+/// The rules by which commands are judged, and how often each was about one.
+#[derive(Debug)]
+pub(crate) struct Rules {
+    pub(crate) config: PolicyConfig,
+    pub(crate) counts: Vec<Counts>,
+}
+
+impl Rules {
+    pub(crate) fn new(config: PolicyConfig) -> Rules {
+        let rules = config.policy.rules.len() + Policy::BUILT_IN.len();
+        let counts = (0..rules).map(|_| Counts::default()).collect();
+        Rules { config, counts }
+    }
+}
+
 /// What holds for all sessions of an application from some moment on.
 #[derive(Debug)]
 pub(crate) struct Regime {
@@ -56,6 +71,7 @@ pub(crate) struct Regime {
     pub(crate) cell: String,
     pub(crate) state: CellState,
     pub(crate) epoch: Epoch,
+    pub(crate) rules: Arc<Rules>,
     /// By database. Of one that is not here nothing is known.
     pub(crate) catalogs: BTreeMap<String, Arc<Catalog>>,
     /// Those who are judged alike, by role and database.
@@ -71,6 +87,7 @@ impl Default for Regime {
             cell: String::new(),
             state: CellState::Active,
             epoch: Epoch(0),
+            rules: Arc::new(Rules::new(PolicyConfig::default())),
             catalogs: BTreeMap::new(),
             keys: Mutex::default(),
         }
@@ -140,17 +157,11 @@ pub(crate) struct Confined {
     pub(crate) held_since: Option<Instant>,
 }
 
-impl PolicyConfig {
-    pub(crate) fn counts(&self) -> Vec<Counts> {
-        let rules = self.policy.rules.len() + Policy::BUILT_IN.len();
-        (0..rules).map(|_| Counts::default()).collect()
-    }
-}
-
 impl Regime {
     /// What the client is told.
-    fn report(&self, app: &str, policy: &Policy, refusal: &Refusal) -> Report {
-        let Regime { cell, state, epoch, .. } = self;
+    fn report(&self, app: &str, refusal: &Refusal) -> Report {
+        let Regime { cell, state, epoch, rules, .. } = self;
+        let policy = &rules.config.policy;
         let sqlstate = match state {
             CellState::Passive | CellState::Promoting | CellState::Recovering => {
                 SqlState::CANNOT_CONNECT_NOW
@@ -254,7 +265,8 @@ fn secret() -> String {
 impl App {
     /// The rules in their order, those that stand behind them, and how often each was about a command.
     pub(crate) fn rules(&self) -> Vec<Vec<String>> {
-        let policy = &self.policy.policy;
+        let rules = self.rules_now();
+        let policy = &rules.config.policy;
         let row = |(at, counts): (usize, &Counts)| {
             let mut row = vec![self.name.clone(), policy.name_of(at).to_owned()];
             row.extend(match policy.rules.get(at) {
@@ -285,20 +297,21 @@ impl App {
             row.extend(counters.iter().map(|counter| counter.load(Ordering::Relaxed).to_string()));
             row
         };
-        self.policy_counts.iter().enumerate().map(row).collect()
+        rules.counts.iter().enumerate().map(row).collect()
     }
 
     /// The same for Prometheus.
     pub(crate) fn rule_counts(&self) -> Vec<(String, u64)> {
+        let rules = self.rules_now();
         let mut lines = Vec::new();
-        for (at, counts) in self.policy_counts.iter().enumerate() {
+        for (at, counts) in rules.counts.iter().enumerate() {
             for (verdict, counter) in [
                 ("accepted", &counts.accepted),
                 ("refused", &counts.refused),
                 ("held", &counts.held),
                 ("shadowed", &counts.shadowed),
             ] {
-                let (app, rule) = (&self.name, self.policy.policy.name_of(at));
+                let (app, rule) = (&self.name, rules.config.policy.name_of(at));
                 let labels = format!("{{app=\"{app}\",rule=\"{rule}\",verdict=\"{verdict}\"}}");
                 lines.push((labels, counter.load(Ordering::Relaxed)));
             }

@@ -18,6 +18,7 @@ use wire::sqlstate::SqlState;
 
 use crate::app::{App, Cell};
 use crate::carry::{self, Carried};
+use crate::config::PolicyConfig;
 use crate::engine::{Command, Want};
 use crate::proxy::Shared;
 use crate::session::{Leg, Session};
@@ -139,11 +140,35 @@ impl Mover {
             Order::GiveUp { app } => self.give_up(&app).await,
             Order::Retire { app } => Ok(self.retire(&app).await),
             Order::List { app } => Ok(self.list(&app).await),
+            Order::Compare { app } => self.compare(&app),
+            Order::Reload { app } => self.reload(&app),
             Order::Move { app, session, to, deadline_ms } => {
                 self.move_some(&app, session, &to, Duration::from_millis(deadline_ms)).await
             }
         };
         result.unwrap_or_else(|error| Report { error: Some(error), ..Report::default() })
+    }
+
+    /// The rules in the configuration file, if there are others than sessions are judged by.
+    fn other_rules(&self, app: &App) -> Result<Option<PolicyConfig>, String> {
+        let Some(reread) = self.shared.rereads.get() else { return Ok(None) };
+        Ok(reread(&app.name)?.filter(|config| app.has_other_rules(config)))
+    }
+
+    fn compare(&self, app: &str) -> Result<Report, String> {
+        let is_other = self.other_rules(&*self.app(app)?)?.is_some();
+        Ok(Report { done: u64::from(is_other), ..Report::default() })
+    }
+
+    fn reload(&self, app: &str) -> Result<Report, String> {
+        let app = self.app(app)?;
+        let other = self.other_rules(&app)?;
+        let done = u64::from(other.is_some());
+        if let Some(config) = other {
+            tracing::info!(app = app.name, version = config.policy.version, "rules are taken up");
+            app.set_rules(config);
+        }
+        Ok(Report { done, ..Report::default() })
     }
 
     fn app(&self, name: &str) -> Result<Arc<App>, String> {
