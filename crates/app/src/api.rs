@@ -528,11 +528,11 @@ async fn retry(
 }
 
 /// What is asked for runs to its end also if whoever asked for it hangs up.
-async fn to_its_end<T: Serialize + Send + 'static>(
-    act: impl Future<Output = Result<T, ControlError>> + Send + 'static,
+async fn to_its_end<T: Serialize + Send + 'static, E: Into<ApiError> + Send + 'static>(
+    act: impl Future<Output = Result<T, E>> + Send + 'static,
 ) -> Result<Response, ApiError> {
     match tokio::spawn(act).await {
-        Ok(done) => Ok(Json(done?).into_response()),
+        Ok(done) => Ok(Json(done.map_err(Into::into)?).into_response()),
         Err(error) => Err(ApiError(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
     }
 }

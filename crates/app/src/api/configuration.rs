@@ -2,9 +2,10 @@
 
 use axum::extract::{Json, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
 
 use super::access::Role;
-use super::{ApiError, Queried, State};
+use super::{ApiError, Queried, State, to_its_end};
 use crate::loaded::{self, Changes, Loaded};
 
 fn loaded(state: &State) -> Result<&Loaded, ApiError> {
@@ -30,10 +31,14 @@ pub(super) async fn apply(
     Extract(state): Extract<State>,
     Query(query): Queried,
     headers: HeaderMap,
-) -> Result<Json<Changes>, ApiError> {
+) -> Result<Response, ApiError> {
     let asking = state.access.now().asking(&headers, &query, Role::Admin)?;
-    let changes = loaded::take_up(loaded(&state)?, &state.control).await.map_err(refused)?;
-    tracing::info!(by = asking.by, "{}", changes.says());
-    state.control.note_configuration(asking, changes.says())?;
-    Ok(Json(changes))
+    // Clients may be held meanwhile.
+    to_its_end(async move {
+        let changes = loaded::take_up(loaded(&state)?, &state.control).await.map_err(refused)?;
+        tracing::info!(by = asking.by, "{}", changes.says());
+        state.control.note_configuration(asking, changes.says())?;
+        Ok::<Changes, ApiError>(changes)
+    })
+    .await
 }
