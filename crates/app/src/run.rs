@@ -117,7 +117,10 @@ pub(crate) async fn take_up(
         });
     }
     for app in control.in_order()? {
-        control.recover(&app).await?;
+        // A rejoin may copy for hours: it is taken up by whoever watches, and nobody waits for it.
+        if control.rejoining(&app, &control.application(&app)?).is_none() {
+            control.recover(&app).await?;
+        }
         serve(control, &app).await?;
         control.settled(&app);
     }

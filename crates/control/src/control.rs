@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use model::cell::Application;
 use model::persisted::Execution;
-use model::switchover::Stage;
+use model::switchover::{Kind, Stage};
 use store::Store;
 use tokio::sync::{Mutex, MutexGuard, Notify, watch};
 
@@ -168,7 +168,10 @@ impl Control {
         self.servers(app)?;
         let mut all = records::executions(&*self.store, app)?;
         all.reverse();
-        all.truncate(EXECUTIONS_SHOWN_MAX);
+        let older = all.split_off(all.len().min(EXECUTIONS_SHOWN_MAX));
+        // What is still to be done is not forgotten, however old.
+        let lacking = self.application(app)?.lacking;
+        all.extend(older.into_iter().filter(|one| lacking.get(&one.from) == Some(&one.id)));
         Ok(all)
     }
 
@@ -236,6 +239,14 @@ impl Control {
         match self.rejoining(app, application) {
             Some(execution) => cell.is_none_or(|cell| execution.from != cell),
             None => application.execution.is_none(),
+        }
+    }
+
+    /// The same of one that nobody has asked for, and that is in the way of what somebody asks for.
+    pub(crate) async fn give_up_rejoin_of_standby(&self, app: &str) -> Result<(), ControlError> {
+        match self.rejoining(app, &self.application(app)?) {
+            Some(execution) if execution.kind == Kind::Rejoin => self.give_up_rejoin(app).await,
+            _ => Ok(()),
         }
     }
 

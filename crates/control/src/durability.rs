@@ -15,7 +15,7 @@ use pg::admin::Admin;
 use crate::config::AppServers;
 use crate::control::Control;
 use crate::following::tell;
-use crate::records;
+use crate::records::{self, RecordError};
 use crate::stages::{admin, reload};
 
 /// How long standbys may take to have what was written before commits waited for them.
@@ -49,8 +49,14 @@ pub(crate) async fn look(
         let flushed = flushed.as_deref().and_then(Lsn::read).unwrap_or_default();
         Some(Follower { cell: other.clone(), flushed })
     };
-    let listed: Vec<Follower> = others.iter().filter_map(of_cell).collect();
+    let mut listed: Vec<Follower> = others.iter().filter_map(of_cell).collect();
     let written = value(1).and_then(Lsn::read).unwrap_or_default();
+    if listed.iter().any(|one| one.flushed > written) {
+        // It may have been written since. Who has more than that has it from elsewhere, and says nothing of what is here.
+        let now = active.value("SELECT pg_current_wal_insert_lsn()::text").await;
+        let now = now.map_err(|error| chain(&error))?.as_deref().and_then(Lsn::read);
+        listed.retain(|one| Some(one.flushed) <= now);
+    }
     let streaming = keeper.follow(Instant::now(), written, &listed);
     // What an earlier control has asked for may have come late, and counts from the next start of the server on.
     let (runs, written_down) = (value(0).unwrap_or_default(), value(3).unwrap_or_default());
@@ -152,7 +158,7 @@ pub(crate) async fn protect(
     let list = list.collect::<Vec<_>>().join(", ");
     let have = format!(
         "SELECT count(DISTINCT application_name) FROM pg_stat_replication \
-         WHERE application_name IN ({list}) AND flush_lsn >= '{written}'::pg_lsn AND sync_state = 'quorum'"
+         WHERE application_name IN ({list}) AND flush_lsn >= '{written}'::pg_lsn AND flush_lsn <= pg_current_wal_insert_lsn() AND sync_state = 'quorum'"
     );
     let deadline = Instant::now() + CATCH_UP_MAX;
     loop {
@@ -224,6 +230,26 @@ pub(crate) async fn before_promotion(
 impl Control {
     /// Records what is proven of the commits of the active cell, in `epoch` if one is given; gives the epoch. Where nothing is
     /// proven, also while an execution runs.
+    /// Remembers the highest timeline that the active cell's server was seen to write.
+    pub(crate) fn note_timeline(&self, app: &str, cell: &str, timeline: u64) {
+        let note = || -> Result<(), RecordError> {
+            let _writing = self.write_alone();
+            let seen = records::application(&*self.store, app)?;
+            let mut application = seen.application;
+            if application.active() != Some(cell) || application.timeline >= timeline {
+                return Ok(());
+            }
+            application.timeline = timeline;
+            let text = format!("`{cell}` writes timeline {timeline}");
+            let draft = records::own(app, "timeline", application.epoch, "what is seen", text);
+            records::update(&*self.store, app, seen.revision, &application, draft)?;
+            Ok(())
+        };
+        if let Err(error) = note() {
+            tracing::debug!(app, cell, error = chain(&error), "its timeline is not recorded");
+        }
+    }
+
     pub(crate) fn record_protection(
         &self,
         app: &str,

@@ -8,7 +8,7 @@ use model::cell::CellState;
 use model::durability::standby_name;
 use model::following::{Followers, History, Position, Standby, is_same_place};
 use model::settings::{self, ASKED, Setting};
-use model::slots::{self as slots_model, slot_name};
+use model::slots::slot_name;
 use pg::admin::Admin;
 use tokio::time::timeout;
 
@@ -16,7 +16,7 @@ use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::durability::named;
 use crate::slots;
-use crate::stages::{admin, reload};
+use crate::stages::{self, admin, reload};
 
 /// How long one standby may take.
 const ASK_MAX: Duration = Duration::from_secs(5);
@@ -28,8 +28,14 @@ const POLL: Duration = Duration::from_millis(10);
 struct AtPrimary {
     /// Names of standbys that stream from it.
     listed: Vec<String>,
-    /// Slots by which standbys may receive.
-    slots: BTreeSet<String>,
+    /// Slots by which standbys may receive. None: that is not known now.
+    slots: Option<BTreeSet<String>>,
+    history: History,
+}
+
+/// Names of slots of this application's standbys, on whichever server.
+fn slots_of(servers: &AppServers) -> BTreeSet<String> {
+    servers.cells.keys().filter_map(|cell| slot_name(cell)).collect()
 }
 
 /// Tells those to follow that do not, keeps their slots, and finds settings that are in the way.
@@ -48,6 +54,7 @@ pub(crate) async fn follow(
         Ok(Err(error)) => return tracing::debug!(app, active, error, "it cannot be asked"),
         Err(_) => return tracing::debug!(app, active, "it does not answer in {ASK_MAX:?}"),
     };
+    control.note_timeline(app, active, at_primary.history.timeline);
     for (cell, server) in servers.cells.iter().filter(|(cell, _)| *cell != active) {
         // Of others something is being done, or a person has to.
         let is_standby = application.cells.get(cell) == Some(&CellState::Passive);
@@ -64,18 +71,26 @@ pub(crate) async fn follow(
             else {
                 return Ok::<(), String>(());
             };
-            slots::keep(&mut standby, &BTreeSet::new()).await?;
+            let ours = slots_of(servers);
+            let (_, failed) = slots::keep(&mut standby, &BTreeSet::new(), &ours).await?;
+            notices.extend(failed.iter().map(|why| format!("cell `{cell}`: {why}")));
             check_settings(&mut standby, (cell, server), false, &mut notices).await?;
-            let wanted_slot = slot_name(cell).filter(|name| at_primary.slots.contains(name));
             // Somebody else's is theirs. One that is not there would keep it from streaming.
-            let is_other_slot = (slot.is_empty() || slots_model::is_ours(&slot))
-                && slot != wanted_slot.as_deref().unwrap_or_default();
-            let other_slot = is_other_slot.then(|| wanted_slot.unwrap_or_default());
+            let other_slot = at_primary.slots.as_ref().and_then(|slots| {
+                let wanted =
+                    slot_name(cell).filter(|name| slots.contains(name)).unwrap_or_default();
+                (slot != wanted && (slot.is_empty() || ours.contains(&slot))).then_some(wanted)
+            });
             let conninfo = conninfo.as_str();
             let seen = Standby { cell, is_streaming, is_listed, conninfo, wanted: &wanted };
             let turns = followers.see(Instant::now(), seen, needs_all);
             let follows = is_listed && is_streaming;
-            if !(turns || follows)
+            let may_have_strayed = !follows
+                || position(&mut standby)
+                    .await
+                    .is_ok_and(|at| at_primary.history.check(at).is_err());
+            if !turns
+                && may_have_strayed
                 && let Some((position, why)) = has_strayed(&mut standby, primary).await?
             {
                 notices.push(format!("cell `{cell}` will not follow: {why}"));
@@ -122,12 +137,19 @@ async fn look_at_primary(
         false => BTreeSet::new(),
     };
     // Standbys are told to follow without, too.
-    let slots = slots::keep(&mut primary, &wanted).await.unwrap_or_else(|error| {
-        notices.push(format!("slots of cell `{active}` cannot be kept: {error}"));
-        BTreeSet::new()
-    });
+    let slots = match slots::keep(&mut primary, &wanted, &slots_of(servers)).await {
+        Ok((there, failed)) => {
+            notices.extend(failed.iter().map(|why| format!("cell `{active}`: {why}")));
+            Some(there)
+        }
+        Err(error) => {
+            notices.push(format!("slots of cell `{active}` cannot be looked at: {error}"));
+            None
+        }
+    };
+    let history = history(&mut primary).await?;
     check_settings(&mut primary, (active, server), has_slots, notices).await?;
-    Ok(AtPrimary { listed: listed(&mut primary).await?, slots })
+    Ok(AtPrimary { listed: listed(&mut primary).await?, slots, history })
 }
 
 /// What slots keep has a limit: a standby that is gone does not fill the disk.
@@ -219,10 +241,11 @@ async fn receives(standby: &mut Admin) -> Result<Option<Receiver>, String> {
     Ok(Some(Receiver { is_streaming, conninfo, slot }))
 }
 
-/// The timeline that a primary writes, and those that it comes from.
-pub(crate) async fn history(primary: &mut Admin) -> Result<(u64, History), String> {
+/// The timeline that a primary writes, how far, and those that it comes from.
+pub(crate) async fn history(primary: &mut Admin) -> Result<History, String> {
     // The control file names it from the next checkpoint on only.
-    let question = "SELECT timeline, pg_read_file('pg_wal/' || timeline || '.history', 0, 1048576, true) \
+    let question = "SELECT timeline, pg_read_file('pg_wal/' || timeline || '.history', 0, 1048576, true), \
+        pg_current_wal_insert_lsn()::text \
         FROM substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) timeline";
     let rows = primary.rows(question).await.map_err(|error| model::chain(&error))?;
     let mut row = rows.into_iter().flatten();
@@ -232,19 +255,14 @@ pub(crate) async fn history(primary: &mut Admin) -> Result<(u64, History), Strin
     if text.is_empty() && timeline > 1 {
         return Err(format!("the history of timeline {timeline} cannot be read"));
     }
-    Ok((timeline, History::read(&text)))
+    let end = row.next().flatten().as_deref().and_then(Lsn::read).unwrap_or_default();
+    Ok(History::read(&text, timeline, end))
 }
 
-/// Where a standby is that asks another server for WAL. None if it asks nobody, or is no standby.
-async fn position(standby: &mut Admin) -> Result<Option<Position>, String> {
-    let sql = "SELECT received_tli::text, \
-        greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())::text \
-        FROM pg_stat_wal_receiver WHERE pg_is_in_recovery()";
-    let rows = standby.rows(sql).await.map_err(|error| model::chain(&error))?;
-    let mut row = rows.into_iter().flatten();
-    let timeline = row.next().flatten().and_then(|text| text.parse().ok());
-    let has = row.next().flatten().as_deref().and_then(Lsn::read);
-    Ok(timeline.zip(has).map(|(timeline, has)| Position { timeline, has }))
+/// Where a standby is.
+async fn position(standby: &mut Admin) -> Result<Position, String> {
+    let stages::Position { timeline, received, .. } = stages::position(standby).await?;
+    Ok(Position { timeline, has: received })
 }
 
 /// Where a standby is that has gone another way than the primary, and why it will not follow.
@@ -252,8 +270,9 @@ async fn has_strayed(
     standby: &mut Admin,
     primary: &CellServer,
 ) -> Result<Option<(Position, String)>, String> {
-    let Some(position) = position(standby).await? else { return Ok(None) };
-    let (_, history) = history(&mut admin(primary).await?).await?;
+    // In this order: what it has was written before.
+    let position = position(standby).await?;
+    let history = history(&mut admin(primary).await?).await?;
     Ok(history.check(position).err().map(|why| (position, why)))
 }
 
@@ -261,11 +280,10 @@ async fn has_strayed(
 pub(crate) async fn strayed(
     servers: &AppServers,
     (cell, active): (&str, &str),
-) -> Result<Option<String>, String> {
+) -> Result<Option<(Position, String)>, String> {
     let server = servers.cells.get(cell).zip(servers.cells.get(active));
     let (standby, primary) = server.ok_or_else(|| format!("cell `{cell}` is not configured"))?;
-    let strayed = has_strayed(&mut admin(standby).await?, primary).await?;
-    Ok(strayed.map(|(_, why)| why))
+    has_strayed(&mut admin(standby).await?, primary).await
 }
 
 /// Whether a standby streams, and has not gone another way than the primary.
@@ -273,7 +291,7 @@ pub(crate) async fn follows(standby: &mut Admin, primary: &CellServer) -> Result
     if !standby.status().await.map_err(|error| model::chain(&error))?.streaming {
         return Ok(false);
     }
-    Ok(position(standby).await?.is_some() && has_strayed(standby, primary).await?.is_none())
+    Ok(has_strayed(standby, primary).await?.is_none())
 }
 
 /// Has standbys follow the active cell's server before the one that they have followed is stopped: the last that this
@@ -295,7 +313,7 @@ pub(crate) async fn turn(control: &Control, servers: &AppServers, app: &str, act
             let asked = "SELECT pid::text FROM pg_stat_wal_receiver";
             let before = standby.value(asked).await.map_err(|error| model::chain(&error))?;
             // Its slot is made where it is to follow once that is looked at.
-            let slot = slots_model::is_ours(&receiver.slot).then_some("");
+            let slot = slots_of(servers).contains(&receiver.slot).then_some("");
             tell(&mut standby, Some(&wanted), slot).await?;
             let is_same = async |standby: &mut Admin| {
                 let now = standby.value(asked).await.map_err(|error| model::chain(&error))?;

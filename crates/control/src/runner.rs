@@ -219,11 +219,15 @@ impl Control {
             }
         };
         execution.record(LogEntry { at_ms: now_ms(), stage, event, text, took_ms: Some(took_ms) });
+        application.timeline = application.timeline.max(execution.timeline.unwrap_or(0));
         execution.measured = execution.measure();
         if let Next::End(ending) = after {
             execution.ending = Some(ending);
             if ending != Ending::Stuck {
                 application.execution = None;
+            }
+            if ending == Ending::CompletedWithoutRejoin {
+                application.lacking.insert(execution.from.clone(), id);
             }
             tracing::info!(app, execution = id, ?ending, "execution has ended");
         }

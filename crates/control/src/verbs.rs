@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use model::Lsn;
 use model::audit::{Asking, Draft};
 use model::barrier::{Order, Report};
 use model::cell::{Application, CellState};
@@ -27,6 +28,7 @@ pub(crate) struct Asked {
     on_timeout: OnTimeout,
     allow_data_loss: bool,
     is_automatic: bool,
+    lsn: Option<Lsn>,
     pub(crate) asking: Asking,
 }
 
@@ -34,8 +36,18 @@ impl Asked {
     fn new(kind: Kind, from: String, to: String, asking: Asking) -> Asked {
         let on_timeout = OnTimeout::Abort;
         let (allow_data_loss, is_automatic) = (false, false);
-        let deadline_ms = 0;
-        Asked { kind, from, to, deadline_ms, on_timeout, allow_data_loss, is_automatic, asking }
+        let (deadline_ms, lsn) = (0, None);
+        Asked {
+            kind,
+            from,
+            to,
+            deadline_ms,
+            on_timeout,
+            allow_data_loss,
+            is_automatic,
+            lsn,
+            asking,
+        }
     }
 
     pub(crate) fn execution(self, app: &str, id: u64, application: &Application) -> Execution {
@@ -54,8 +66,9 @@ impl Asked {
             asked: self.asking,
             started_at_ms: now_ms(),
             stage: kind.first(),
-            lsn: None,
+            lsn: self.lsn,
             lost: None,
+            timeline: None,
             heard_at_ms: None,
             objectives: Objectives::default(),
             measured: Measured::default(),
@@ -248,23 +261,73 @@ impl Control {
         is_automatic: bool,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
-        self.give_up_rejoin(app).await?;
-        let _taken = self.take_in_turn(app).await?;
         let FailoverRequest { to, allow_data_loss, .. } = request;
+        let application = self.application(app)?;
+        if self.rejoining(app, &application).is_some() {
+            // A copy of hours is given up only for one that would come about.
+            let alone = Application { execution: None, ..application };
+            self.would_fail_over(app, &alone, (&to, allow_data_loss), &asking).await?;
+            self.give_up_rejoin(app).await?;
+        }
+        let _taken = self.take_in_turn(app).await?;
+        self.settle_followers(app).await?;
         if let Some((stuck, application)) = self.stands_in_the_way(app)? {
             // It may have left its server fenced, so it goes only if this one comes about.
-            let from = self.check(app, &application, &to)?;
-            let asked = Asked::new(Kind::Failover, from, to.clone(), asking.clone());
-            let asked = Asked { allow_data_loss, ..asked };
-            let mut provisional = asked.execution(app, 0, &application);
-            let assess = stages::run(self, &mut provisional, Stage::Assess);
-            Box::pin(assess).await.map_err(ControlError::Refused)?;
+            self.would_fail_over(app, &application, (&to, allow_data_loss), &asking).await?;
             self.supersede(app, stuck, &asking)?;
         }
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &to)?;
         let asked = Asked::new(Kind::Failover, from, to, asking);
         Box::pin(self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked })).await
+    }
+
+    /// # Errors
+    /// A failover would be refused at once.
+    pub(crate) async fn would_fail_over(
+        &self,
+        app: &str,
+        application: &Application,
+        (to, allow_data_loss): (&str, bool),
+        asking: &Asking,
+    ) -> Result<(), ControlError> {
+        let from = self.check(app, application, to)?;
+        let asked = Asked::new(Kind::Failover, from, to.to_owned(), asking.clone());
+        let asked = Asked { allow_data_loss, ..asked };
+        let mut provisional = asked.execution(app, 0, application);
+        let assess = stages::run(self, &mut provisional, Stage::Assess);
+        Box::pin(assess).await.map(drop).map_err(ControlError::Refused)
+    }
+
+    /// Standbys that follow by now, though nobody has recorded that their rejoin has come to its end, are standbys: they are
+    /// on the timeline that was the active one's, which nobody else has written.
+    pub(crate) async fn settle_followers(&self, app: &str) -> Result<(), ControlError> {
+        let servers = self.servers(app)?;
+        let application = self.application(app)?;
+        let states = application.cells.iter();
+        for (cell, _) in states.filter(|(_, state)| **state == CellState::Recovering) {
+            let Some(server) = servers.cells.get(cell) else { continue };
+            if application.timeline == 0
+                || !stages::follows_timeline(server, application.timeline).await
+            {
+                continue;
+            }
+            let _writing = self.write_alone();
+            let seen = records::application(&*self.store, app)?;
+            let mut application = seen.application;
+            let is_other = application.execution.is_some()
+                || application.cells.get(cell) != Some(&CellState::Recovering);
+            if is_other {
+                continue;
+            }
+            application.change(cell, CellState::Passive).map_err(RecordError::Cell)?;
+            application.lacking.remove(cell);
+            let text = format!("`{cell}` follows on timeline {}", application.timeline);
+            tracing::warn!(app, cell, "{text}");
+            let draft = records::own(app, "settle", application.epoch, "it follows", text);
+            records::update(&*self.store, app, seen.revision, &application, draft)?;
+        }
+        Ok(())
     }
 
     /// The application as it is watched over: an execution that stands still before its point of no return is in the way of
@@ -330,6 +393,7 @@ impl Control {
         request: FenceRequest,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
+        self.give_up_rejoin_of_standby(app).await?;
         let _taken = self.take_in_turn(app).await?;
         let (seen, state) = self.see(app, cell)?;
         if state != CellState::Active {
@@ -386,14 +450,14 @@ impl Control {
         let servers = self.servers(app)?;
         let strayed = following::strayed(servers, (cell, &active)).await;
         let strayed = strayed.map_err(ControlError::Refused)?;
-        let why = strayed.ok_or_else(|| refused("has not gone another way"))?;
+        let (position, why) = strayed.ok_or_else(|| refused("has not gone another way"))?;
         tracing::warn!(app, cell, active, why, "the standby has gone another way");
         let member = servers.cells.get(cell).and_then(|server| server.member.as_ref());
         if !member.is_some_and(Member::is_attended) {
             return Err(refused("has nobody beside it who could make it a standby again"));
         }
         let asked = Asked::new(Kind::Rejoin, cell.to_owned(), active, asking);
-        self.execute(app, seen, asked).await
+        self.execute(app, seen, Asked { lsn: Some(position.has), ..asked }).await
     }
 
     /// An application that nothing is changing, and the state of one of its cells.

@@ -142,6 +142,7 @@ pub async fn run(control: Arc<Control>, app: String) {
             followers = task.await.unwrap_or_default();
             if let Some(cell) = followers.strayed(Instant::now())
                 && application.execution.is_none()
+                && application.plan.is_none()
                 && strays.may_try(Instant::now())
             {
                 strays.tries(Instant::now());
@@ -416,6 +417,10 @@ async fn begin(
             && now_ms().saturating_sub(one.started_at_ms) < block_ms
     };
     check_not_older(control, app)?;
+    // A standby may have come to follow without a record of it.
+    if let Err(error) = control.settle_followers(app).await {
+        tracing::warn!(app, error = model::chain(&error), "standbys are not settled");
+    }
     let to = stages::choose(control, servers, (app, cell)).await?;
     // Soon after control has begun, agents are heard only there.
     check_not_older(control, app)?;

@@ -133,6 +133,13 @@ pub struct Application {
     /// What is proven of commits in this epoch. None: they may be acknowledged by one server alone.
     #[serde(default)]
     pub protected: Option<Protection>,
+    /// The highest timeline that a server has written as the active cell's, as far as is known; 0 if nothing is. No other may
+    /// ever have this number.
+    #[serde(default)]
+    pub timeline: u64,
+    /// Executions that have left a cell without its rejoin, by cell.
+    #[serde(default)]
+    pub lacking: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -162,6 +169,8 @@ impl Application {
             changed_at_ms: None,
             version: 1,
             protected: None,
+            timeline: 0,
+            lacking: BTreeMap::new(),
         }
     }
 

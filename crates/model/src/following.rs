@@ -19,25 +19,42 @@ pub struct Position {
 
 /// The timelines that a server's comes from, and where it has left each (manual, section 26.3.6; `readTimeLineHistory`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct History(Vec<(u64, Lsn)>);
+pub struct History {
+    left: Vec<(u64, Lsn)>,
+    /// Its own, and the end of what it has written.
+    pub timeline: u64,
+    pub end: Lsn,
+}
 
 impl History {
     /// What is in a history file; lines that are none of it are passed over, as the server does.
-    pub fn read(text: &str) -> History {
+    pub fn read(text: &str, timeline: u64, end: Lsn) -> History {
         let line = |line: &str| {
             let mut words = line.split_whitespace();
             Some((words.next()?.parse().ok()?, Lsn::read(words.next()?)?))
         };
-        History(text.lines().filter_map(line).collect())
+        History { left: text.lines().filter_map(line).collect(), timeline, end }
     }
 
     pub fn left(&self, timeline: u64) -> Option<Lsn> {
-        self.0.iter().find(|(left, _)| *left == timeline).map(|(_, at)| *at)
+        self.left.iter().find(|(left, _)| *left == timeline).map(|(_, at)| *at)
     }
 
     /// # Errors
-    /// A standby that is there has what is no part of this, and will not follow; in words.
+    /// A standby that was there before this was read has what is no part of it, and will not follow; in words.
     pub fn check(&self, Position { timeline, has }: Position) -> Result<(), String> {
+        if timeline > self.timeline {
+            return Err(format!(
+                "it is on timeline {timeline}, the active one on {}",
+                self.timeline
+            ));
+        }
+        if timeline == self.timeline && has > self.end {
+            return Err(format!(
+                "it has {has} of timeline {timeline}, of which the active one has written {}",
+                self.end
+            ));
+        }
         match self.left(timeline) {
             Some(at) if has > at => {
                 Err(format!("it has {has} of timeline {timeline}, which was left at {at}"))
@@ -183,7 +200,7 @@ mod tests {
     fn who_has_what_is_no_part_of_the_history_has_strayed() {
         let text =
             "1\t0/40803C8\tno recovery target specified\n\n2\t0/5000000\tbefore 2026\n# 3 0/6\n";
-        let history = History::read(text);
+        let history = History::read(text, 3, Lsn(0x0900_0000));
         let at = |timeline, has| history.check(Position { timeline, has: Lsn(has) });
         assert_eq!(
             at(1, 0x0408_0440),
@@ -191,6 +208,8 @@ mod tests {
         );
         assert_eq!((at(1, 0x0408_03C8), at(2, 0x0480_0000)), (Ok(()), Ok(())));
         assert!(at(2, 0x0500_0001).is_err() && at(3, 0x0900_0000).is_ok());
+        assert!(at(3, 0x0900_0001).is_err(), "more than the active one has written");
+        assert!(at(4, 0x0500_0000).is_err(), "a timeline of its own");
     }
 
     #[test]

@@ -67,7 +67,8 @@ impl Execution {
         };
         let since = match self.kind {
             Kind::Switchover => at(Stage::Hold, LogEvent::Started),
-            Kind::Failover => self.heard_at_ms.or_else(|| at(Stage::Assess, LogEvent::Started)),
+            // Nobody knows for how long it had been lost, if nobody had heard it.
+            Kind::Failover => self.heard_at_ms,
             // Clients are to be without it, or are not concerned.
             Kind::Fence | Kind::FenceAll | Kind::Unfence | Kind::Rejoin => None,
         };
@@ -120,6 +121,7 @@ mod tests {
             stage: kind.first(),
             lsn: None,
             lost: None,
+            timeline: None,
             heard_at_ms: None,
             objectives: Objectives::default(),
             measured: Measured::default(),
@@ -152,7 +154,7 @@ mod tests {
     fn a_lost_server_is_missed_since_it_was_heard_last() {
         let log = [(Stage::Assess, Started, 3_000), (Stage::Release, Done, 3_500)];
         let mut lost = execution(Kind::Failover, &log);
-        assert_eq!(lost.measure(), Measured { without_ms: Some(500), lost_bytes: None });
+        assert_eq!(lost.measure(), Measured::default(), "nobody knows since when");
         lost.heard_at_ms = Some(1_000);
         let kept_in = String::new();
         lost.lost = Some(LostTail { from: Lsn(100), to: Lsn(164), transactions: 1, kept_in });

@@ -153,6 +153,9 @@ pub struct Execution {
     /// What only the lost server had, once it was looked at.
     #[serde(default)]
     pub lost: Option<LostTail>,
+    /// The timeline that the target writes, once it is a primary.
+    #[serde(default)]
+    pub timeline: Option<u64>,
     /// Of a failover: when the lost server has answered last, in milliseconds since 1970.
     #[serde(default)]
     pub heard_at_ms: Option<u64>,
@@ -294,7 +297,10 @@ impl Application {
         match stage {
             Stage::Promote | Stage::Regrant if self.state(to)? == CellState::Active => Ok(()),
             Stage::Promote | Stage::Regrant => self.change(to, CellState::Active),
-            Stage::Rejoin => self.change(from, CellState::Passive),
+            Stage::Rejoin => {
+                self.lacking.remove(from);
+                self.change(from, CellState::Passive)
+            }
             Stage::Revert if self.state(from)? == CellState::Draining => {
                 self.change(from, CellState::Active)
             }

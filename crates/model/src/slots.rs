@@ -17,11 +17,6 @@ pub fn slot_name(cell: &str) -> Option<String> {
     (name.len() <= NAME_LEN_MAX).then_some(name)
 }
 
-/// Whether a slot of this name is Holdfast's, for whatever cell.
-pub fn is_ours(name: &str) -> bool {
-    name.starts_with(PREFIX)
-}
-
 /// What is seen of a slot on a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
@@ -38,10 +33,10 @@ pub enum Do {
     Drop(String),
 }
 
-/// What is to be done to the slots of a server so that there is one for each of the cells named, and none that keeps WAL for
-/// nobody. Those of others are theirs.
-pub fn next(seen: &[Slot], wanted: &BTreeSet<String>) -> Vec<Do> {
-    let ours = || seen.iter().filter(|slot| is_ours(&slot.name));
+/// What is to be done to the slots of a server so that there is each that is wanted, and none of `ours`, those of cells, that
+/// keeps WAL for nobody. Those of others are theirs.
+pub fn next(seen: &[Slot], wanted: &BTreeSet<String>, ours: &BTreeSet<String>) -> Vec<Do> {
+    let ours = || seen.iter().filter(|slot| ours.contains(&slot.name));
     let is_in_vain =
         |slot: &&Slot| !slot.is_active && (slot.is_lost || !wanted.contains(&slot.name));
     let drops = ours().filter(is_in_vain).map(|slot| Do::Drop(slot.name.clone()));
@@ -66,6 +61,9 @@ mod tests {
     fn there_is_one_for_each_and_none_for_nobody() {
         let slot = |name: &str, is_active, is_lost| Slot { name: name.into(), is_active, is_lost };
         let wanted = BTreeSet::from(["holdfast_b".to_owned(), "holdfast_c".to_owned()]);
+        let ours: BTreeSet<String> =
+            ["a", "b", "c"].iter().filter_map(|cell| slot_name(cell)).collect();
+        let next = |seen: &[Slot], wanted: &BTreeSet<String>| next(seen, wanted, &ours);
         let (drop, create) =
             (|name: &str| Do::Drop(name.into()), |name: &str| Do::Create(name.into()));
         assert_eq!(next(&[], &wanted), [create("holdfast_b"), create("holdfast_c")]);
@@ -73,7 +71,7 @@ mod tests {
             slot("holdfast_a", false, false),
             slot("holdfast_b", true, false),
             slot("holdfast_c", false, true),
-            slot("somebody", false, false),
+            slot("holdfast_backup", false, false),
         ];
         assert_eq!(
             next(&seen, &wanted),

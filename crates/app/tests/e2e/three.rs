@@ -252,3 +252,74 @@ async fn servers_keep_wal_for_standbys_by_slots() {
     .await;
     wait_protected(&installation).await;
 }
+
+fn lose_host(installation: &Installation, cell: &str) {
+    signal(installation.agent(cell), "KILL");
+    if let Some(guard) = installation.guard(cell) {
+        signal(guard, "KILL");
+    }
+    installation.signal_server(cell, "KILL");
+}
+
+/// Two that are promoted apart write no timeline of one number, and what the first alone had is kept.
+#[tokio::test]
+async fn what_a_server_wrote_that_nobody_followed_is_kept() {
+    let mut installation = Installation::start_of_three("three-apart", &["--agents"]);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    wait_protected(&installation).await;
+    installation.signal_server("c", "STOP");
+    lose_host(&installation, "a");
+    let fails_over = async |to: &str| {
+        let asked = ["failover", "shop", "--to", to, "--allow-data-loss"];
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while installation.active() != to {
+            let text = shown(&installation.holdfast_in_background(&asked).await.unwrap());
+            assert!(Instant::now() < deadline, "{text}");
+        }
+    };
+    fails_over("b").await;
+    run(&mut client, "INSERT INTO t SELECT generate_series(1, 20)").await;
+    lose_host(&installation, "b");
+    installation.signal_server("c", "CONT");
+    fails_over("c").await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "0", "as was said");
+    let timeline = "SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)";
+    assert_eq!(value(&mut client, timeline).await, "00000003", "2 was b's");
+    installation.start_agent("b");
+    wait_until("the standby", async || {
+        let status = shown(&installation.holdfast(&["status", "shop"]));
+        status.lines().any(|line| line.starts_with("b ") && line.contains("yes"))
+    })
+    .await;
+    let text = shown(&installation.holdfast(&["executions"]));
+    let all = std::fs::read_dir(&installation.dir).unwrap().flatten();
+    let names: Vec<String> =
+        all.map(|one| one.file_name().to_string_lossy().into_owned()).collect();
+    assert!(names.iter().any(|name| name.starts_with("b.holdfast-lost-")), "{names:?} {text}");
+}
+
+/// A standby that streams, though nobody has recorded that it was made one, is in nobody's way, and may take the place.
+#[tokio::test]
+async fn a_standby_that_was_not_recorded_takes_the_place() {
+    let mut installation = Installation::start_of_three("three-settle", &[]);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    wait_protected(&installation).await;
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_CRASH_AT", "rejoin:end")]);
+    installation.signal_server("a", "KILL");
+    installation.wait_crashed();
+    let mut server = installation.direct("b").await;
+    let is_standby = value(&mut server, "SELECT pg_is_in_recovery()").await == "t";
+    let lost = if is_standby { "c" } else { "b" };
+    drop(server);
+    installation.signal_server(lost, "KILL");
+    installation.restart(&[]);
+    let active = settled(&installation, lost).await;
+    assert_ne!(active, lost);
+    let mut client = installation.connect().await;
+    run(&mut client, "INSERT INTO t VALUES (1)").await;
+    wait_protected(&installation).await;
+}

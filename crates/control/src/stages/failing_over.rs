@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::Order;
+use model::cell::CellState;
 use model::durability::Protection;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
 use model::member::WalTail;
 use model::persisted::{Execution, LostTail, Pleads};
+use model::switchover::Kind;
 use pg::ConnectError;
 use pg::admin::Admin;
 use tokio::time::timeout;
@@ -86,15 +88,15 @@ pub(crate) async fn candidates(servers: &AppServers, from: &str) -> Vec<Candidat
 }
 
 /// What a standby has.
-struct Position {
-    timeline: u64,
-    received: Lsn,
+pub(crate) struct Position {
+    pub(crate) timeline: u64,
+    pub(crate) received: Lsn,
     is_sure: bool,
 }
 
 /// What a standby has. Until it has asked for more since its start, which it does at the end of its own log, it may have
 /// more than it says (`pg_last_wal_receive_lsn` is null; `WaitForWALToBecomeAvailable`).
-async fn position(admin: &mut Admin) -> Result<Position, String> {
+pub(crate) async fn position(admin: &mut Admin) -> Result<Position, String> {
     let question = "SELECT GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), \
         GREATEST((SELECT received_tli FROM pg_stat_wal_receiver), timeline_id, \
         (SELECT ('x' || max(left(name, 8)))::bit(32)::int FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$')), \
@@ -121,7 +123,14 @@ pub(crate) async fn choose(
         }
     }
     let mut why = None;
+    let application = control.application(app).map_err(chain)?;
     all.retain(|one| {
+        let state = application.cells.get(&one.cell);
+        if state != Some(&CellState::Passive) {
+            let state = state.map_or("unknown", |state| state.name());
+            why.get_or_insert_with(|| format!("cell `{}` is {state}, and was to follow", one.cell));
+            return false;
+        }
         let member = servers.cells.get(&one.cell).and_then(|server| server.member.as_ref());
         let may = may_be_promoted(&one.cell, member)
             .and_then(|()| ends_pledges(&pleads, &one.cell, member, from));
@@ -225,11 +234,12 @@ pub(super) async fn assess(
         may_be_promoted(to_name, Some(member))?;
     }
     let all = candidates(servers, from_name).await;
-    let chosen = check_chosen(&all, to_name)
+    let chosen = check_chosen(&electable(control, execution, &all)?, to_name)
         .map_err(|why| format!("`{to_name}` cannot take its place: {why}"))?;
-    check_history(execution, from, &chosen).await?;
     let last_seen = control.last_seen(app);
+    // What can be read from its disk is looked at once it has been.
     if can_salvage(from, to).is_none() {
+        check_history(control, execution, from, &chosen).await?;
         let known = match covers(control, app, &all)? {
             Some(_) => Known::All,
             None => Known::of(last_seen, chosen.received),
@@ -274,8 +284,26 @@ fn covers(control: &Control, app: &str, all: &[Candidate]) -> Result<Option<Stri
         .then(|| format!("a commit had to be on {acks} of {of} standbys, and {known} are known")))
 }
 
+/// Those of which one may be chosen. Somebody who gives up what others have may choose beside one that nobody can.
+fn electable(
+    control: &Control,
+    execution: &Execution,
+    all: &[Candidate],
+) -> Result<Vec<Candidate>, String> {
+    let application = control.application(&execution.app).map_err(chain)?;
+    let is_passive = |one: &&Candidate| {
+        application
+            .cells
+            .get(&one.cell)
+            .is_some_and(|state| matches!(state, CellState::Passive | CellState::Promoting))
+    };
+    let passive = || all.iter().filter(is_passive).cloned().collect();
+    Ok(if execution.allow_data_loss { passive() } else { all.to_vec() })
+}
+
 /// A standby that was a primary meanwhile, or has not followed, has another history.
 async fn check_history(
+    control: &Control,
     execution: &Execution,
     from: &CellServer,
     chosen: &Candidate,
@@ -284,6 +312,9 @@ async fn check_history(
         Some(member) => member.look().await.ok().and_then(|condition| condition.timeline),
         None => None,
     };
+    // What it was seen to write, where nothing of it can be read.
+    let seen = control.application(&execution.app).map_err(chain)?.timeline;
+    let lost = lost.or(Some(seen).filter(|seen| *seen > 0));
     match lost.filter(|timeline| *timeline != chosen.timeline && !execution.allow_data_loss) {
         Some(lost) => Err(or_allow(
             execution,
@@ -400,8 +431,8 @@ pub(super) async fn recruit(
             (Known::of(seen, received), why)
         }
     };
-    let chosen = check_chosen(&all, &execution.to)?;
-    check_history(execution, from, &chosen).await?;
+    let chosen = check_chosen(&electable(control, execution, &all)?, &execution.to)?;
+    check_history(control, execution, from, &chosen).await?;
     loss_policy(execution, servers)
         .permits(known)
         .map_err(|why| or_allow(execution, &format!("`{}`: {why} ({how})", execution.to)))?;
@@ -549,7 +580,7 @@ pub(super) async fn revert(
     {
         tracing::warn!(error, "`restore_command` cannot be put back");
     }
-    let state = model::cell::CellState::Active;
+    let state = CellState::Active;
     let released = release(control, execution, &execution.from, state).await?;
     // Clients wait for it as before, and what to do next is in the reason.
     Ok(match started {
@@ -566,21 +597,27 @@ pub(super) async fn keep_tail(
 ) -> Result<String, String> {
     let unknown = || "what the lost server alone had is not known".to_owned();
     let lost = from.member.as_ref().ok_or_else(unknown)?;
+    // Before the other is ended, which may be all that is left if this one is gone.
+    let mut new = admin(to).await?;
+    let history = following::history(&mut new).await?;
     // Whatever somebody has started writes to it no more.
     lost.end().await?;
     let condition = lost.look().await?;
     let timeline = condition.timeline.filter(|_| condition.reads_wal).ok_or_else(unknown)?;
-    let mut new = admin(to).await?;
-    let (now, history) = following::history(&mut new).await?;
     let nothing = || "the lost server had nothing that is not here".to_owned();
-    if timeline == now {
-        return Ok(nothing());
-    }
+    // Of the same number it may be another, of two servers that were promoted apart.
     let Some(fork) = history.left(timeline) else {
-        return Err(format!("it was on timeline {timeline}, of which {now} does not come"));
+        let now = history.timeline;
+        return Err(format!("it was on timeline {timeline}, which {now} has not left"));
     };
     let around = tail_around(lost, timeline, fork).await?;
-    if around.last.ok_or("nothing of its log can be read there")? < fork {
+    let last = around.last.ok_or("nothing of its log can be read there")?;
+    // What was found on it must be found again.
+    let strayed = execution.lsn.filter(|_| execution.kind == Kind::Rejoin);
+    if strayed.is_some_and(|at| around.end.max(Some(last)) < Some(at) && last < fork) {
+        return Err(format!("it had {}, and its log ends before", strayed.unwrap_or_default()));
+    }
+    if last < fork {
         let kept_in = String::new();
         execution.lost = Some(LostTail { from: fork, to: fork, transactions: 0, kept_in });
         return Ok(nothing());
@@ -597,6 +634,39 @@ pub(super) async fn keep_tail(
     execution.lost = Some(LostTail { from: fork, to: last, transactions: tail.commits, kept_in });
     control.save(execution).map_err(chain)?;
     Ok(text)
+}
+
+/// Has a standby that is promoted now write a timeline that no other has written, though it has heard nothing of some: it takes
+/// the first number of which it finds no history (`findNewestTimeLine`). What is put there names no timeline that it came from, so
+/// that nothing is recovered along it.
+pub(crate) async fn pass_over_timelines(standby: &mut Admin, highest: u64) -> Result<(), String> {
+    /// As many failovers without a standby that follows there will not be.
+    const PASSED_MAX: u64 = 100;
+    let Position { timeline, .. } = position(standby).await?;
+    let passed = (timeline + 1)..=highest;
+    if highest.saturating_sub(timeline) > PASSED_MAX {
+        return Err(format!("it is on timeline {timeline}, and {highest} was written"));
+    }
+    for timeline in passed {
+        let file = format!("pg_wal/{timeline:08X}.history");
+        let sql = format!(
+            "SELECT current_setting('data_directory'), \
+            ((pg_stat_file('{file}', true)).size IS NOT NULL)::text"
+        );
+        let rows = standby.rows(&sql).await.map_err(chain)?;
+        let value = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
+        if value(1) == Some("true") {
+            continue;
+        }
+        let path = format!("{}/{file}", value(0).ok_or("it says no data directory")?);
+        let sql = format!(
+            "COPY (SELECT '# written by a server that was lost') TO '{}'",
+            path.replace('\'', "''")
+        );
+        standby.rows(&sql).await.map_err(chain)?;
+        tracing::warn!(timeline, "a timeline is passed over, as a lost server has written it");
+    }
+    Ok(())
 }
 
 /// What would be done, for `--dry-run`.

@@ -37,9 +37,10 @@ use fencing::{Logins, fence, hba_rules, regrant, unfence_in_time};
 use rejoining::rejoin;
 
 pub(crate) use failing_over::{
-    check_is_newest, choose, describe as describe_failover, probe, process_of,
+    Position, check_is_newest, choose, describe as describe_failover, position, probe, process_of,
 };
 pub(crate) use fencing::{check_alone, reload};
+pub(crate) use rejoining::follows_timeline;
 
 /// Done with a line for the log, or failed with a reason.
 type Done = Result<String, String>;
@@ -373,7 +374,7 @@ async fn catch_up(execution: &Execution, to: &CellServer) -> Done {
     }
 }
 
-async fn promote(control: &Control, execution: &Execution, to: &CellServer) -> Done {
+async fn promote(control: &Control, execution: &mut Execution, to: &CellServer) -> Done {
     // While the target is promoted, which is mostly waiting. Who loses its server by it is told, before the grant
     // or after.
     reported(control.order(Order::HearOut { app: execution.app.clone() }).await)?;
@@ -407,7 +408,7 @@ async fn start_target(to: &CellServer) {
 
 async fn promote_server(
     control: &Control,
-    execution: &Execution,
+    execution: &mut Execution,
     to: &CellServer,
     deadline: Instant,
 ) -> Done {
@@ -415,6 +416,8 @@ async fn promote_server(
     let servers = control.servers(&execution.app).map_err(chain)?;
     before_promotion(servers.now().durability, servers, &execution.to, &mut new).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
+        let highest = control.application(&execution.app).map_err(chain)?.timeline;
+        failing_over::pass_over_timelines(&mut new, highest).await?;
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
         while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f")
         {
@@ -425,9 +428,11 @@ async fn promote_server(
         }
     }
     // It is a primary whether or not that can be read.
-    Ok(match following::history(&mut new).await {
-        Ok((timeline, _)) => format!("primary, on timeline {timeline}"),
-        Err(_) => "primary".to_owned(),
+    let history = following::history(&mut new).await;
+    execution.timeline = history.ok().map(|history| history.timeline);
+    Ok(match execution.timeline {
+        Some(timeline) => format!("primary, on timeline {timeline}"),
+        None => "primary".to_owned(),
     })
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use model::member::Work;
 
 use super::fencing::hba_file;
-use super::{Done, admin, chain};
+use super::{Done, admin, chain, position};
 use crate::config::CellServer;
 use crate::durability::named;
 use crate::following;
@@ -25,6 +25,16 @@ pub(super) async fn is_done(server: &CellServer, primary: &CellServer) -> bool {
     }
     let Ok(mut admin) = admin(server).await else { return false };
     following::follows(&mut admin, primary).await == Ok(true)
+}
+
+/// It is a standby on this timeline, and nothing was broken off.
+pub(crate) async fn follows_timeline(server: &CellServer, timeline: u64) -> bool {
+    if has_begun(server).await {
+        return false;
+    }
+    let Ok(mut standby) = admin(server).await else { return false };
+    let is_standby = standby.status().await.is_ok_and(|status| status.in_recovery);
+    is_standby && position(&mut standby).await.is_ok_and(|at| at.timeline == timeline)
 }
 
 /// Makes the old server a standby of the new one. What only it has may go if that `is_kept`.
