@@ -60,7 +60,7 @@ impl Control {
         let (id, kind_name) = (execution.id, kind.name());
         let (from, to) = (&execution.from, &execution.to);
         tracing::info!(app, execution = id, from, to, kind = kind_name, "execution begins");
-        self.run(execution, kind.first()).await
+        Box::pin(self.run(execution, kind.first())).await
     }
 
     /// Applications, those first of which nothing was broken off.

@@ -210,6 +210,7 @@ impl Control {
         request: SwitchoverRequest,
         asking: Asking,
     ) -> Result<Execution, ControlError> {
+        self.give_up_rejoin_of_standby(app).await?;
         let _taken = self.take_in_turn(app).await?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &request.to)?;
@@ -279,7 +280,7 @@ impl Control {
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &to)?;
         let asked = Asked::new(Kind::Failover, from, to, asking);
-        Box::pin(self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked })).await
+        self.execute(app, seen, Asked { allow_data_loss, is_automatic, ..asked }).await
     }
 
     /// # Errors

@@ -433,6 +433,13 @@ async fn begin(
     let request = FailoverRequest { to, allow_data_loss: false, dry_run: false };
     let analysis = control.seen(app).map_or(Analysis::NoProblem, |seen| seen.analysis);
     let asking = Asking::own(analysis.says());
+    if control.seen(app).is_some_and(|seen| seen.blocked.is_some()) {
+        // The same refusal again and again is no execution.
+        let watched = control.watched(app).map_err(|error| model::chain(&error))?;
+        let alone = Application { execution: None, ..watched };
+        let would = control.would_fail_over(app, &alone, (&request.to, false), &asking).await;
+        would.map_err(|error| model::chain(&error))?;
+    }
     let done = control.fail_over(app, request, true, asking).await;
     done.map_err(|error| model::chain(&error))
 }

@@ -453,6 +453,8 @@ async fn what_a_change_has_cost_stands_beside_what_it_was_to_cost() {
     let mut client = installation.connect().await;
     run(&mut client, "CREATE TABLE t (n int)").await;
     wait_active(&installation, "a").await;
+    // Long enough for control to hear it, or nobody knows since when it is lost.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     installation.signal_server("a", "KILL");
     wait_active(&installation, "b").await;
     let shown_of = |id: &str, more: &[&str]| {

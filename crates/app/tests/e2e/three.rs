@@ -122,7 +122,17 @@ async fn a_failover_waits_for_no_rejoin() {
 /// A standby that was not there has more than the one that took the place: what only it has is kept, and it follows.
 #[tokio::test]
 async fn a_standby_that_has_gone_another_way_is_made_one_anew() {
-    let mut installation = Installation::start_of_three("three-strays", &[]);
+    goes_another_way("three-strays", 0).await;
+}
+
+/// It asks for what the new primary does not have, and is not even told where that has left.
+#[tokio::test]
+async fn a_standby_that_has_gone_far_is_made_one_anew() {
+    goes_another_way("three-far", 2).await;
+}
+
+async fn goes_another_way(name: &str, segments: usize) {
+    let mut installation = Installation::start_of_three(name, &[]);
     let mut client = installation.connect().await;
     run(&mut client, "CREATE TABLE t (n int)").await;
     wait_protected(&installation).await;
@@ -132,7 +142,12 @@ async fn a_standby_that_has_gone_another_way_is_made_one_anew() {
     drop(standby);
     signal(frozen, "STOP");
     run(&mut client, "INSERT INTO t VALUES (1)").await;
-    drop(client);
+    let mut server = installation.direct("a").await;
+    for _ in 0..segments {
+        run(&mut server, "SELECT pg_switch_wal()").await;
+        run(&mut client, "INSERT INTO t VALUES (1)").await;
+    }
+    drop((client, server));
     signal(installation.pid(), "KILL");
     installation.wait_crashed();
     installation.signal_server("b", "STOP");
@@ -160,7 +175,8 @@ async fn a_standby_that_has_gone_another_way_is_made_one_anew() {
         tokio::time::sleep(POLL).await;
     }
     let text = shown(&installation.holdfast(&["executions", "2"]));
-    assert!(text.contains("1 commits") && text.contains("kept in"), "{text}");
+    let commits = format!("{} commits", segments + 1);
+    assert!(text.contains(&commits) && text.contains("kept in"), "{text}");
     let mut standby = installation.direct("b").await;
     wait_until("the rejoined", async || {
         value(&mut standby, "SELECT string_agg(n::text, ' ') FROM t").await == "2"
@@ -251,6 +267,26 @@ async fn servers_keep_wal_for_standbys_by_slots() {
     })
     .await;
     wait_protected(&installation).await;
+}
+
+/// Nothing is lost where the disk of a lost server can be read, also by one that has not followed it.
+#[tokio::test]
+async fn a_third_that_has_not_followed_reads_what_it_lacks() {
+    let mut installation = Installation::start_of_three("three-reads", &[]);
+    signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_HOLD_AT", "rejoin")]);
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    wait_protected(&installation).await;
+    installation.signal_server("c", "STOP");
+    installation.signal_server("a", "KILL");
+    wait_until("b", async || installation.active() == "b").await;
+    run(&mut client, "INSERT INTO t VALUES (1)").await;
+    installation.signal_server("b", "KILL");
+    installation.signal_server("c", "CONT");
+    wait_until("c", async || installation.active() == "c").await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "1");
 }
 
 fn lose_host(installation: &Installation, cell: &str) {
