@@ -68,6 +68,7 @@ impl Asked {
             stage: kind.first(),
             lsn: self.lsn,
             lost: None,
+            is_kept_whole: false,
             timeline: None,
             heard_at_ms: None,
             objectives: Objectives::default(),

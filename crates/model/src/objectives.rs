@@ -121,6 +121,7 @@ mod tests {
             stage: kind.first(),
             lsn: None,
             lost: None,
+            is_kept_whole: false,
             timeline: None,
             heard_at_ms: None,
             objectives: Objectives::default(),

@@ -153,6 +153,9 @@ pub struct Execution {
     /// What only the lost server had, once it was looked at.
     #[serde(default)]
     pub lost: Option<LostTail>,
+    /// Nobody could tell what the lost server alone had, and the whole of it is kept: what is there since is no more than a copy.
+    #[serde(default)]
+    pub is_kept_whole: bool,
     /// The timeline that the target writes, once it is a primary.
     #[serde(default)]
     pub timeline: Option<u64>,

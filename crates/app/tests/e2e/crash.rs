@@ -1,6 +1,7 @@
 //! Holdfast is killed at the begin and at the end of every stage of a switchover. Started again, it goes back
 //! before the grant and forward after it; the store, the servers and what clients can do agree.
 
+use crate::agents::wait_protected;
 use crate::support::{Installation, run, shown, value};
 
 const STAGES: [(&str, bool); 10] = [
@@ -39,6 +40,10 @@ async fn a_crash_at_any_step_finds_its_way() {
             if granted {
                 std::mem::swap(&mut active, &mut other);
                 epoch += 1;
+            }
+            if stage == "rejoin" {
+                // Nobody waits for it: clients are served meanwhile.
+                wait_protected(&installation).await;
             }
             let status = shown(&installation.holdfast(&["status", "shop"]));
             assert!(

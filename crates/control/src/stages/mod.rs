@@ -101,9 +101,17 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
                 false if execution.lost.is_some() => {
                     Ok("what was lost was looked at before".to_owned())
                 }
+                false if execution.is_kept_whole => Ok("it was kept as a whole before".to_owned()),
                 false => failing_over::keep_tail(control, execution, (from, to)).await,
             };
-            let rejoined = rejoin((&execution.from, from), to, kept.is_ok()).await?;
+            let began = Instant::now();
+            let how = rejoin((&execution.from, from), to, kept.is_ok()).await?;
+            if kept.is_err() {
+                // Done again, it would keep the copy as well.
+                execution.is_kept_whole = true;
+                control.save(execution).map_err(chain)?;
+            }
+            let rejoined = rejoining::wait_streaming((from, to), &how, began).await?;
             Ok(match kept {
                 Ok(_) if is_planned => rejoined,
                 Ok(kept) => format!("{rejoined}; {kept}"),

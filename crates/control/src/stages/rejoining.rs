@@ -37,7 +37,7 @@ pub(crate) async fn follows_timeline(server: &CellServer, timeline: u64) -> bool
     is_standby && position(&mut standby).await.is_ok_and(|at| at.timeline == timeline)
 }
 
-/// Makes the old server a standby of the new one. What only it has may go if that `is_kept`.
+/// Makes the old server a standby of the new one, and starts it. What only it has may go if that `is_kept`. Gives how.
 pub(super) async fn rejoin(
     (cell, from): (&str, &CellServer),
     to: &CellServer,
@@ -49,7 +49,6 @@ pub(super) async fn rejoin(
             from.target.address, to.target.address
         ));
     };
-    let began = Instant::now();
     // A stopped server cannot say where its file is.
     let hba_file = match admin(from).await {
         Ok(mut old) => Some(hba_file(&mut old).await?),
@@ -63,7 +62,15 @@ pub(super) async fn rejoin(
     let timeline = timeline.map_err(chain)?.and_then(|text| text.parse().ok());
     let (conninfo, standby_conninfo) = (to.conninfo.clone(), named(&to.conninfo, cell));
     let work = Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept };
-    let how = member.rejoin(work).await?;
+    member.rejoin(work).await
+}
+
+/// Until the one follows the other, of which it was made a standby. `how` that was done, and when it began.
+pub(super) async fn wait_streaming(
+    (from, to): (&CellServer, &CellServer),
+    how: &str,
+    began: Instant,
+) -> Done {
     let mut old = admin(from).await?;
     let deadline = Instant::now() + STREAM_MAX;
     while !following::follows(&mut old, to).await? {
