@@ -155,7 +155,7 @@ impl Control {
                 stages::run(self, execution, stage).await
             }) => result,
             // As after a crash, it is done again later.
-            Ok(()) = given_up.changed() => Err("the new server was lost meanwhile".into()),
+            Ok(()) = given_up.changed() => Err("it was given up for what could not wait".into()),
         }
     }
 

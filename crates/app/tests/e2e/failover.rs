@@ -43,8 +43,10 @@ impl Writer {
                         let state = error.sqlstate().map(|state| state.to_string());
                         told.push(state.unwrap_or_else(|| error.to_string()));
                         // On the same connection, which is still there. One that was running may fail as well (known gap).
-                        if client.query("ROLLBACK").await.is_err() {
-                            run(&mut client, "ROLLBACK").await;
+                        if let Err(second) = client.query("ROLLBACK").await
+                            && let Err(third) = client.query("ROLLBACK").await
+                        {
+                            panic!("{told:?}: {error}; then {second}; then {third}");
                         }
                     }
                 }
