@@ -189,7 +189,12 @@ pub(crate) async fn take_up(loaded: &Loaded, control: &Control) -> Result<Change
     let mut changes = loaded.apply()?;
     for app in control.config.apps.keys() {
         match control.reload_rules(app).await {
-            Ok(0) => (),
+            // They say the same in other words, unless they are not to change yet.
+            Ok(0) => {
+                if loaded.rules(app).is_ok_and(|rules| rules.is_some()) {
+                    loaded.rules_taken(app);
+                }
+            }
             Ok(count) => {
                 loaded.rules_taken(app);
                 changes.rules.push(format!("{count} proxies go by the new rules of `{app}`"));

@@ -157,4 +157,9 @@ async fn rules_for_commands_are_taken_up_between_two_commands() {
     assert!(text.contains("at once") && text.contains("go by the new rules"), "{text}");
     refused(&mut client, "DROP TABLE t").await;
     assert!(shown(&installation.holdfast(&["diff"])).contains("nothing is different"));
+    // The same in other words.
+    change(&installation, "name = \"freeze\"\n", "name = \"freeze\"\nroles = []\n");
+    assert!(shown(&installation.holdfast(&["diff"])).contains("app.shop.policy.rule.freeze.roles"));
+    apply().await;
+    assert!(shown(&installation.holdfast(&["diff"])).contains("nothing is different"));
 }
