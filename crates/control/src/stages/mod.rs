@@ -424,8 +424,11 @@ async fn promote_server(
     let servers = control.servers(&execution.app).map_err(chain)?;
     before_promotion(servers.now().durability, servers, &execution.to, &mut new).await?;
     if new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() == Some("t") {
-        let highest = control.application(&execution.app).map_err(chain)?.timeline;
-        failing_over::pass_over_timelines(&mut new, highest).await?;
+        // The target of a switchover has followed to the last; its log is not listed while clients wait.
+        if execution.kind == Kind::Failover {
+            let highest = control.application(&execution.app).map_err(chain)?.timeline;
+            failing_over::pass_over_timelines(&mut new, highest).await?;
+        }
         new.value("SELECT pg_promote(false)").await.map_err(chain)?;
         while new.value("SELECT pg_is_in_recovery()").await.map_err(chain)?.as_deref() != Some("f")
         {
