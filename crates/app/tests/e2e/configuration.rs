@@ -3,7 +3,7 @@
 use pg::Connection;
 use wire::sqlstate::SqlState;
 
-use crate::agents::wait_until;
+use crate::agents::{wait_protected, wait_until};
 use crate::failover::begin;
 use crate::nodes::{control_of, wait_for_control};
 use crate::support::{Installation, run, shown, signal, value};
@@ -110,9 +110,11 @@ async fn each_node_takes_up_its_own_file_and_a_reload_ends_nobody() {
     refused(&mut client, "CREATE TABLE t (n int)").await;
     refused(&mut installation.connect_elsewhere().await, "CREATE TABLE t (n int)").await;
     // What takes the place of control has taken up the same.
+    wait_protected(&installation).await;
     signal(installation.facts.controls[first], "KILL");
     wait_until("another control", async || control_of(&installation).is_some()).await;
-    assert!(says(&["diff"]).contains("nothing is different"));
+    let text = says(&["diff"]);
+    assert!(text.contains("nothing is different"), "{text}");
     let text = says(&["switchover", "shop", "--to", "b"]);
     assert!(text.contains(", objective 10m: met"), "{text}");
     assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::barrier::Order;
+use model::failover::Process;
 use model::persisted::Execution;
 use pg::admin::Admin;
 use tokio::time::timeout;
 
+use super::failing_over::process_of;
 use super::{Done, POLL, admin_at_once, again, chain, reported, taken_part};
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
@@ -185,6 +187,10 @@ pub(super) async fn unfence_in_time(server: &CellServer) -> Result<(), String> {
         let address = &server.target.address;
         let late = |_| format!("`{address}` is not unfenced within {UNFENCE_MAX:?}");
         match timeout(left, unfence(server)).await.map_err(late).flatten() {
+            // Whoever can do something about it waits for this to be over.
+            Err(failure) if process_of(server).await == Some(Process::Crashed) => {
+                return Err(failure);
+            }
             Err(failure) if again(deadline, &failure).await => (),
             done => return done,
         }
