@@ -238,6 +238,7 @@ impl Following {
     fn act_on(&self, state: &mut State, app: &str, action: Action) {
         if action == Action::Cut {
             tracing::error!(app, "nobody is served: what is served is not proven any more");
+            self.proxy.passes_until(app, Moment(Duration::ZERO));
             self.proxy.cut(app);
             return;
         }
@@ -246,6 +247,15 @@ impl Following {
         {
             // It is asked for again.
             state.queued.remove(app);
+        }
+    }
+
+    /// What clients send passes for as long as is proven now.
+    fn pass(&self, state: &State) {
+        for (app, follower) in &state.followers {
+            if let Some(moment) = follower.passes_until(&state.contact) {
+                self.proxy.passes_until(app, moment);
+            }
         }
     }
 
@@ -301,6 +311,7 @@ impl Following {
                 self.act_on(&mut state, app, action);
             }
         }
+        self.pass(&state);
     }
 
     async fn fetch(self: Arc<Self>) {
@@ -404,16 +415,29 @@ impl Following {
             if matches!(order.what, Barrier::Hold { .. } | Barrier::Cut { .. }) {
                 // From its begin on.
                 follower.obeyed(&order.what, by, now);
+                self.pass(&state);
             }
             by
         };
-        let report = mover.obey(order.what.clone()).await;
-        if report.error.is_none()
-            && let Some(follower) = self.state().followers.get_mut(&app)
-        {
-            follower.obeyed(&order.what, by, clock::now());
-        }
+        let report = self.have_done(mover, &order.what, by).await;
         Ok(report)
+    }
+
+    /// Obeys an order by the answer of control to what was asked at `by`.
+    async fn have_done(&self, mover: &mut Mover, order: &Barrier, by: Moment) -> Report {
+        let terms = self.state().contact.terms();
+        if let (Barrier::Release { app, .. }, Some(terms)) = (order, terms) {
+            self.proxy.passes_until(app, terms.stop_at(by));
+        }
+        let report = mover.obey(order.clone()).await;
+        if report.error.is_none() {
+            let mut state = self.state();
+            if let Some(follower) = state.followers.get_mut(order.app()) {
+                follower.obeyed(order, by, clock::now());
+            }
+            self.pass(&state);
+        }
+        report
     }
 
     async fn act(&self, mover: &mut Mover, app: &str, action: Action) {
@@ -443,15 +467,8 @@ impl Following {
                     Barrier::Release { app, to: cell, state, epoch }
                 }
             };
-            let report = mover.obey(order.clone()).await;
-            let app = order.app();
-            match report.error {
-                Some(error) => tracing::error!(app, error, "application cannot be served"),
-                None => {
-                    if let Some(follower) = self.state().followers.get_mut(app) {
-                        follower.obeyed(&order, by, clock::now());
-                    }
-                }
+            if let Some(error) = self.have_done(mover, &order, by).await.error {
+                tracing::error!(app = order.app(), error, "application cannot be served");
             }
         }
         self.state().queued.remove(app);
@@ -507,6 +524,7 @@ impl Following {
                     if let Some(follower) = state.followers.get_mut(&app) {
                         follower.answered(answer, sent, is_heard);
                     }
+                    self.pass(&state);
                 }
                 Err(error) => {
                     tracing::warn!(app, cell, error, "its server does not say what it is");

@@ -268,6 +268,19 @@ impl Follower {
         }
     }
 
+    /// Until when anything of a client may reach a server, unless something is proven anew. None where nobody is to be on
+    /// one.
+    ///
+    /// Sessions that are held end their transactions by what control has said last: whoever gives the order counts on that.
+    pub fn passes_until(&self, contact: &Contact) -> Option<Moment> {
+        let proven = match &self.standing {
+            Standing::Open { proven, .. } => Some(*proven),
+            Standing::Ordered => contact.last.map(|last| last.sent),
+            Standing::Shut => None,
+        };
+        proven.zip(contact.terms()).map(|(proven, terms)| terms.stop_at(proven))
+    }
+
     /// What was to be done is still to be done: no order has come between.
     pub fn wants(&self, action: &Action) -> bool {
         match action {
@@ -392,6 +405,21 @@ mod tests {
         assert_eq!(follower.at(ms(2_251), &contact), None);
         let again = follower.told(&Route::Open(active.clone()), ms(9_000));
         assert_eq!(again, Some(Action::Release(active)));
+    }
+
+    #[test]
+    fn nothing_passes_when_nobody_would_be_served() {
+        let active = open("a", CellState::Active, 3);
+        let (mut follower, mut contact) = serving(&active);
+        assert_eq!(follower.passes_until(&contact), Some(ms(2_250)));
+        contact.answered(ms(1_000), TERMS, ms(1_001));
+        // Control was heard, but has not said that this is still so.
+        assert_eq!(follower.told(&Route::Held, ms(1_000)), None);
+        assert_eq!(follower.passes_until(&contact), Some(ms(2_250)));
+        follower.obeyed(&cut(), ms(1_000), ms(1_100));
+        assert_eq!(follower.passes_until(&contact), Some(ms(3_250)));
+        follower.obeyed(&Barrier::GiveUp { app: "shop".into() }, ms(1_000), ms(1_200));
+        assert_eq!(follower.passes_until(&contact), None);
     }
 
     #[test]

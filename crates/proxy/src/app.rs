@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use model::barrier::Reason;
 use model::cell::{CellState, Epoch};
+use model::lease::Moment;
 use model::policy::{self, Catalog};
 use model::session::facts::{self, Facts};
 use pg::Target;
 use pg::admin::{Admin, AdminLogin};
+use pg::clock;
 use pg::connect::ConnectError;
 use tokio::sync::watch;
 use wire::sqlstate::SqlState;
@@ -74,6 +76,8 @@ pub struct App {
     regime: Mutex<Arc<Regime>>,
     /// The version of the regime, or 0 while there is nothing to judge in the state of the cell.
     judged_by: AtomicU64,
+    /// Nothing of a client reaches a server from then on, in nanoseconds since the host was booted.
+    passes_until: AtomicU64,
     gate: watch::Sender<Gate>,
     /// Sessions are to be handed out at their next safe point. Set with the gate.
     pub holding: AtomicBool,
@@ -113,6 +117,7 @@ impl App {
                 ..Regime::default()
             })),
             judged_by: AtomicU64::new(0),
+            passes_until: AtomicU64::new(u64::MAX),
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
             lost: Mutex::default(),
@@ -120,6 +125,21 @@ impl App {
             prepared: Mutex::default(),
             facts: Mutex::default(),
             params: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn set_passes_until(&self, moment: Moment) {
+        let until = u64::try_from(moment.0.as_nanos()).unwrap_or(u64::MAX);
+        self.passes_until.store(until, Ordering::Release);
+    }
+
+    /// It is not proven any more that its sessions stand where they may. Asked at each message, as a process that was stopped
+    /// goes on with whatever it was about to do, and only later looks at the time.
+    #[inline]
+    pub(crate) fn is_unproven(&self) -> bool {
+        match self.passes_until.load(Ordering::Acquire) {
+            u64::MAX => false,
+            until => clock::now().0.as_nanos() >= u128::from(until),
         }
     }
 

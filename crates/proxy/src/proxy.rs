@@ -296,6 +296,14 @@ impl Proxy {
         }
     }
 
+    /// Nothing that clients of an application send reaches a server from that moment on, of this host's clock
+    /// (`CLOCK_BOOTTIME`): it waits, until another moment is set or its session is cut. Without a word it always does.
+    pub fn passes_until(&self, app: &str, moment: model::lease::Moment) {
+        if let Some(app) = self.shared.app(app) {
+            app.set_passes_until(moment);
+        }
+    }
+
     /// Holdfast's own connection to a cell's server.
     ///
     /// # Errors

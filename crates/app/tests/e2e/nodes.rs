@@ -21,8 +21,13 @@ pub(crate) fn control_of(installation: &Installation) -> Option<usize> {
 }
 
 pub(crate) async fn wait_for_control(installation: &Installation) -> usize {
-    wait_until("another control", async || control_of(installation).is_some()).await;
-    control_of(installation).unwrap()
+    let mut found = None;
+    wait_until("another control", async || {
+        found = control_of(installation);
+        found.is_some()
+    })
+    .await;
+    found.unwrap()
 }
 
 /// Starts a node in place of one that was killed.
@@ -44,7 +49,7 @@ async fn a_killed_control_is_replaced_by_another_node() {
     let writers = begin(&installation).await;
     run(&mut idle, "SET work_mem = '7MB'").await;
     wait_active(&installation, "a").await;
-    let first = control_of(&installation).unwrap();
+    let first = wait_for_control(&installation).await;
     signal(installation.facts.controls[first], "KILL");
     // The primary is lost as well, before anybody has the seat.
     installation.signal_server("a", "KILL");
@@ -54,7 +59,7 @@ async fn a_killed_control_is_replaced_by_another_node() {
     switch_to(&installation, "a").await;
     end(&installation, writers).await;
     // One that ends by itself leaves the seat to the last.
-    let second = control_of(&installation).unwrap();
+    let second = wait_for_control(&installation).await;
     signal(installation.facts.controls[second], "TERM");
     wait_until("the last node", async || {
         control_of(&installation).is_some_and(|at| at != second && at != first)
@@ -112,7 +117,7 @@ async fn a_control_that_stood_still_does_nothing_more() {
     run(&mut idle, "SET work_mem = '7MB'").await;
     wait_active(&installation, "a").await;
     for cell in ["b", "a"] {
-        let first = control_of(&installation).unwrap();
+        let first = wait_for_control(&installation).await;
         // In the middle of a switchover, wherever that is.
         let switch = installation.holdfast_in_background(&["switchover", "shop", "--to", cell]);
         tokio::time::sleep(Duration::from_millis(700)).await;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use pg::{Connection, Port};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use wire::sqlstate::SqlState;
 
 use crate::agents::{switch_to, wait_until};
 use crate::failover::{begin, end, wait_active};
@@ -159,6 +160,42 @@ async fn without_control_a_proxy_goes_on_while_its_server_is_what_it_was() {
     wait_serves(&installation).await;
     switch_to(&installation, "b").await;
     run(&mut there, "INSERT INTO written VALUES (3)").await;
+}
+
+/// What it had not passed when it was stopped it does not pass when it goes on: nobody waits for it any more.
+#[tokio::test]
+async fn a_proxy_that_stood_still_passes_nothing_that_is_not_proven_any_more() {
+    let installation =
+        Installation::start_proxied("proxies-still", &["--no-failover", "--pool", "8"]);
+    let mut there = installation.connect_elsewhere().await;
+    run(&mut there, "CREATE TABLE written (n int)").await;
+    wait_serves(&installation).await;
+    let mut direct = installation.direct("a").await;
+    for n in 0..4 {
+        let sql = format!("BEGIN; INSERT INTO written VALUES ({n})");
+        run(&mut there, &sql).await;
+        // Neither control nor the server tells the proxy anything from here on, and the server ends nobody.
+        let (proxy, control) = (installation.facts.proxies[0].1, installation.pid());
+        signal(control, "STOP");
+        signal(proxy, "STOP");
+        let commit = tokio::spawn(async move {
+            let error = there.query("COMMIT").await.map(|_| ()).expect_err("nothing is proven");
+            (there, error)
+        });
+        tokio::time::sleep(LEASE_AND_MORE).await;
+        run(&mut direct, "ALTER SYSTEM SET default_transaction_read_only = on").await;
+        run(&mut direct, "SELECT pg_reload_conf()").await;
+        signal(proxy, "CONT");
+        let (session, error) = commit.await.unwrap();
+        assert_eq!(error.sqlstate(), Some(SqlState::SERIALIZATION_FAILURE), "{error}");
+        run(&mut direct, "ALTER SYSTEM RESET default_transaction_read_only").await;
+        run(&mut direct, "SELECT pg_reload_conf()").await;
+        signal(control, "CONT");
+        there = session;
+        run(&mut there, "ROLLBACK").await;
+        assert_eq!(value(&mut there, "SELECT count(*) FROM written").await, "0");
+        wait_serves(&installation).await;
+    }
 }
 
 #[tokio::test]

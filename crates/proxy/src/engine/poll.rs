@@ -19,6 +19,8 @@ use crate::session::{Session, terminate, write_some};
 
 /// Turns of one session before the others have theirs.
 const TURNS_MAX: usize = 4;
+/// Between looks whether parked sessions may go on.
+const PARKED_MS: i32 = 5;
 /// Between looks at idle sessions.
 const TICK_MS: i32 = 1_000;
 const WAKE: u64 = u64::MAX;
@@ -48,6 +50,8 @@ pub(super) struct Engine {
     free: Vec<usize>,
     by_id: HashMap<u64, usize>,
     pub(super) ready: Vec<usize>,
+    /// Sessions of which nothing passes until it is proven again where they stand.
+    parked: Vec<usize>,
     pub(super) buffers: Buffers,
     idle_timeout_s: u32,
     clock: Clock,
@@ -87,6 +91,7 @@ impl Engine {
             free: Vec::new(),
             by_id: HashMap::new(),
             ready: Vec::new(),
+            parked: Vec::new(),
             buffers: Buffers::new(),
             idle_timeout_s,
             clock,
@@ -99,7 +104,11 @@ impl Engine {
     pub(super) fn run(mut self) {
         let mut events: Vec<Event> = Vec::with_capacity(sys::EVENTS_MAX);
         loop {
-            let timeout = if self.ready.is_empty() { TICK_MS } else { 0 };
+            let timeout = match (self.ready.is_empty(), self.parked.is_empty()) {
+                (false, _) => 0,
+                (true, false) => PARKED_MS,
+                (true, true) => TICK_MS,
+            };
             if let Err(error) = self.epoll.wait(timeout, &mut events) {
                 tracing::error!(%error, "epoll does not work, the engine ends");
                 return;
@@ -111,6 +120,7 @@ impl Engine {
                     self.on_event(event);
                 }
             }
+            self.ready.append(&mut self.parked);
             for slot in std::mem::take(&mut self.ready) {
                 if let Some(Some(entry)) = self.slots.get_mut(slot) {
                     entry.queued = false;
@@ -373,6 +383,15 @@ impl Engine {
         let now = self.clock.seconds();
         let Some(Some(entry)) = self.slots.get_mut(slot) else { return };
         let session = &mut *entry.session;
+        // Of a server that is cut off, what it has answered is read, and nothing reaches it.
+        let is_cut = session.is_detached() || session.server_gone || session.server.eof;
+        if !is_cut && session.app.is_unproven() {
+            if !entry.queued {
+                entry.queued = true;
+                self.parked.push(slot);
+            }
+            return;
+        }
         let before = (session.bytes_in, session.bytes_out, session.requests);
         if let Some(sharing) = &mut session.sharing {
             sharing.others_wait = self.lending.someone_waits(sharing.pool.id);
