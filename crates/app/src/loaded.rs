@@ -5,12 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use control::audit::digest_of;
 use control::live::Live;
 use control::{Control, ControlConfig};
-use proxy::config::PolicyConfig;
+use proxy::Reread;
 use serde::{Deserialize, Serialize};
 use toml::de::{DeTable, DeValue};
 
@@ -44,6 +44,8 @@ pub(crate) enum Takes {
     /// It could not be taken up now.
     Later,
     Restart,
+    /// Of proxies, each of which goes by its own file.
+    Elsewhere,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,19 +53,56 @@ pub(crate) struct Changes {
     /// Of the file: the begin of its SHA-256.
     pub(crate) version: String,
     pub(crate) changes: Vec<Change>,
-    /// What is to be said of rules for commands, which proxies take up, each from its own file.
-    pub(crate) rules: Vec<String>,
+    /// What else is to be said: of rules for commands, which proxies take up, each from its own file, and of tokens.
+    pub(crate) notes: Vec<String>,
     /// The node that this is about, where there are several.
     pub(crate) node: Option<String>,
 }
 
-/// What runs, of whichever process.
-pub(crate) struct Loaded {
+/// The file of a process, and what it goes by of it.
+pub(crate) struct Runs {
     path: PathBuf,
+    settings: Mutex<BTreeMap<Way, String>>,
+}
+
+impl Runs {
+    pub(crate) fn new(path: &Path, text: &str) -> Runs {
+        Runs { path: path.to_owned(), settings: Mutex::new(settings(text)) }
+    }
+
+    fn settings(&self) -> MutexGuard<'_, BTreeMap<Way, String>> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The rules for commands of an application, as the file has them now.
+    ///
+    /// # Errors
+    /// The file cannot be read, has mistakes, or has no such application for a proxy.
+    pub(crate) fn rules(&self, app: &str) -> Result<Reread, String> {
+        let (roles, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
+        let path = self.path.display();
+        let apps = match roles {
+            Roles::Here(config) => config.proxy.apps,
+            Roles::Proxy(config) => config.proxy.apps,
+            Roles::Node(_) | Roles::Agent(_) => {
+                return Err(format!("`{path}` is not that of a proxy any more"));
+            }
+        };
+        let found = apps.into_iter().find(|one| one.name == app);
+        let found = found.ok_or_else(|| format!("`{path}` has no application `{app}` any more"))?;
+        let differ = compare(&self.settings(), &settings(&text));
+        let waits = (!differ.is_app_now(app))
+            .then(|| format!("in `{path}` something else of `{app}` waits for a restart"));
+        Ok(Reread { policy: found.policy, waits })
+    }
+}
+
+/// What runs, of a process of control.
+pub(crate) struct Loaded {
+    runs: Runs,
     control: ControlConfig,
     access: Live<Access>,
     node: Option<String>,
-    runs: Mutex<BTreeMap<Way, String>>,
 }
 
 impl Loaded {
@@ -73,8 +112,15 @@ impl Loaded {
         access: Live<Access>,
         node: Option<String>,
     ) -> Loaded {
-        let runs = Mutex::new(settings(text));
-        Loaded { path: path.to_owned(), control, access, node, runs }
+        Loaded { runs: Runs::new(path, text), control, access, node }
+    }
+
+    /// The rules for commands of an application, as the file has them now.
+    ///
+    /// # Errors
+    /// As [`Runs::rules`].
+    pub(crate) fn rules(&self, app: &str) -> Result<Reread, String> {
+        self.runs.rules(app)
     }
 
     /// What is different in the file.
@@ -82,20 +128,55 @@ impl Loaded {
     /// # Errors
     /// It cannot be read, or has mistakes.
     pub(crate) fn diff(&self) -> Result<Changes, String> {
-        let (_, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
-        let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(self.changes(&text, &compare(&runs, &settings(&text))))
+        let (_, text, access) = self.read()?;
+        let differ = compare(&self.runs.settings(), &settings(&text));
+        let mut changes = self.changes(&text, &differ);
+        self.note_tokens(&mut changes, &access, &differ);
+        Ok(changes)
+    }
+
+    fn read(&self) -> Result<(ControlConfig, String, Access), String> {
+        let path = &self.runs.path;
+        let (roles, text) = Roles::load_with_text(path).map_err(|error| chain(&error))?;
+        let (control, api) = match roles {
+            Roles::Here(config) => (config.control, config.api),
+            Roles::Node(config) => (config.control, config.api),
+            Roles::Agent(_) | Roles::Proxy(_) => {
+                let path = path.display();
+                return Err(format!(
+                    "`{path}` is not that of control any more: a restart is needed"
+                ));
+            }
+        };
+        Ok((control, text, Access::clone(&api.access.now())))
+    }
+
+    /// What the text of the file does not show.
+    fn note_tokens(&self, changes: &mut Changes, read: &Access, differ: &Differences) {
+        let runs = self.access.now();
+        let takes = if differ.takes_tokens { "at once" } else { "at a restart" };
+        for name in runs.with_other_secrets(read) {
+            changes.notes.push(format!("token `{name}` has another secret: taken up {takes}"));
+        }
+        if read.is_open() && !runs.is_open() {
+            let who = "whoever reaches the API may do everything without a token";
+            changes.notes.push(format!("{who}: taken up {takes}"));
+        }
     }
 
     fn changes(&self, text: &str, differ: &Differences) -> Changes {
         let version = digest_of(text.as_bytes()).chars().take(12).collect();
         let change = |(way, (from, to)): (&Way, &(Option<String>, Option<String>))| {
-            let takes = if differ.is_now(way) { Takes::Now } else { Takes::Restart };
+            let takes = match differ.is_now(way) {
+                _ if self.node.is_some() && is_rule(way) => Takes::Elsewhere,
+                true => Takes::Now,
+                false => Takes::Restart,
+            };
             let shown = |value: &Option<String>| value.clone().filter(|_| is_shown(way));
             Change { setting: way.join("."), from: shown(from), to: shown(to), takes }
         };
         let changes = differ.settings.iter().map(change).collect();
-        Changes { version, changes, rules: Vec::new(), node: self.node.clone() }
+        Changes { version, changes, notes: Vec::new(), node: self.node.clone() }
     }
 
     /// Takes up what can be.
@@ -103,60 +184,39 @@ impl Loaded {
     /// # Errors
     /// The file cannot be read, or has mistakes; nothing is taken up.
     pub(crate) fn apply(&self) -> Result<Changes, String> {
-        let (roles, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
-        let (control, access) = match roles {
-            Roles::Here(config) => (config.control, config.api.access),
-            Roles::Node(config) => (config.control, config.api.access),
-            Roles::Agent(_) | Roles::Proxy(_) => {
-                return Err(format!(
-                    "`{}` is not that of control any more: a restart is needed",
-                    self.path.display()
-                ));
-            }
-        };
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = settings(&text);
-        let differ = compare(&runs, &now);
+        let (control, text, access) = self.read()?;
+        let mut runs = self.runs.settings();
+        let differ = compare(&runs, &settings(&text));
+        let mut changes = self.changes(&text, &differ);
+        self.note_tokens(&mut changes, &access, &differ);
         for (app, servers) in &self.control.apps {
             if let Some(read) = control.apps.get(app).filter(|_| differ.is_app_now(app)) {
                 servers.settings.set(read.now());
             }
         }
         // Secrets are in files of their own, whose names may be the same as before.
-        if !differ.control_waits {
-            self.access.set(access.now());
+        if differ.takes_tokens {
+            self.access.set(Arc::new(access));
         }
-        for (way, (_, to)) in differ.settings.iter().filter(|(way, _)| !is_rule(way)) {
-            match to.clone().filter(|_| differ.is_now(way)) {
+        // Those of a node are nobody's.
+        let is_taken = |way: &Way| match self.node {
+            Some(_) if is_rule(way) => true,
+            _ => differ.is_now(way) && !is_rule(way),
+        };
+        for (way, (_, to)) in differ.settings.iter().filter(|(way, _)| is_taken(way)) {
+            match to.clone() {
                 Some(value) => drop(runs.insert(way.clone(), value)),
-                None if differ.is_now(way) => drop(runs.remove(way)),
-                None => (),
+                None => drop(runs.remove(way)),
             }
         }
-        Ok(self.changes(&text, &differ))
-    }
-}
-
-impl Loaded {
-    /// The rules for commands of an application, if they may be taken up. None if something else of it waits.
-    ///
-    /// # Errors
-    /// The file cannot be read, or has mistakes.
-    pub(crate) fn rules(&self, app: &str) -> Result<Option<PolicyConfig>, String> {
-        let (roles, text) = Roles::load_with_text(&self.path).map_err(|error| chain(&error))?;
-        let Roles::Here(config) = roles else { return Ok(None) };
-        let runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        let differ = compare(&runs, &settings(&text));
-        let mut apps = config.proxy.apps.into_iter();
-        let found = apps.find(|one| one.name == app).filter(|_| differ.is_app_now(app));
-        Ok(found.map(|found| found.policy))
+        Ok(changes)
     }
 
     /// Rules of an application were taken up as they are in the file.
     fn rules_taken(&self, app: &str) {
-        let Ok((_, text)) = Roles::load_with_text(&self.path) else { return };
+        let Ok((_, text)) = Roles::load_with_text(&self.runs.path) else { return };
         let now = settings(&text);
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut runs = self.runs.settings();
         let is_its = |way: &Way| is_rule(way) && way.get(1).is_some_and(|name| name == app);
         runs.retain(|way, _| !is_its(way));
         runs.extend(now.into_iter().filter(|(way, _)| is_its(way)));
@@ -173,9 +233,9 @@ pub(crate) async fn diff(loaded: &Loaded, control: &Control) -> Result<Changes, 
         match control.other_rules(app).await {
             Ok(0) => (),
             Ok(count) => changes
-                .rules
+                .notes
                 .push(format!("{count} proxies have other rules for `{app}` in their files")),
-            Err(error) => changes.rules.push(format!("rules of `{app}`: {}", chain(&error))),
+            Err(error) => changes.notes.push(format!("rules of `{app}`: {}", chain(&error))),
         }
     }
     Ok(changes)
@@ -190,14 +250,20 @@ pub(crate) async fn take_up(loaded: &Loaded, control: &Control) -> Result<Change
     for app in control.config.apps.keys() {
         match control.reload_rules(app).await {
             // They say the same in other words, unless they are not to change yet.
-            Ok(0) => {
-                if loaded.rules(app).is_ok_and(|rules| rules.is_some()) {
+            Ok((0, _)) => {
+                if loaded.rules(app).is_ok_and(|read| read.waits.is_none()) {
                     loaded.rules_taken(app);
                 }
             }
-            Ok(count) => {
+            Ok((count, behind)) => {
                 loaded.rules_taken(app);
-                changes.rules.push(format!("{count} proxies go by the new rules of `{app}`"));
+                let mut note = format!("{count} proxies go by the new rules of `{app}`");
+                if behind > 0 {
+                    note.push_str(&format!(
+                        "; {behind} sessions end a transaction by those before"
+                    ));
+                }
+                changes.notes.push(note);
             }
             Err(error) => {
                 let its = format!("app.{app}.{RULES}.");
@@ -206,7 +272,7 @@ pub(crate) async fn take_up(loaded: &Loaded, control: &Control) -> Result<Change
                         change.takes = Takes::Later;
                     }
                 }
-                changes.rules.push(format!("rules of `{app}` are not taken up: {}", chain(&error)));
+                changes.notes.push(format!("rules of `{app}` are not taken up: {}", chain(&error)));
             }
         }
     }
@@ -214,6 +280,10 @@ pub(crate) async fn take_up(loaded: &Loaded, control: &Control) -> Result<Change
 }
 
 impl Changes {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.notes.is_empty()
+    }
+
     /// What was taken up, for the audit: what it is set to stays in the file.
     pub(crate) fn says(&self) -> String {
         let of = |takes: Takes| -> Vec<&str> {
@@ -226,7 +296,7 @@ impl Changes {
             true => "nothing".to_owned(),
             false => now.join(", "),
         });
-        for line in &self.rules {
+        for line in &self.notes {
             text.push_str(&format!("; {line}"));
         }
         if !later.is_empty() {
@@ -241,8 +311,10 @@ struct Differences {
     settings: BTreeMap<Way, (Option<String>, Option<String>)>,
     /// Something of `[control]` waits for a restart, on which what applications may have hangs.
     control_waits: bool,
-    /// Applications of which something does.
+    /// Applications of which something does, or of which a plan names one of these.
     apps_wait: BTreeSet<String>,
+    /// Unless the address waits and nobody would need a token any more.
+    takes_tokens: bool,
 }
 
 impl Differences {
@@ -253,7 +325,7 @@ impl Differences {
     fn is_now(&self, way: &Way) -> bool {
         match kind_of(way) {
             Kind::OfApp(app) => self.is_app_now(app),
-            Kind::Token => !self.control_waits,
+            Kind::Token => self.takes_tokens,
             Kind::Restart => false,
         }
     }
@@ -271,7 +343,7 @@ fn kind_of(way: &Way) -> Kind<'_> {
         ["app", app, what, ..] if LIVE.contains(what) || [LIVE_PLANS, RULES].contains(what) => {
             Kind::OfApp(app)
         }
-        ["control", "token", ..] => Kind::Token,
+        ["control", "token" | "token_file", ..] => Kind::Token,
         _ => Kind::Restart,
     }
 }
@@ -296,8 +368,26 @@ fn compare(before: &BTreeMap<Way, String>, after: &BTreeMap<Way, String>) -> Dif
     let of = |way: &&Way, first: &str| way.first().is_some_and(|name| name == first);
     let control_waits = waits().any(|way| of(&way, "control"));
     let apps = waits().filter(|way| of(way, "app")).filter_map(|way| way.get(1).cloned());
-    let apps_wait = apps.collect();
-    Differences { settings, control_waits, apps_wait }
+    let mut apps_wait: BTreeSet<String> = apps.collect();
+    let named = |(way, value): (&Way, &String)| {
+        let is_named = way.len() > 4 && way.last().is_some_and(|name| name == "app");
+        let is_plan = of(&way, "app") && way.get(2).is_some_and(|name| name == LIVE_PLANS);
+        way.get(1).cloned().filter(|_| is_named && is_plan).map(|app| (app, value.clone()))
+    };
+    let named: BTreeSet<(String, String)> = after.iter().filter_map(named).collect();
+    loop {
+        let waits = |(app, of): &(String, String)| {
+            (apps_wait.contains(of) && !apps_wait.contains(app)).then(|| app.clone())
+        };
+        let more: Vec<String> = named.iter().filter_map(waits).collect();
+        if more.is_empty() {
+            break;
+        }
+        apps_wait.extend(more);
+    }
+    let has_tokens = after.keys().any(|way| matches!(kind_of(way), Kind::Token));
+    let takes_tokens = !control_waits || has_tokens;
+    Differences { settings, control_waits, apps_wait, takes_tokens }
 }
 
 /// Each setting of a file, by the way to it.
@@ -350,7 +440,11 @@ fn shown(value: &DeValue<'_>) -> String {
         DeValue::Boolean(is) => is.to_string(),
         DeValue::Datetime(at) => at.to_string(),
         DeValue::Array(all) => {
-            let all: Vec<String> = all.iter().map(|one| shown(one.get_ref())).collect();
+            let quoted = |one: &DeValue<'_>| match one {
+                DeValue::String(text) => format!("{text:?}"),
+                other => shown(other),
+            };
+            let all: Vec<String> = all.iter().map(|one| quoted(one.get_ref())).collect();
             format!("[{}]", all.join(", "))
         }
         DeValue::Table(_) => String::new(),
@@ -377,6 +471,10 @@ mod tests {
     #[test]
     fn what_an_application_keeps_to_is_taken_up_at_once() {
         assert_eq!(differ(&[]), []);
+        // Two that look alike.
+        let list =
+            |text: &str| settings(&format!("[[app]]\nname = \"shop\"\ndatabases = [{text}]\n"));
+        assert_ne!(list("\"a, b\""), list("\"a\", \"b\""));
         let found = differ(&[("automatic = true", "automatic = false\nblock = \"1s\"")]);
         let now = |way: &str| (way.to_owned(), true);
         assert_eq!(found, [now("app.shop.failover.automatic"), now("app.shop.failover.block")]);
@@ -395,7 +493,18 @@ mod tests {
         );
         let found =
             differ(&[("127.0.0.1:1", "0.0.0.0:1"), ("operator", "admin"), ("slots = true\n", "")]);
-        assert!(found.len() == 3 && found.iter().all(|(_, now)| !now), "{found:?}");
+        // Who may ask for what waits for nothing, but that anybody may.
+        assert_eq!(found[2], ("control.token.ops.role".to_owned(), true));
+        assert!(found.len() == 3 && found[..2].iter().all(|(_, now)| !now), "{found:?}");
+        let tokens = "[[control.token]]\nname = \"ops\"\nrole = \"operator\"\n";
+        let found = differ(&[("127.0.0.1:1", "0.0.0.0:1"), (tokens, "")]);
+        assert!(found.iter().all(|(_, now)| !now), "{found:?}");
+        // A plan may name what waits with another application.
+        let plan = "name = \"billing\"\n[[app.plan]]\nname = \"p\"\n[[app.plan.step]]\nname = \"s\"\napp = \"shop\"\n";
+        let found = differ(&[("password=x", "password=y"), ("name = \"billing\"\n", plan)]);
+        assert!(found.len() == 5 && found.iter().all(|(_, now)| !now), "{found:?}");
+        let found = differ(&[("name = \"billing\"\n", plan)]);
+        assert!(found.len() == 4 && found.iter().all(|(_, now)| *now), "{found:?}");
         let found = differ(&[
             ("name = \"billing\"\n", "name = \"billing\"\ndatabases = [\"b\"]\n"),
             ("slots = true\n", ""),

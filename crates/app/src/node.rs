@@ -16,6 +16,7 @@ use store::Store;
 use store::etcd::EtcdStore;
 use tokio::net::TcpListener;
 use tokio::runtime::{Handle, Runtime};
+use tokio::signal::unix::Signal;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tower::ServiceExt;
@@ -45,7 +46,11 @@ pub(crate) struct Node {
 impl Node {
     /// # Errors
     /// An address is taken, or etcd does not answer.
-    pub(crate) async fn start(config: NodeConfig, loaded: Arc<Loaded>) -> Result<Node, RunError> {
+    pub(crate) async fn start(
+        config: NodeConfig,
+        loaded: Arc<Loaded>,
+        hangups: Signal,
+    ) -> Result<Node, RunError> {
         // The address first: a second process of this node is to find it taken, not to take the name from the one that runs.
         let address = config.api.listen;
         let listener =
@@ -63,7 +68,7 @@ impl Node {
             }
         });
         // The audit is written by whoever is control; here it stands in the log.
-        serving.spawn(on_hangup(loaded.clone(), None));
+        serving.spawn(on_hangup(loaded.clone(), None, hangups));
         Ok(Node { config, loaded, store, answers, api, serving })
     }
 
@@ -143,6 +148,12 @@ async fn try_office(
     seat: Arc<Seated>,
     answers: &Answers,
 ) -> Result<(), RunError> {
+    // Whoever was control before had been asked to take up what is in this file as well.
+    match loaded.apply() {
+        Ok(changes) if changes.is_empty() => (),
+        Ok(changes) => tracing::info!("{}", changes.says()),
+        Err(why) => tracing::error!("the configuration is as it was: {why}"),
+    }
     let control = Control::open(config.control.anew(), seat, None)?;
     let mut tasks = JoinSet::new();
     // People may see what is recovered, and have it wait.

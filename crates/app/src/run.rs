@@ -10,6 +10,7 @@ use store::StoreError;
 use store::embedded::EmbeddedStore;
 use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::signal::unix::Signal;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -56,7 +57,7 @@ impl Running {
     /// The store is in use or damaged, or an address is taken.
     pub(crate) async fn start(
         config: Config,
-        loaded: Option<Arc<Loaded>>,
+        loaded: Option<(Arc<Loaded>, Signal)>,
     ) -> Result<Running, RunError> {
         let store = Arc::new(EmbeddedStore::open(&config.control.state_dir)?);
         let (orders, incoming) = mpsc::channel::<Ask>(ORDERS_MAX);
@@ -74,11 +75,12 @@ impl Running {
         watch(&control, &mut tasks);
         let api = listener.local_addr().unwrap_or(address);
         let access = config.api.access.clone();
-        let state = api::State::new(Some(proxy.clone()), control.clone(), access, loaded.clone());
-        if let Some(loaded) = loaded {
+        let file = loaded.as_ref().map(|(loaded, _)| loaded.clone());
+        let state = api::State::new(Some(proxy.clone()), control.clone(), access, file);
+        if let Some((loaded, hangups)) = loaded {
             let its = loaded.clone();
             proxy.rereads_by(Box::new(move |app| its.rules(app)));
-            tasks.spawn(on_hangup(loaded, Some(control.clone())));
+            tasks.spawn(on_hangup(loaded, Some(control.clone()), hangups));
         }
         tasks.spawn(async move {
             if let Err(error) = axum::serve(listener, api::routes(state)).await {
@@ -154,9 +156,11 @@ async fn serve(control: &Control, app: &str) -> Result<(), ControlError> {
 }
 
 /// Takes up the configuration file at each SIGHUP. Whoever is one of several nodes has the proxies' done when asked.
-pub(crate) async fn on_hangup(loaded: Arc<Loaded>, control: Option<Arc<Control>>) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+pub(crate) async fn on_hangup(
+    loaded: Arc<Loaded>,
+    control: Option<Arc<Control>>,
+    mut hangups: Signal,
+) {
     while hangups.recv().await.is_some() {
         let taken = match &control {
             Some(control) => loaded::take_up(&loaded, control).await,

@@ -80,8 +80,6 @@ impl Asked {
     }
 }
 
-/// How long sessions may take to come to where rules may change.
-const RULES_HOLD_MS: u64 = 5_000;
 /// Between two looks at an execution that somebody else waits for.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -511,46 +509,21 @@ impl Control {
         }
     }
 
-    /// Has proxies take up the rules in their files, if there are others: between two commands, while clients wait. Gives how
-    /// many have.
+    /// Has proxies take up the rules in their files, if there are others. Nobody waits: each session goes by them from its next
+    /// transaction on. Gives how many proxies have, and how many sessions end a transaction by the rules before.
     ///
     /// # Errors
-    /// The application is being changed; a session does not come to a safe point; a proxy cannot. Then none of them has, or
-    /// those that could: it is asked for again.
-    pub async fn reload_rules(&self, app: &str) -> Result<u64, ControlError> {
-        if self.other_rules(app).await? == 0 {
-            return Ok(0);
-        }
-        let _taken = self.take(app)?;
-        let application = self.application(app)?;
-        if let Some(id) = application.execution {
-            return Err(ControlError::UnderWay { app: app.into(), id });
-        }
-        let served = application.served().map(|(cell, state)| (cell.to_owned(), state));
-        let (to, state) = served.ok_or_else(|| ControlError::NoActive { app: app.into() })?;
-        self.set_changing(app, true);
-        let (deadline_ms, on_timeout) = (RULES_HOLD_MS, OnTimeout::Abort);
-        let held = self.order(Order::Hold { app: app.into(), deadline_ms, on_timeout }).await;
-        let is_held = held.error.is_none() && held.missing.is_empty() && held.done >= held.sessions;
-        let result = match is_held {
-            true => {
-                let report = self.order(Order::Reload { app: app.into() }).await;
-                let missing = report.missing.into_iter().next();
-                report.error.or(missing).map_or(Ok(report.done), Err)
-            }
-            false => {
-                let missing = held.missing.into_iter().next();
-                let busy = || stages::describe_blockers(&held.blockers);
-                Err(held.error.or(missing).unwrap_or_else(busy))
-            }
-        };
-        let epoch = application.epoch;
-        let released = self.order(Order::Release { app: app.into(), to, state, epoch }).await;
-        self.set_changing(app, false);
-        let missing = released.missing.into_iter().next();
-        match (result, released.error.or(missing)) {
-            (Ok(_), Some(error)) | (Err(error), _) => Err(ControlError::Refused(error)),
-            (Ok(done), None) => Ok(done),
+    /// A proxy cannot, or does not answer; others may have. It is asked for again.
+    pub async fn reload_rules(&self, app: &str) -> Result<(u64, u64), ControlError> {
+        let report = self.order(Order::Reload { app: app.into() }).await;
+        let missing = report.missing.into_iter().next();
+        match report.error.or(missing) {
+            Some(error) if report.done > 0 => Err(ControlError::Refused(format!(
+                "{error}; {} proxies have taken them up",
+                report.done
+            ))),
+            Some(error) => Err(ControlError::Refused(error)),
+            None => Ok((report.done, report.sessions)),
         }
     }
 

@@ -94,7 +94,8 @@ pub enum Order {
     List { app: String },
     /// Only look: has its configuration file other rules for commands than it goes by? Done by those that have.
     Compare { app: String },
-    /// Go by the rules in its configuration file from the release on.
+    /// Go by the rules in its configuration file, each session from its next transaction on. Done by those that have others;
+    /// the sessions are those that end a transaction by the rules before.
     Reload { app: String },
 }
 
@@ -129,8 +130,7 @@ impl Order {
             | Order::HearOut { .. }
             | Order::AttachFirst { .. }
             | Order::Attach { .. }
-            | Order::GiveUp { .. }
-            | Order::Reload { .. } => true,
+            | Order::GiveUp { .. } => true,
             Order::Prepare { .. }
             | Order::Inspect { .. }
             | Order::Hold { .. }
@@ -139,7 +139,8 @@ impl Order {
             | Order::Move { .. }
             | Order::Retire { .. }
             | Order::List { .. }
-            | Order::Compare { .. } => false,
+            | Order::Compare { .. }
+            | Order::Reload { .. } => false,
         }
     }
 }

@@ -29,6 +29,8 @@ const FENCE_LOOKS: u32 = 40;
 const FENCE_PAUSE: Duration = Duration::from_millis(50);
 /// How long a database may be missing on a standby to which it comes.
 const DATABASE_LATE_MAX: Duration = Duration::from_secs(2);
+/// So long other orders wait for what names stand for under new rules.
+const LEARN_MAX: Duration = Duration::from_secs(1);
 /// Databases of which it is known what their names stand for.
 const CATALOGS_MAX: usize = 1_000;
 /// Parameter sets that are kept for sharing; sessions with rarer ones have their own.
@@ -70,7 +72,7 @@ pub struct App {
     pub auth: Authenticator,
     /// How Holdfast itself logs in.
     pub admin: AdminLogin,
-    /// The rules by which commands are judged from the next state on that is told.
+    /// The rules by which commands are judged.
     rules: Mutex<Arc<Rules>>,
     pub(crate) texts: Texts,
     regime: Mutex<Arc<Regime>>,
@@ -171,7 +173,7 @@ impl App {
         self.regime.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The rules as they are from the next state on that is told.
+    /// The rules by which commands are judged.
     pub(crate) fn rules_now(&self) -> Arc<Rules> {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -181,8 +183,7 @@ impl App {
         self.rules_now().config != *config
     }
 
-    /// From the next state on that is told, commands are judged by these.
-    pub(crate) fn set_rules(&self, config: PolicyConfig) {
+    fn set_rules(&self, config: PolicyConfig) {
         let rules = Arc::new(Rules::new(config));
         *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = rules;
     }
@@ -240,10 +241,48 @@ impl App {
             }
         }
         let mut regime = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
-        let (number, version) = (regime.number + 1, regime.version + 1);
         let cell = cell.name.clone();
+        let before = &**regime;
+        let (number, version) = (before.number + 1, before.version + 1);
         let keys = Default::default();
-        *regime = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
+        let now =
+            Regime { number, version, since: number, cell, state, epoch, rules, catalogs, keys };
+        *regime = Arc::new(now);
+        self.judged_by.store(if is_confined { version } else { 0 }, Ordering::Release);
+    }
+
+    /// From here on commands are judged by these rules, in the state that the cell is in: of each session from its next
+    /// transaction on.
+    pub(crate) async fn take_up(&self, config: PolicyConfig, databases: &BTreeSet<String>) {
+        let before = self.regime_now();
+        let mut catalogs = BTreeMap::new();
+        if before.rules.config.reading == config.reading {
+            catalogs.clone_from(&before.catalogs);
+        }
+        let is_confined = !config.policy.accepts_all(before.state);
+        self.set_rules(config);
+        if let Some(cell) = self.active().filter(|_| is_confined) {
+            // Other orders wait. What is not learned now is learned when somebody logs in.
+            let deadline = Instant::now() + LEARN_MAX;
+            for database in databases {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if catalogs.contains_key(database) || left.is_zero() {
+                    continue;
+                }
+                let learned = tokio::time::timeout(left, self.catalog(&cell, database)).await;
+                if let Ok(Some(catalog)) = learned {
+                    catalogs.insert(database.clone(), Arc::new(catalog));
+                }
+            }
+        }
+        let rules = self.rules_now();
+        let mut regime = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = &**regime;
+        let Regime { state, epoch, since, .. } = *before;
+        let (number, version) = (before.number + 1, before.version + 1);
+        let (cell, keys) = (before.cell.clone(), Default::default());
+        *regime =
+            Arc::new(Regime { number, version, since, cell, state, epoch, rules, catalogs, keys });
         self.judged_by.store(if is_confined { version } else { 0 }, Ordering::Release);
     }
 
@@ -259,11 +298,21 @@ impl App {
         if now.number == regime.number {
             let mut catalogs = now.catalogs.clone();
             catalogs.insert(database.to_owned(), Arc::new(catalog));
-            let Regime { number, state, epoch, .. } = **now;
+            let Regime { number, since, state, epoch, .. } = **now;
             let (cell, version) = (now.cell.clone(), now.version + 1);
             let rules = now.rules.clone();
             let keys = Default::default();
-            *now = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
+            *now = Arc::new(Regime {
+                number,
+                version,
+                since,
+                cell,
+                state,
+                epoch,
+                rules,
+                catalogs,
+                keys,
+            });
             self.judged_by.store(version, Ordering::Release);
         }
     }

@@ -39,4 +39,4 @@ pub mod relay;
 pub mod session;
 
 pub use config::ProxyConfig;
-pub use proxy::{Proxy, Reread, StartError};
+pub use proxy::{Proxy, Reread, Rereads, StartError};

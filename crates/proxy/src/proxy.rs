@@ -40,11 +40,19 @@ pub(crate) struct Shared {
     next_id: AtomicU64,
     clients: AtomicUsize,
     keys: Mutex<HashMap<Key, (u64, usize)>>,
-    pub(crate) rereads: OnceLock<Reread>,
+    pub(crate) rereads: OnceLock<Rereads>,
 }
 
-/// Reads the rules of an application from the configuration file once more. None: they are not to change.
-pub type Reread = Box<dyn Fn(&str) -> Result<Option<PolicyConfig>, String> + Send + Sync>;
+/// What the configuration file says of an application's rules now.
+#[derive(Debug)]
+pub struct Reread {
+    pub policy: PolicyConfig,
+    /// Why they are not to be taken up, if they are others.
+    pub waits: Option<String>,
+}
+
+/// Reads the configuration file anew. An error says why it cannot be gone by.
+pub type Rereads = Box<dyn Fn(&str) -> Result<Reread, String> + Send + Sync>;
 
 /// A client's place among those that are allowed, and its cancel key.
 pub struct Place {
@@ -271,7 +279,7 @@ impl Proxy {
     }
 
     /// How rules are read anew, once and for all.
-    pub fn rereads_by(&self, reread: Reread) {
+    pub fn rereads_by(&self, reread: Rereads) {
         let _ = self.shared.rereads.set(reread);
     }
 

@@ -87,8 +87,13 @@ impl Session {
     pub fn on_client_bytes(&mut self, bytes: &[u8]) -> Result<Pass, Fault> {
         let mut at = 0;
         let known = self.confined.as_ref().map(|confined| &confined.regime);
-        let regime = self.app.regime(known);
+        let now = self.app.regime(known);
+        let is_behind = now.as_ref().is_some_and(|now| self.is_behind(now));
+        let regime = now.and_then(|now| self.goes_by(now));
         if regime.is_none() {
+            if let Some(confined) = &mut self.confined {
+                confined.was_free = true;
+            }
             self.end_hold();
         }
         loop {
@@ -125,6 +130,8 @@ impl Session {
                     };
                     let turn = match &regime {
                         _ if lost.is_some() => Turn::Pass,
+                        // What comes behind it may be in a transaction of its own, and goes by what holds now.
+                        _ if is_behind && self.protocol.awaits_ready() => Turn::Wait,
                         // Its own question goes first.
                         Some(_) if self.is_without_fence() => return Err(Fault::Unfenced),
                         Some(regime) if !self.protocol.runs_own() => {
@@ -384,6 +391,9 @@ impl Session {
                             {
                                 (self.has_prepared, self.restyled) = (false, false);
                                 (self.has_prepared_by_sql, self.has_lost_names) = (false, false);
+                                if let Some(confined) = &mut self.confined {
+                                    confined.on_discarded();
+                                }
                                 self.names.clear();
                             }
                             self.on_shared_tag(body.get(..body_len).unwrap_or_default());

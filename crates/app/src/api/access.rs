@@ -71,6 +71,20 @@ pub(crate) struct Access {
 }
 
 impl Access {
+    /// Whoever reaches the API may do everything.
+    pub(crate) fn is_open(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Tokens of a name that have another secret there.
+    pub(crate) fn with_other_secrets<'a>(&'a self, there: &'a Access) -> Vec<&'a str> {
+        let others = self.tokens.iter().filter(|token| {
+            let same_name = there.tokens.iter().find(|other| other.name == token.name);
+            same_name.is_some_and(|other| other.secret.expose() != token.secret.expose())
+        });
+        others.map(|token| token.name.as_str()).collect()
+    }
+
     /// Whoever shows this may ask for what `role` may. Gives the name.
     pub(super) fn allow(&self, headers: &HeaderMap, role: Role) -> Result<String, ApiError> {
         if self.tokens.is_empty() || (role == Role::Viewer && !self.is_private) {

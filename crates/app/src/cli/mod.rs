@@ -27,13 +27,14 @@ mod report;
 pub(crate) mod show;
 
 use crate::config::{NodeConfig, Roles, chain, read_duration};
-use crate::loaded::Loaded;
+use crate::loaded::{Loaded, Runs};
 use crate::node::Node;
 use crate::remote::{Remote, RemoteConfig};
 use crate::run::Running;
 use crate::{demo, run};
 use agent::{Agent, AgentConfig};
 use pg::instance::Instance;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 #[derive(Parser)]
 #[command(
@@ -473,11 +474,12 @@ fn run_config(path: &std::path::Path) -> Result<ExitCode, String> {
         Roles::Here(config) => *config,
         Roles::Node(config) => return run_node(*config, (path, &text)),
         Roles::Agent(agent) => return run_agent(*agent),
-        Roles::Proxy(remote) => return run_remote(*remote, path),
+        Roles::Proxy(remote) => return run_remote(*remote, (path, &text)),
     };
     runtime()?.block_on(async {
+        let hangups = hangups()?;
         let loaded = Arc::new(config.loaded((path, &text)));
-        let running = Running::start(config, Some(loaded)).await;
+        let running = Running::start(config, Some((loaded, hangups))).await;
         let running = running.map_err(|error: run::RunError| chain(&error))?;
         for address in running.proxy.addresses() {
             tracing::info!(%address, "clients are served");
@@ -497,8 +499,9 @@ fn run_node(config: NodeConfig, file: (&std::path::Path, &str)) -> Result<ExitCo
     runtime()?.block_on(async {
         let stop = shutdown_signal();
         tokio::pin!(stop);
+        let hangups = hangups()?;
         let node = tokio::select! {
-            node = Box::pin(Node::start(config, loaded)) => node.map_err(|error| chain(&error))?,
+            node = Box::pin(Node::start(config, loaded, hangups)) => node.map_err(|error| chain(&error))?,
             signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
         };
         tracing::info!(address = %node.api, "the API is served");
@@ -506,27 +509,26 @@ fn run_node(config: NodeConfig, file: (&std::path::Path, &str)) -> Result<ExitCo
     })
 }
 
-fn run_remote(config: RemoteConfig, path: &std::path::Path) -> Result<ExitCode, String> {
-    let path = path.to_owned();
+fn run_remote(
+    config: RemoteConfig,
+    (path, text): (&std::path::Path, &str),
+) -> Result<ExitCode, String> {
+    let runs = Runs::new(path, text);
     runtime()?.block_on(async {
+        let hangups = hangups()?;
         let stop = shutdown_signal();
         tokio::pin!(stop);
         let mut remote = tokio::select! {
             remote = Box::pin(Remote::start(config)) => remote.map_err(|error| chain(&error))?,
             signal = &mut stop => return signal.map(|()| ExitCode::SUCCESS),
         };
-        remote.proxy.rereads_by(Box::new(move |app| {
-            let roles = Roles::load(&path).map_err(|error| chain(&error))?;
-            let Roles::Proxy(config) = roles else { return Ok(None) };
-            let mut apps = config.proxy.apps.into_iter();
-            Ok(apps.find(|one| one.name == app).map(|found| found.policy))
-        }));
+        remote.proxy.rereads_by(Box::new(move |app| runs.rules(app)));
         for address in remote.proxy.addresses() {
             tracing::info!(%address, "clients are served");
         }
         tokio::select! {
             stopped = &mut stop => stopped?,
-            () = ignore_hangups() => (),
+            () = ignore_hangups(hangups, "rules for commands are taken up by `holdfast apply`") => (),
             () = remote.failed() => return Err("a part of the proxy has failed".into()),
         }
         tracing::info!("shutting down");
@@ -546,13 +548,14 @@ fn run_agent(config: AgentConfig) -> Result<ExitCode, String> {
         text(&config.state_dir),
     ];
     runtime()?.block_on(async {
+        let hangups = hangups()?;
         let (app, cell) = (config.app.clone(), config.cell.clone());
         let agent = Agent::start(AgentConfig { guard, ..config }).await;
         let agent = agent.map_err(|error| chain(&error))?;
         tracing::info!(app, cell, "the agent runs");
         tokio::select! {
             stopped = shutdown_signal() => stopped?,
-            () = ignore_hangups() => (),
+            () = ignore_hangups(hangups, "an agent reads its configuration at its start alone") => (),
         }
         tracing::info!("shutting down, the server as well");
         agent.stop().await;
@@ -575,19 +578,22 @@ fn run_guard(
     done.map(|()| ExitCode::SUCCESS).map_err(|error| format!("the guard's socket: {error}"))
 }
 
-/// Of this process nothing is taken up while it runs, and a reload of the service is not to end it.
-async fn ignore_hangups() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return std::future::pending().await };
+/// SIGHUP, which ends this process from here on no more.
+pub(crate) fn hangups() -> Result<Signal, String> {
+    let error = |error: std::io::Error| format!("signals cannot be received: {error}");
+    signal(SignalKind::hangup()).map_err(error)
+}
+
+/// Of this process nothing is taken up by that, and a reload of the service is not to end it.
+async fn ignore_hangups(mut hangups: Signal, why: &str) {
     while hangups.recv().await.is_some() {
-        tracing::warn!("SIGHUP: the configuration of this process is read at its start alone");
+        tracing::warn!("SIGHUP: nothing is taken up: {why}");
     }
     std::future::pending().await
 }
 
 /// Waits for SIGINT or SIGTERM.
 pub(crate) async fn shutdown_signal() -> Result<(), String> {
-    use tokio::signal::unix::{SignalKind, signal};
     let error = |error: std::io::Error| format!("signals cannot be received: {error}");
     let mut terminate = signal(SignalKind::terminate()).map_err(error)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(error)?;

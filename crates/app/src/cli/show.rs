@@ -342,7 +342,7 @@ fn print_changes(global: &Global, found: &Changes) -> Done {
         json(found)?;
         return Ok(ExitCode::SUCCESS);
     }
-    if found.changes.is_empty() && found.rules.is_empty() {
+    if found.is_empty() {
         say!("configuration {} runs, nothing is different", found.version);
         return Ok(ExitCode::SUCCESS);
     }
@@ -355,6 +355,7 @@ fn print_changes(global: &Global, found: &Changes) -> Done {
                 Takes::Now => "at once",
                 Takes::Later => "not yet",
                 Takes::Restart => "at a restart",
+                Takes::Elsewhere => "in the files of proxies",
             };
             vec![change.setting.clone(), value(&change.from), value(&change.to), takes.into()]
         })
@@ -362,7 +363,7 @@ fn print_changes(global: &Global, found: &Changes) -> Done {
     if !rows.is_empty() {
         table(&["setting", "from", "to", "taken up"], &rows);
     }
-    for line in &found.rules {
+    for line in &found.notes {
         say!("{line}");
     }
     if let Some(node) = &found.node {

@@ -2,6 +2,7 @@
 //! and nothing starts while there is one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -146,11 +147,16 @@ impl Roles {
     /// As `load`.
     pub(crate) fn load_with_text(path: &Path) -> Result<(Roles, String), ConfigError> {
         let file = |source| ConfigError::File { path: path.to_owned(), source };
-        let len = std::fs::metadata(path).map_err(file)?.len();
-        if len > FILE_LEN_MAX {
+        // Anything else, such as a pipe, might keep everybody waiting.
+        if !std::fs::metadata(path).map_err(file)?.is_file() {
+            return Err(file(std::io::Error::other("it is no regular file")));
+        }
+        let mut text = String::new();
+        let open = std::fs::File::open(path).map_err(file)?;
+        open.take(FILE_LEN_MAX + 1).read_to_string(&mut text).map_err(file)?;
+        if u64::try_from(text.len()).unwrap_or(u64::MAX) > FILE_LEN_MAX {
             return Err(file(std::io::ErrorKind::FileTooLarge.into()));
         }
-        let text = std::fs::read_to_string(path).map_err(file)?;
         let roles = Roles::read(&text)
             .map_err(|mistakes| ConfigError::Mistakes { path: path.to_owned(), mistakes })?;
         Ok((roles, text))

@@ -17,7 +17,7 @@ use pg::instance::{self, Instance, RunAs};
 mod tour;
 mod workload;
 
-use crate::cli::{Global, client, log_to_stderr, runtime, shutdown_signal};
+use crate::cli::{Global, client, hangups, log_to_stderr, runtime, shutdown_signal};
 use crate::config::{Roles, chain};
 use crate::run::Running;
 
@@ -245,7 +245,8 @@ impl Demo {
         let (roles, text) = Roles::load_with_text(&path).map_err(|e| chain(&e))?;
         let config = roles.into_config()?;
         let loaded = Arc::new(config.loaded((&path, &text)));
-        self.running = Some(Running::start(config, Some(loaded)).await.map_err(|e| chain(&e))?);
+        let loaded = Some((loaded, hangups()?));
+        self.running = Some(Running::start(config, loaded).await.map_err(|e| chain(&e))?);
         self.apis.push(api);
         workload::create_tables(&self.dsn()).await?;
         for number in 2..=self.more_proxies + 1 {

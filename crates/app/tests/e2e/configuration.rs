@@ -1,12 +1,15 @@
 //! The configuration file is taken up while clients go on.
 
+use std::time::{Duration, Instant};
+
 use pg::Connection;
+use wire::frontend;
 use wire::sqlstate::SqlState;
 
 use crate::agents::{wait_protected, wait_until};
 use crate::failover::begin;
 use crate::nodes::{control_of, wait_for_control};
-use crate::support::{Installation, run, shown, signal, value};
+use crate::support::{HOLDFAST, Installation, run, shown, signal, value};
 
 async fn refused(session: &mut Connection, sql: &str) {
     let error = session.query(sql).await.map(|_| ()).expect_err(sql);
@@ -120,8 +123,83 @@ async fn each_node_takes_up_its_own_file_and_a_reload_ends_nobody() {
     assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
 }
 
+/// Also of one that waits for control.
+#[test]
+fn a_reload_ends_nobody_who_waits() {
+    let dir = std::env::temp_dir().join(format!("holdfast-waits-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let app = "[[app]]\nname = \"shop\"\nauth = \"trust\"\nsslmode = \"disable\"\n\n\
+        [[app.cell]]\nname = \"a\"\nserver = \"127.0.0.1:1\"\nactive = true\n\n\
+        [[app.cell]]\nname = \"b\"\nserver = \"127.0.0.1:2\"\n";
+    let proxy = "[proxy]\nlisten = [\"127.0.0.1:0\"]\n\n[proxy.control]\nname = \"waits\"\naddress = \"127.0.0.1:1\"\n\n";
+    let path = dir.join("proxy.toml");
+    std::fs::write(&path, format!("{proxy}{app}")).unwrap();
+    let log = dir.join("log");
+    let mut child = std::process::Command::new(HOLDFAST)
+        .args(["run", "-c"])
+        .arg(&path)
+        .env("HOLDFAST_LOG", "debug")
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while std::fs::metadata(&log).unwrap().len() == 0 {
+        assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    signal(child.id(), "HUP");
+    std::thread::sleep(Duration::from_millis(300));
+    let ended = child.try_wait().unwrap();
+    let _ = child.kill();
+    let _ = child.wait();
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(ended.is_none(), "{ended:?}: {said}");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 const FREEZE: &str = "[app.policy]\nversion = 2\n\n[[app.policy.rule]]\nname = \"freeze\"\nstates = [\"active\"]\n\
     classes = [\"definition\"]\ndisposition = \"refuse\"\n\n[[app.policy.rule]]\nname = \"all\"\nstates = [\"active\"]\ndisposition = \"accept\"\n\n";
+
+/// What a statement does that SQL has prepared is known, whenever that was; of what was prepared while nothing was judged, it is
+/// not.
+#[tokio::test]
+async fn a_prepared_statement_passes_no_rule_that_is_taken_up() {
+    for pool in [None, Some(4)] {
+        let installation = match pool {
+            None => Installation::start("configuration-prepared"),
+            Some(size) => Installation::start_pooled("configuration-shared", size),
+        };
+        let apply = async || {
+            let output = installation.holdfast_in_background(&["apply"]);
+            shown(&output.await.unwrap())
+        };
+        let freeze = FREEZE.replace("definition", "write");
+        let mut before = installation.connect().await;
+        run(&mut before, "CREATE TABLE t (n int)").await;
+        run(&mut before, "PREPARE ins AS INSERT INTO t VALUES (1)").await;
+        run(&mut before, "EXECUTE ins").await;
+        change(&installation, "[[app.cell]]", &format!("{freeze}[[app.cell]]"));
+        apply().await;
+        refused(&mut before, "EXECUTE ins").await;
+        let mut client = installation.connect().await;
+        run(&mut client, "PREPARE ins AS INSERT INTO t VALUES (2)").await;
+        run(&mut client, "PREPARE sel AS SELECT 3").await;
+        refused(&mut client, "EXECUTE ins").await;
+        for version in [3, 4] {
+            let (from, to) = (format!("version = {}", version - 1), format!("version = {version}"));
+            change(&installation, &from, &to);
+            let text = apply().await;
+            assert!(text.contains("1 proxies go by the new rules"), "{text}");
+            refused(&mut client, "EXECUTE ins").await;
+            assert_eq!(value(&mut client, "EXECUTE sel").await, "3");
+        }
+        let moved = installation.holdfast_in_background(&["switchover", "shop", "--to", "b"]);
+        assert!(moved.await.unwrap().status.success());
+        refused(&mut client, "EXECUTE ins").await;
+        assert_eq!(value(&mut client, "EXECUTE sel").await, "3");
+        assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "1");
+    }
+}
 
 /// Rules for commands begin to hold, and end, between two commands of each session: none is told anything else.
 #[tokio::test]
@@ -149,14 +227,27 @@ async fn rules_for_commands_are_taken_up_between_two_commands() {
         let (acknowledged, told) = writer.stop().await;
         assert!(acknowledged.len() > 50 && told.is_empty(), "{} {told:?}", acknowledged.len());
     }
-    // A transaction that does not end is not cut, and the rules wait.
-    run(&mut client, "BEGIN; SELECT 1").await;
+    // A transaction ends by the rules that it began with, and nobody waits for that.
+    run(&mut client, "BEGIN; DECLARE c CURSOR FOR SELECT 1").await;
     change(&installation, "[[app.cell]]", &format!("{FREEZE}[[app.cell]]"));
     let text = apply().await;
-    assert!(text.contains("not yet") && text.contains("are not taken up"), "{text}");
-    run(&mut client, "CREATE TABLE t (n int); COMMIT").await;
-    let text = apply().await;
     assert!(text.contains("at once") && text.contains("go by the new rules"), "{text}");
+    assert!(text.contains("1 sessions end a transaction by those before"), "{text}");
+    refused(&mut installation.connect().await, "CREATE TABLE t (n int)").await;
+    run(&mut client, "CREATE TABLE t (n int); FETCH c").await;
+    // Whoever does not wait for the end of it neither.
+    let mut pipeline = Vec::new();
+    for sql in ["COMMIT", "BEGIN", "DROP TABLE t", "COMMIT"] {
+        frontend::query(&mut pipeline, sql.as_bytes());
+    }
+    client.send(&pipeline).await.unwrap();
+    let mut answers = Vec::new();
+    while answers.len() < 4 {
+        answers.push(client.answers().await.map(drop));
+    }
+    assert!(answers[0].is_ok() && answers[1].is_ok(), "{answers:?}");
+    let told = answers[2].as_ref().unwrap_err().sqlstate();
+    assert_eq!(told, Some(SqlState::INSUFFICIENT_PRIVILEGE), "{answers:?}");
     refused(&mut client, "DROP TABLE t").await;
     assert!(shown(&installation.holdfast(&["diff"])).contains("nothing is different"));
     // The same in other words.

@@ -154,7 +154,21 @@ impl Policy {
     }
 
     /// The first rule about one command, by its number.
+    ///
+    /// What nothing is known of may be of any class: unless a rule names it, it passes where each of them would.
     pub fn rule(&self, class: Class, asked: &Asked<'_>) -> (usize, Disposition) {
+        let (at, disposition) = self.first(class, asked);
+        let names_it = |rule: &Rule| rule.classes.contains(&Class::Unknown);
+        let is_meant = self.rules.get(at).is_some_and(names_it);
+        if class != Class::Unknown || disposition == Disposition::Refuse || is_meant {
+            return (at, disposition);
+        }
+        let each = || Class::ALL.into_iter().map(|class| self.first(class, asked));
+        let first = |which| each().find(|(_, disposition)| *disposition == which);
+        first(Disposition::Refuse).or_else(|| first(Disposition::Hold)).unwrap_or((at, disposition))
+    }
+
+    fn first(&self, class: Class, asked: &Asked<'_>) -> (usize, Disposition) {
         let grant_lost = class == Class::Commit
             && asked
                 .transaction
@@ -249,6 +263,30 @@ mod tests {
             assert_eq!(commit(state, one, two), Disposition::Refuse);
             assert_eq!(commit(state, one, None), Disposition::Refuse);
         }
+    }
+
+    #[test]
+    fn what_nothing_is_known_of_passes_where_everything_does() {
+        let rule = |class: Class, disposition| Rule {
+            name: class.name().into(),
+            states: Vec::new(),
+            classes: [class].into(),
+            roles: vec!["app".into()],
+            databases: Vec::new(),
+            disposition,
+        };
+        let mut policy = Policy::default();
+        let unknown = |policy: &Policy, role| {
+            policy.rule(Class::Unknown, &Asked { role, ..asked(CellState::Active) }).1
+        };
+        policy.rules.insert(0, rule(Class::Write, Disposition::Hold));
+        assert_eq!(unknown(&policy, "app"), Disposition::Hold);
+        policy.rules.insert(1, rule(Class::Definition, Disposition::Refuse));
+        assert_eq!(unknown(&policy, "app"), Disposition::Refuse);
+        assert_eq!(unknown(&policy, "another"), Disposition::Accept);
+        // Somebody has said so.
+        policy.rules.insert(2, rule(Class::Unknown, Disposition::Accept));
+        assert_eq!(unknown(&policy, "app"), Disposition::Accept);
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! What becomes of what a session asks for, by the rules and by what it has prepared and bound.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use model::policy::rules::Transaction;
 use model::policy::{Asked, Catalog, Class, Command, Disposition, Refusal};
+use wire::backend::TxStatus;
 
 use super::texts::Text;
-use super::{Kind, Regime};
+use super::{Confined, Kind, Regime};
 use crate::pool::sharing::cut;
 use crate::session::Session;
 
@@ -30,6 +31,8 @@ pub(super) enum Verdict {
 }
 
 type Judged = Vec<(&'static str, Class)>;
+/// All that one command does.
+type Classes = BTreeSet<Class>;
 
 /// A command ends its transaction.
 fn ends_transaction(command: &Command) -> bool {
@@ -37,6 +40,31 @@ fn ends_transaction(command: &Command) -> bool {
 }
 
 impl Session {
+    /// By what the session is judged. Where nothing but rules has changed, a transaction ends by those that it began with: what
+    /// it has bound and declared was judged by these, or by none.
+    #[inline]
+    pub(crate) fn goes_by(&mut self, now: Arc<Regime>) -> Option<Arc<Regime>> {
+        let own = self.confined.as_ref().map(|confined| &confined.regime);
+        if own.is_some_and(|own| own.number == now.number) || !self.is_behind(&now) {
+            return Some(now);
+        }
+        if self.confined.is_none() {
+            let had_prepared = self.has_prepared_by_sql || self.has_lost_names;
+            self.confined = Some(Box::new(Confined::free(had_prepared)));
+        }
+        let confined = self.confined.as_ref().filter(|confined| !confined.was_free);
+        let own = confined.map(|confined| &confined.regime);
+        own.filter(|own| own.number >= now.since).cloned()
+    }
+
+    /// It ends a transaction by the rules before.
+    pub(crate) fn is_behind(&self, now: &Regime) -> bool {
+        let own = self.confined.as_ref().map_or(0, |confined| confined.regime.number);
+        let is_by_rules = now.number > now.since && own < now.number;
+        let is_open = self.protocol.status() != TxStatus::Idle || self.protocol.has_open_batch();
+        is_by_rules && is_open
+    }
+
     /// How the session is judged, which is asked once in a regime.
     pub(super) fn kind(&mut self, regime: &Regime) -> Kind {
         if let Some(kind) = self.confined.as_ref().and_then(|confined| confined.kind) {
@@ -90,24 +118,18 @@ impl Session {
                 }
                 has_ended |= ends_transaction(command);
                 let prepared = command.prepared.as_deref().unwrap_or_default();
-                if let Some(class) = prepares(command, catalog) {
-                    let known = here.entry(prepared).or_insert(class);
-                    *known = class.max(*known);
+                let prepares: Classes = prepares(command, catalog).collect();
+                if !prepares.is_empty() {
+                    here.entry(prepared).or_insert_with(Classes::new).extend(prepares);
                 }
-                for class in command.classes_with(catalog) {
-                    judged.push((
-                        command.name,
-                        match class {
-                            Class::Execute => {
-                                self.class_of_prepared(prepared, here.get(prepared), catalog)
-                            }
-                            class => class,
-                        },
-                    ));
+                let mut classes: Classes = command.classes_with(catalog).collect();
+                if classes.remove(&Class::Execute) {
+                    classes.extend(self.classes_of_prepared(prepared, here.get(prepared), catalog));
                 }
                 if let Some(cursor) = &command.cursor {
-                    judged.push((command.name, self.class_of_cursor(cursor, catalog)));
+                    classes.extend(self.classes_of_cursor(cursor, catalog));
                 }
+                judged.extend(classes.into_iter().map(|class| (command.name, class)));
             }
         }
         judged
@@ -204,28 +226,35 @@ impl Session {
         for command in modes.iter().filter_map(|mode| text.commands(*mode)).flatten() {
             confined.has_ended |= tag == b'E' && ends_transaction(command);
             confined.has_set |= command.class == Class::Session;
-            match prepares(command, catalog.map(|catalog| &**catalog)) {
+            match (&command.prepared, command.prepares) {
                 // Which of two it has prepared hangs on a setting.
-                Some(_) if modes.len() > 1 => confined.had_prepared = true,
-                class => confined.prepares.extend(command.prepared.clone().zip(class)),
+                (_, Some(_)) if modes.len() > 1 => confined.had_prepared = true,
+                (Some(name), Some(_)) => confined.prepares.push_back((name.clone(), text.clone())),
+                _ => (),
             }
         }
     }
 
-    /// What EXECUTE of a name does at most. `here` was prepared by the same text.
-    fn class_of_prepared(
+    /// What EXECUTE of a name does. `here` was prepared by the same text.
+    fn classes_of_prepared(
         &self,
         name: &str,
-        here: Option<&Class>,
+        here: Option<&Classes>,
         catalog: Option<&Catalog>,
-    ) -> Class {
-        let Some(confined) = &self.confined else { return Class::Unknown };
+    ) -> Classes {
+        let unknown = || Classes::from([Class::Unknown]);
+        let Some(confined) = &self.confined else { return unknown() };
         // Both kinds of PREPARE give names in one place, and what this session did before it was confined is not known.
         let left = self.sharing.as_ref().is_some_and(|sharing| !sharing.left.is_empty());
         if confined.had_prepared || self.has_lost_names || left {
-            return Class::Unknown;
+            return unknown();
         }
-        let by_sql = confined.prepared.get(name).copied().max(here.copied());
+        let mut classes = here.cloned().unwrap_or_default();
+        if let Some(text) = confined.prepared.get(name) {
+            let commands = text.modes().iter().filter_map(|mode| text.commands(*mode)).flatten();
+            let its = commands.filter(|command| command.prepared.as_deref() == Some(name));
+            classes.extend(its.flat_map(|command| prepares(command, catalog)));
+        }
         let name = name.as_bytes();
         let by_protocol = match &self.sharing {
             Some(sharing) => {
@@ -236,41 +265,41 @@ impl Session {
             }
             None => self.names.find(cut(name)).cloned(),
         };
-        let of_text = |text: Option<Arc<Text>>| {
-            let commands = text.as_ref().and_then(|text| match text.modes() {
-                [mode] => text.commands(*mode),
-                _ => None,
-            });
-            match commands {
-                Some([command]) if command.class != Class::Execute && command.cursor.is_none() => {
-                    command.classes_with(catalog).max().unwrap_or(Class::Unknown)
-                }
-                _ => Class::Unknown,
-            }
-        };
-        by_sql.max(by_protocol.map(of_text)).unwrap_or(Class::Unknown)
+        if let Some(text) = by_protocol {
+            classes.extend(classes_of(text.as_deref(), catalog));
+        }
+        if classes.is_empty() { unknown() } else { classes }
     }
 
     /// What FETCH or MOVE runs, if the protocol has bound it; what SQL has declared was judged then.
-    fn class_of_cursor(&self, name: &str, catalog: Option<&Catalog>) -> Class {
-        let Some(confined) = &self.confined else { return Class::Unknown };
+    fn classes_of_cursor(&self, name: &str, catalog: Option<&Catalog>) -> Classes {
+        let one = |class| Classes::from([class]);
+        let Some(confined) = &self.confined else { return one(Class::Unknown) };
         match confined.portals.get(cut(name.as_bytes())) {
-            None if confined.lost_portals => Class::Unknown,
-            None => Class::Read,
-            Some(None) => Class::Unknown,
-            Some(Some(text)) => match (text.modes(), text.commands(true)) {
-                ([_], Some([command])) if command.cursor.is_none() => {
-                    let class = command.classes_with(catalog).max().unwrap_or(Class::Unknown);
-                    if class == Class::Execute { Class::Unknown } else { class }
-                }
-                _ => Class::Unknown,
-            },
+            None if confined.lost_portals => one(Class::Unknown),
+            None => one(Class::Read),
+            Some(text) => classes_of(text.as_deref(), catalog),
         }
     }
 }
 
-/// What PREPARE prepares does, at most.
-fn prepares(command: &Command, catalog: Option<&Catalog>) -> Option<Class> {
-    let class = command.prepares?;
-    Some(if command.calls(catalog) { class.max(Class::Code) } else { class })
+/// What the one command of a text does, if that hangs on nothing else.
+fn classes_of(text: Option<&Text>, catalog: Option<&Catalog>) -> Classes {
+    let commands = text.and_then(|text| match text.modes() {
+        [mode] => text.commands(*mode),
+        _ => None,
+    });
+    match commands {
+        Some([command]) if command.class != Class::Execute && command.cursor.is_none() => {
+            command.classes_with(catalog).collect()
+        }
+        _ => Classes::from([Class::Unknown]),
+    }
+}
+
+/// What PREPARE prepares does.
+fn prepares(command: &Command, catalog: Option<&Catalog>) -> impl Iterator<Item = Class> + use<> {
+    let prepared = command.prepares.map(|class| Command { class, ..command.clone() });
+    let classes = prepared.map(|prepared| prepared.classes_with(catalog).collect::<Vec<_>>());
+    classes.unwrap_or_default().into_iter()
 }

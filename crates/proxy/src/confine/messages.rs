@@ -40,15 +40,17 @@ impl Session {
         if !is_vacant && (!is_judged || self.protocol.is_skipping()) {
             return Turn::Pass;
         }
-        let had_prepared = self.has_prepared_by_sql || self.has_lost_names;
         match &mut self.confined {
             Some(confined) if confined.regime.version == regime.version => (),
             // More is known of some database.
             Some(confined) if confined.regime.number == regime.number => {
                 (confined.regime, confined.kind) = (regime.clone(), None);
             }
-            Some(confined) => confined.renew(regime, had_prepared),
-            None => self.confined = Some(Box::new(Confined::new(regime, had_prepared))),
+            Some(confined) => confined.renew(regime),
+            None => {
+                let had_prepared = self.has_prepared_by_sql || self.has_lost_names;
+                self.confined = Some(Box::new(Confined::new(regime, had_prepared)));
+            }
         }
         let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
         let is_whole = body.len() >= body_len;

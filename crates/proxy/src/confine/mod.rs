@@ -33,6 +33,8 @@ const PORTALS_MAX: usize = 1_000;
 const KEYS_MAX: usize = 1_000;
 /// Statements prepared by SQL of which it is known what they do.
 const PREPARED_MAX: usize = 1_000;
+/// Bytes that their texts may take.
+const PREPARED_LEN_MAX: usize = 1024 * 1024;
 /// Refusals of one session whose errors have not come back.
 const REFUSALS_MAX: usize = 64;
 
@@ -68,6 +70,8 @@ pub(crate) struct Regime {
     pub(crate) number: u64,
     /// Grows with that, and with each database of which something is learned.
     pub(crate) version: u64,
+    /// The first one of this state: since then other rules were taken up, and nothing else.
+    pub(crate) since: u64,
     pub(crate) cell: String,
     pub(crate) state: CellState,
     pub(crate) epoch: Epoch,
@@ -84,6 +88,7 @@ impl Default for Regime {
         Regime {
             number: 0,
             version: 0,
+            since: 0,
             cell: String::new(),
             state: CellState::Active,
             epoch: Epoch(0),
@@ -124,6 +129,8 @@ struct Kind {
 pub(crate) struct Confined {
     /// The regime that this was learned under.
     pub(crate) regime: Arc<Regime>,
+    /// Since then everything was accepted for a time.
+    pub(crate) was_free: bool,
     /// How it is judged, once that was asked.
     kind: Option<Kind>,
     /// The statement without a name that was prepared last, once that was asked, where it is known.
@@ -138,11 +145,11 @@ pub(crate) struct Confined {
     has_ended: bool,
     /// One has changed settings, such as the encoding of what follows.
     has_set: bool,
-    /// What statements do that SQL's PREPARE has prepared since, at most.
-    prepared: BTreeMap<String, Class>,
-    /// The same of those that are on their way.
-    prepares: VecDeque<(String, Class)>,
-    /// There may be others that were prepared before.
+    /// The texts in which SQL's PREPARE has prepared something, by its name.
+    prepared: BTreeMap<String, Arc<Text>>,
+    /// The same of what is on its way.
+    prepares: VecDeque<(String, Arc<Text>)>,
+    /// There may be others, that were prepared while nothing was judged.
     had_prepared: bool,
     /// Errors that are ours to tell, by the mark in the server's.
     refusals: VecDeque<(String, Report)>,
@@ -194,12 +201,19 @@ impl Confined {
         Confined { regime: regime.clone(), had_prepared, secrets, ..Confined::default() }
     }
 
-    /// Another regime holds. What was refused under the one before is still to be told.
-    fn renew(&mut self, regime: &Arc<Regime>, had_prepared: bool) {
-        let before = std::mem::replace(self, Confined::new(regime, had_prepared));
+    /// Of a session that was not judged, while it goes on so.
+    fn free(had_prepared: bool) -> Confined {
+        Confined { was_free: true, ..Confined::new(&Arc::default(), had_prepared) }
+    }
+
+    /// Another regime holds. What was refused under the one before is still to be told, and what was prepared is still there.
+    fn renew(&mut self, regime: &Arc<Regime>) {
+        let before = std::mem::replace(self, Confined::new(regime, false));
         let Confined { refusals, next, secrets, skips, swallows, .. } = before;
         (self.refusals, self.next, self.secrets) = (refusals, next, secrets);
         (self.skips, self.swallows) = (skips, swallows);
+        let Confined { prepared, prepares, had_prepared, .. } = before;
+        (self.prepared, self.prepares, self.had_prepared) = (prepared, prepares, had_prepared);
     }
 
     /// A mark by which the server's error will be known as ours.
@@ -243,13 +257,28 @@ impl Confined {
         }
     }
 
-    /// SQL's PREPARE has succeeded.
+    /// SQL's PREPARE has succeeded. One that was not judged may have prepared anything.
     pub(crate) fn on_prepared(&mut self) {
-        let Some((name, class)) = self.prepares.pop_front() else { return };
-        if self.prepared.len() < PREPARED_MAX || self.prepared.contains_key(&name) {
-            let known = self.prepared.entry(name).or_insert(class);
-            *known = class.max(*known);
+        let Some((name, text)) = self.prepares.pop_front() else {
+            self.had_prepared = true;
+            return;
+        };
+        let others = self.prepared.values().map(|other| other.weight()).sum::<usize>();
+        let is_one_more = !self.prepared.contains_key(&name);
+        if is_one_more
+            && self.prepared.len() < PREPARED_MAX
+            && others + text.weight() <= PREPARED_LEN_MAX
+        {
+            self.prepared.insert(name, text);
+        } else {
+            self.had_prepared = true;
         }
+    }
+
+    /// Nothing that was prepared is there any more.
+    pub(crate) fn on_discarded(&mut self) {
+        self.prepared.clear();
+        self.had_prepared = !self.prepares.is_empty();
     }
 }
 

@@ -107,7 +107,7 @@ impl Text {
     }
 
     /// Bytes that it may take.
-    fn weight(&self) -> usize {
+    pub(super) fn weight(&self) -> usize {
         let commands = self.sql.iter().filter(|byte| **byte == b';').count() + 1;
         self.sql.len().saturating_mul(8).saturating_add(commands.saturating_mul(512))
     }

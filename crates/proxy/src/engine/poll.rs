@@ -234,6 +234,13 @@ impl Engine {
                     self.slots.iter().flatten().map(|entry| entry.session.view(now)).collect();
                 let _ = reply.send(views);
             }
+            Command::Behind(app, reply) => {
+                let regime = app.regime_now();
+                let all = self.slots.iter().flatten().map(|entry| &entry.session);
+                let its = all.filter(|session| Arc::ptr_eq(&session.app, &app));
+                let count = its.filter(|session| session.is_behind(&regime)).count();
+                let _ = reply.send(u64::try_from(count).unwrap_or(u64::MAX));
+            }
             Command::Pools(reply) => drop(reply.send(self.lending.views())),
             Command::Resume(app) => {
                 self.retry();

@@ -141,7 +141,7 @@ impl Mover {
             Order::Retire { app } => Ok(self.retire(&app).await),
             Order::List { app } => Ok(self.list(&app).await),
             Order::Compare { app } => self.compare(&app),
-            Order::Reload { app } => self.reload(&app),
+            Order::Reload { app } => self.reload(&app).await,
             Order::Move { app, session, to, deadline_ms } => {
                 self.move_some(&app, session, &to, Duration::from_millis(deadline_ms)).await
             }
@@ -152,7 +152,12 @@ impl Mover {
     /// The rules in the configuration file, if there are others than sessions are judged by.
     fn other_rules(&self, app: &App) -> Result<Option<PolicyConfig>, String> {
         let Some(reread) = self.shared.rereads.get() else { return Ok(None) };
-        Ok(reread(&app.name)?.filter(|config| app.has_other_rules(config)))
+        let read = reread(&app.name)?;
+        match read.waits {
+            _ if !app.has_other_rules(&read.policy) => Ok(None),
+            Some(why) => Err(why),
+            None => Ok(Some(read.policy)),
+        }
     }
 
     fn compare(&self, app: &str) -> Result<Report, String> {
@@ -160,15 +165,21 @@ impl Mover {
         Ok(Report { done: u64::from(is_other), ..Report::default() })
     }
 
-    fn reload(&self, app: &str) -> Result<Report, String> {
+    /// Goes by the rules in the file from here on, whatever is held or not.
+    async fn reload(&self, app: &str) -> Result<Report, String> {
         let app = self.app(app)?;
-        let other = self.other_rules(&app)?;
-        let done = u64::from(other.is_some());
-        if let Some(config) = other {
-            tracing::info!(app = app.name, version = config.policy.version, "rules are taken up");
-            app.set_rules(config);
+        let Some(config) = self.other_rules(&app)? else { return Ok(Report::default()) };
+        tracing::info!(app = app.name, version = config.policy.version, "rules are taken up");
+        let views = self.shared.views().await;
+        let databases = views.into_iter().filter(|view| view.app == app.name);
+        app.take_up(config, &databases.map(|view| view.database).collect()).await;
+        let mut report = Report { done: 1, ..Report::default() };
+        for engine in &self.shared.engines {
+            report.sessions += engine.behind(&app).await;
+            // Whoever waits for rules to let it go on is judged again.
+            engine.send(Command::Resume(app.clone()));
         }
-        Ok(Report { done, ..Report::default() })
+        Ok(report)
     }
 
     fn app(&self, name: &str) -> Result<Arc<App>, String> {
