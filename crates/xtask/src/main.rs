@@ -9,6 +9,7 @@ mod failover;
 mod majors;
 mod regress;
 mod setup;
+mod torture;
 
 const HELP: &str = "\
 cargo xtask demo [ARGS]    install what is missing, build, and run `holdfast demo ARGS`
@@ -17,6 +18,8 @@ cargo xtask check          format, lints and documentation only
 cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause,
                            pool, policy; failover [ROUNDS] [SCENARIO...] beside Patroni, HAProxy and etcd
 cargo xtask sim [N] [FIRST] so many seeded worlds (10000) of leases, pledges, seats and epochs
+cargo xtask torture [SECONDS] [SEED]  three servers, two proxies, three nodes and etcd on hosts of their own, while
+                           processes, hosts and the network between them fail; as root, in network namespaces
 cargo xtask regress        PostgreSQL's own regression suite, direct and through the proxy
 cargo xtask majors [MAJOR] the tests of moves and pins on PostgreSQL 16, 17 and 18, which it fetches
 cargo xtask battery        each kind of session state by each way to move on 15 to 18, into docs/battery.md
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Some("majors") => majors::run(rest),
         Some("battery") => majors::battery(),
         Some("sim") => sim(rest),
+        Some("torture") => torture::run(rest),
         Some("regress") => regress::run(),
         Some("setup") => setup::servers().and_then(|()| setup::drivers()),
         _ => {
