@@ -139,9 +139,11 @@ impl Control {
         if let Some(id) = application.execution {
             return Err(ControlError::UnderWay { app: app.into(), id });
         }
-        let from =
-            application.active().ok_or_else(|| ControlError::NoActive { app: app.into() })?;
-        if from == to {
+        let fenced = application.served().filter(|(_, state)| *state == CellState::Fenced);
+        let fenced = fenced.map(|(cell, _)| cell);
+        let from = application.active().or(fenced);
+        let from = from.ok_or_else(|| ControlError::NoActive { app: app.into() })?;
+        if from == to && fenced.is_none() {
             return Err(ControlError::AlreadyActive {
                 cell: to.into(),
                 epoch: application.epoch.0,

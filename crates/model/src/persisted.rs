@@ -248,9 +248,15 @@ impl Application {
         to: &str,
     ) -> Result<(), CellError> {
         match stage {
+            // One that is fenced takes no writes all the while, and nothing leads from there to draining.
+            Stage::Hold if kind == Kind::Switchover && self.state(from)? == CellState::Fenced => {
+                Ok(())
+            }
             Stage::Hold => self.change(from, CellState::Draining),
             Stage::Grant => {
-                self.change(from, CellState::Fenced)?;
+                if self.state(from)? != CellState::Fenced {
+                    self.change(from, CellState::Fenced)?;
+                }
                 self.change(to, CellState::Promoting)
             }
             // Entered again after a crash, the cell is recovering already.
@@ -382,6 +388,20 @@ mod tests {
     #[test]
     fn a_switchover_takes_the_cells_along() {
         let mut app = application();
+        assert_eq!(run(&mut app, Stage::Prepare), Ending::Completed);
+        assert_eq!((app.active(), app.epoch), (Some("b"), Epoch(2)));
+        assert_eq!(app.cells["a"], CellState::Passive);
+    }
+
+    #[test]
+    fn a_fenced_cell_hands_over_without_writing_again() {
+        let mut app = application();
+        run_kind(&mut app, Kind::Fence, Kind::Fence.first(), "a");
+        let before = app.clone();
+        // Given up before its grant it is as it was.
+        app.enter(Kind::Switchover, Stage::Hold, "a", "b").unwrap();
+        app.leave(Stage::Revert, "a", "b").unwrap();
+        assert_eq!(app, before);
         assert_eq!(run(&mut app, Stage::Prepare), Ending::Completed);
         assert_eq!((app.active(), app.epoch), (Some("b"), Epoch(2)));
         assert_eq!(app.cells["a"], CellState::Passive);

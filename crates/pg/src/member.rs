@@ -58,11 +58,12 @@ impl Local {
             }
             Work::AreLoginsClosed { hba_file } => Done::Flag(self.is_closed(hba_file)),
             Work::CloseLogins { hba_file, rules } => {
+                // Closed to fewer than before, it is the first that is put back.
                 if !self.is_closed(hba_file) {
                     let text = instance.read_own(hba_file).map_err(chain)?;
                     instance.write(&saved_beside(hba_file), &text).map_err(chain)?;
-                    instance.write(hba_file, rules.as_bytes()).map_err(chain)?;
                 }
+                instance.write(hba_file, rules.as_bytes()).map_err(chain)?;
                 Done::Nothing
             }
             Work::OpenLogins { hba_file } => {

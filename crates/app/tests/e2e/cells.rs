@@ -134,7 +134,7 @@ async fn a_cell_goes_through_its_states(installation: Installation, shares: bool
     for args in [
         &["fence", "shop", "a"][..],
         &["unfence", "shop", "b"],
-        &["switchover", "shop", "--to", "b"],
+        &["switchover", "shop", "--to", "a"],
     ] {
         not_done(&installation, args);
     }
@@ -414,4 +414,74 @@ async fn what_names_stand_for_hides_no_write() {
     // What needs no transaction of its own is ended if it lifts the fence all the same.
     holdfast(&installation, &["unfence", "shop", "a"]);
     run(&mut one, "INSERT INTO h VALUES (12)").await;
+}
+
+/// A transaction that has failed is at a safe point, and outlives a fence: what follows it goes by the fence, whatever rules
+/// are taken up.
+#[tokio::test]
+async fn rules_that_are_taken_up_lift_no_fence() {
+    let installation = Installation::start("cells-reload");
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int); INSERT INTO t VALUES (1)").await;
+    run(&mut client, "BEGIN").await;
+    client.query("SELECT 1 / 0").await.unwrap_err();
+    holdfast(&installation, &["fence", "shop", "a"]);
+    let text = std::fs::read_to_string(installation.config()).unwrap();
+    let rule = "[app.policy]\nversion = 2\n\n[[app.policy.rule]]\nname = \"reads\"\nstates = [\"fenced\"]\n\
+        classes = [\"read\"]\ndisposition = \"accept\"\n\n[[app.cell]]";
+    std::fs::write(installation.config(), text.replacen("[[app.cell]]", rule, 1)).unwrap();
+    holdfast(&installation, &["apply"]);
+    refused(&mut client, "ROLLBACK; BEGIN READ WRITE; INSERT INTO t VALUES (2); COMMIT").await;
+    run(&mut client, "ROLLBACK").await;
+    refused(&mut client, "INSERT INTO t VALUES (2)").await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "1");
+}
+
+/// Once nobody writes there any more, reads go on at the old cell for as long as somebody wants; then it hands over.
+#[tokio::test]
+async fn a_fenced_cell_hands_over_to_another() {
+    for pool in [None, Some(4)] {
+        let installation = match pool {
+            None => Installation::start("cells-residual"),
+            Some(size) => Installation::start_pooled("cells-residual-pool", size),
+        };
+        let mut client = installation.connect().await;
+        run(&mut client, "CREATE TABLE t (n int); INSERT INTO t VALUES (1)").await;
+        run(&mut client, "SET work_mem = '7MB'").await;
+        if pool.is_none() {
+            run(&mut client, "CREATE TEMP TABLE kept AS SELECT 42 AS n").await;
+        }
+        // By then one that shares servers stands on none.
+        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+        holdfast(&installation, &["fence", "shop", "a"]);
+        let mut busy = installation.connect().await;
+        run(&mut busy, "BEGIN; SELECT n FROM t").await;
+        // Given up, it is as it was.
+        let args = ["switchover", "shop", "--to", "b", "--deadline", "300ms"];
+        let text = not_done(&installation, &args);
+        assert!(text.contains("aborted"), "{text}");
+        for session in [&mut client, &mut installation.connect().await] {
+            refused(session, "INSERT INTO t VALUES (2)").await;
+            assert_eq!(value(session, "SHOW default_transaction_read_only").await, "on");
+            assert_eq!(value(session, "SELECT count(*) FROM t").await, "1");
+        }
+        run(&mut busy, "COMMIT").await;
+        for (to, rows) in [("b", "2"), ("a", "3")] {
+            let text = holdfast(&installation, &["switchover", "shop", "--to", to]);
+            assert!(text.contains("2 of 2 sessions moved"), "{text}");
+            assert_eq!(installation.active(), to);
+            for session in [&mut client, &mut busy] {
+                assert_eq!(value(session, "SHOW default_transaction_read_only").await, "off");
+            }
+            run(&mut client, "INSERT INTO t VALUES (2)").await;
+            assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");
+            if pool.is_none() {
+                assert_eq!(value(&mut client, "SELECT n FROM kept").await, "42");
+            }
+            // Nobody has lifted a fence by that.
+            holdfast(&installation, &["fence", "shop", to]);
+            refused(&mut client, "INSERT INTO t VALUES (2)").await;
+            assert_eq!(value(&mut busy, "SELECT count(*) FROM t").await, rows);
+        }
+    }
 }

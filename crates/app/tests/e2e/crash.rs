@@ -188,3 +188,53 @@ async fn an_old_copy_of_the_store_makes_nobody_active() {
     installation.switch_to("a");
     run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
 }
+
+/// Before the grant it is fenced as it was, after it the other is active, and in between nobody writes.
+#[tokio::test]
+async fn a_crash_in_a_switchover_of_a_fenced_cell_finds_its_way() {
+    let mut installation = Installation::start("crash-residual");
+    run(&mut installation.connect().await, "CREATE TABLE t (n serial); INSERT INTO t VALUES (0)")
+        .await;
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    let (mut from, mut to) = ("a", "b");
+    for (point, is_past) in [
+        ("hold:begin", false),
+        ("capture:begin", false),
+        ("capture:end", false),
+        ("fence:end", false),
+        ("grant:begin", true),
+        ("revert:begin", false),
+        ("promote:end", true),
+    ] {
+        installation.restart(&[]);
+        assert!(installation.holdfast(&["fence", "shop", from]).status.success(), "{point}");
+        crate::support::signal(installation.pid(), "KILL");
+        installation.wait_crashed();
+        installation.restart(&[("HOLDFAST_CRASH_AT", point)]);
+        let mut busy = installation.connect().await;
+        if point == "revert:begin" {
+            run(&mut busy, "BEGIN; SELECT 1").await;
+        }
+        let args = ["switchover", "shop", "--to", to, "--deadline", "300ms"];
+        let output = installation.holdfast(&args);
+        assert_eq!(output.status.code(), Some(1), "{point}: {}", shown(&output));
+        installation.wait_crashed();
+        installation.restart(&[]);
+        let mut client = installation.connect().await;
+        let write = client.query("INSERT INTO t DEFAULT VALUES").await;
+        assert_eq!(write.is_ok(), is_past, "{point}: {write:?}");
+        let is_fenced = value(&mut client, "SHOW default_transaction_read_only").await;
+        assert_eq!(is_fenced == "off", is_past, "{point}");
+        if !is_past {
+            let output = installation.holdfast(&["switchover", "shop", "--to", to]);
+            assert!(output.status.success(), "{point}: {}", shown(&output));
+            let write = client.query("INSERT INTO t DEFAULT VALUES").await;
+            assert!(write.is_ok(), "{point}: {write:?} {}", shown(&output));
+        }
+        (from, to) = (to, from);
+        crate::support::signal(installation.pid(), "KILL");
+        installation.wait_crashed();
+    }
+    installation.restart(&[]);
+}

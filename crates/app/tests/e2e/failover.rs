@@ -77,6 +77,8 @@ pub(crate) async fn wait_active(installation: &Installation, cell: &str) {
 
 pub(crate) async fn begin(installation: &Installation) -> Vec<Writer> {
     run(&mut installation.connect().await, "CREATE TABLE written (n bigint PRIMARY KEY)").await;
+    // Whoever runs something before it is known what was defined keeps its server, and ends with it.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
     let mut writers = Vec::new();
     for number in 0..4 {
         let client = match installation.facts.proxies.is_empty() || number < 2 {
@@ -85,7 +87,7 @@ pub(crate) async fn begin(installation: &Installation) -> Vec<Writer> {
         };
         writers.push(Writer::start(client, number * 1_000_000, number % 2 == 0).await);
     }
-    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    tokio::time::sleep(Duration::from_millis(800)).await;
     writers
 }
 
@@ -382,6 +384,29 @@ async fn a_primary_that_dies_in_a_switchover_is_failed_over() {
     let output = switch.await.unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", shown(&output));
     end(&installation, writers).await;
+}
+
+/// Nobody fails it over by himself, as somebody may have fenced it for a reason.
+#[tokio::test]
+async fn a_fenced_cell_that_is_lost_is_replaced_if_somebody_asks() {
+    let installation = Installation::start_failing_over("failover-fenced");
+    let mut idle = installation.connect().await;
+    run(&mut idle, "CREATE TABLE written (n int)").await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let fenced = installation.holdfast(&["fence", "shop", "a"]);
+    assert!(fenced.status.success(), "{}", shown(&fenced));
+    let refused = installation.holdfast(&["failover", "shop", "--to", "b"]);
+    assert!(shown(&refused).contains("answers as a primary"), "{}", shown(&refused));
+    installation.signal_server("a", "KILL");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let all = shown(&installation.holdfast(&["executions"]));
+    assert_eq!(all.matches("failover").count(), 1, "{all}");
+    let done = installation.holdfast_in_background(&["failover", "shop", "--to", "b"]);
+    let done = done.await.unwrap();
+    assert!(done.status.success(), "{}", shown(&done));
+    run(&mut idle, "INSERT INTO written VALUES (1)").await;
+    assert_eq!(installation.active(), "b");
+    assert_eq!(value(&mut idle, "SHOW default_transaction_read_only").await, "off");
 }
 
 /// One that stands still goes back by itself once its server answers again.

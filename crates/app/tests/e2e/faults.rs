@@ -5,8 +5,9 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use pg::Connection;
+use pg::{Connection, QueryError};
 
+use crate::agents::wait_until;
 use crate::relay::{Fault, Relay};
 use crate::support::{Installation, run, shown, value};
 
@@ -180,8 +181,16 @@ async fn strike_switchovers(fault: Fault, in_test_run: usize, name: &str) {
         let count = value(&mut client, "SELECT count(*) FROM t").await;
         assert_eq!(count, written.to_string(), "{when}: {text}");
         let passive = if now == "a" { "b" } else { "a" };
-        let mut passive = installation.direct(passive).await;
-        assert!(passive.query("INSERT INTO t DEFAULT VALUES").await.is_err(), "{when}: {text}");
+        // A rejoin that has failed may be tried again just now.
+        let refuses = async || {
+            let server = installation.facts.servers[passive];
+            let Ok(mut passive) = crate::support::connect(server, "postgres", None).await else {
+                return false;
+            };
+            let refused = passive.query("INSERT INTO t DEFAULT VALUES").await;
+            matches!(refused, Err(QueryError::Server { .. }))
+        };
+        wait_until("a refusal", refuses).await;
         if !subject.is_alive(&when).await {
             assert!(hit == Some(own) || now == other && hit.is_some(), "{when}: killed; {text}");
             ended += 1;

@@ -580,7 +580,10 @@ pub(super) async fn revert(
     {
         tracing::warn!(error, "`restore_command` cannot be put back");
     }
-    let state = CellState::Active;
+    let state = match super::is_fenced(control, execution)? {
+        true => CellState::Fenced,
+        false => CellState::Active,
+    };
     let released = release(control, execution, &execution.from, state).await?;
     // Clients wait for it as before, and what to do next is in the reason.
     Ok(match started {

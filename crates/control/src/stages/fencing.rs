@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use model::Lsn;
-use model::barrier::Order;
+use model::barrier::{Order, Report};
 use model::failover::Process;
 use model::persisted::Execution;
 use pg::admin::Admin;
@@ -60,19 +60,12 @@ pub(super) async fn fence(
     let mut old = admin_at_once(from).await?;
     let report = reported(control.order(Order::Backends { app: execution.app.clone() }).await)?;
     taken_part(&report, execution.on_timeout)?;
-    let own: Vec<String> = report.backends.iter().map(i32::to_string).collect();
-    let own = own.join(",");
+    let own = own_of(&report);
     let login = match &from.member {
         Some(member) => {
             let proxies = match logins {
                 Logins::Closed => BTreeSet::new(),
-                Logins::OfProxy => {
-                    let mut all = addresses_of(&mut old, &own).await?;
-                    // One that has no session here at the moment.
-                    let elsewhere = control.holders(&execution.app);
-                    all.extend(elsewhere.into_iter().map(hba::Peer::Host));
-                    all
-                }
+                Logins::OfProxy => proxies_of(control, execution, &mut old, &own).await?,
             };
             let admitted = hba::Admitted { admin: &from.admin.user, proxies: &proxies };
             close_hba(&mut old, member, &admitted).await?;
@@ -106,6 +99,64 @@ pub(super) async fn fence(
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended{waited}"))
+}
+
+/// The server of a fenced cell says of every session that its transactions only read, which is no state of the session: it says
+/// so no more while all are held and read. Logins stay closed, and the fence comes back before anybody goes on.
+pub(super) async fn uncover(server: &CellServer) -> Result<(), String> {
+    let mut admin = admin_at_once(server).await?;
+    admin.rows("ALTER SYSTEM RESET default_transaction_read_only").await.map_err(chain)?;
+    reload(&mut admin).await
+}
+
+/// The fence of a fenced cell comes back, as it was, if it was taken off. Who only reads beside it is not ended.
+pub(super) async fn cover(
+    control: &Control,
+    execution: &mut Execution,
+    from: &CellServer,
+) -> Result<(), String> {
+    let mut old = admin_at_once(from).await?;
+    let was_covered = old.proof().await.map_err(chain)?.is_read_only;
+    if !was_covered {
+        old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
+        reload(&mut old).await?;
+    }
+    if let Some(member) = &from.member {
+        let nobody = BTreeSet::new();
+        let closed = hba::Admitted { admin: &from.admin.user, proxies: &nobody };
+        if hba::is_fenced(&hba_rules(&mut old).await?, &closed) {
+            // Proxies were left out meanwhile. The server reads the file once it is closed again.
+            let path = hba_file(&mut old).await?;
+            member.open_logins(&path).await?;
+            let order = Order::Backends { app: execution.app.clone() };
+            let own = own_of(&reported(control.order(order).await)?);
+            let proxies = proxies_of(control, execution, &mut old, &own).await?;
+            let admitted = hba::Admitted { proxies: &proxies, ..closed };
+            close_hba(&mut old, member, &admitted).await?;
+            reload(&mut old).await?;
+        }
+    }
+    match was_covered {
+        true => Ok(()),
+        false => fence(control, execution, from, Logins::OfProxy).await.map(drop),
+    }
+}
+
+fn own_of(report: &Report) -> String {
+    report.backends.iter().map(i32::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// Where proxies come from, as the server sees it.
+async fn proxies_of(
+    control: &Control,
+    execution: &Execution,
+    old: &mut Admin,
+    own: &str,
+) -> Result<BTreeSet<hba::Peer>, String> {
+    let mut all = addresses_of(old, own).await?;
+    // One that has no session here at the moment.
+    all.extend(control.holders(&execution.app).into_iter().map(hba::Peer::Host));
+    Ok(all)
 }
 
 /// Ends whoever is connected but for the backends `own` and ourselves, and waits until they have gone. Gives how many there
@@ -168,10 +219,10 @@ async fn close_hba(
     admitted: &hba::Admitted<'_>,
 ) -> Result<(), String> {
     let path = hba_file(old).await?;
-    if !member.are_logins_closed(&path).await? {
+    let rules = hba_rules(old).await?;
+    if !member.are_logins_closed(&path).await? || !hba::is_fenced(&rules, admitted) {
         // The server would not load a file with an error in it, and go on with what it has loaded before.
-        let rules = hba::fenced(&hba_rules(old).await?, admitted)?;
-        member.close_logins(&path, rules).await?;
+        member.close_logins(&path, hba::fenced(&rules, admitted)?).await?;
     }
     if hba::is_fenced(&hba_rules(old).await?, admitted) {
         return Ok(());

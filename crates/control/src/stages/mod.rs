@@ -33,7 +33,7 @@ mod failing_over;
 mod fencing;
 mod rejoining;
 
-use fencing::{Logins, fence, hba_rules, regrant, unfence_in_time};
+use fencing::{Logins, cover, fence, hba_rules, regrant, uncover, unfence_in_time};
 use rejoining::rejoin;
 
 pub(crate) use failing_over::{
@@ -58,7 +58,12 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             fence(control, execution, from, Logins::OfProxy).await
         }
         Stage::Fence => fence(control, execution, from, Logins::Closed).await,
-        Stage::Capture => capture(control, execution).await,
+        Stage::Capture => {
+            if is_fenced(control, execution)? {
+                uncover(from).await?;
+            }
+            capture(control, execution).await
+        }
         Stage::CatchUp => catch_up(execution, to).await,
         // The grant is the transaction that records the begin of this stage; if it is written, it is given.
         Stage::Grant => Ok(format!("epoch {} is `{}`'s", execution.epoch.next(), execution.to)),
@@ -125,6 +130,12 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::Cut => failing_over::cut(control, execution).await,
         Stage::Isolate => failing_over::isolate(control, execution, (from, to)).await,
         Stage::Recruit => failing_over::recruit(control, execution, servers, (from, to)).await,
+        Stage::Revert if is_fenced(control, execution)? => {
+            let covered = cover(control, execution, from).await;
+            let released = release(control, execution, &execution.from, CellState::Fenced).await?;
+            covered?;
+            Ok(released)
+        }
         Stage::Revert => revert(control, execution, from).await,
         // The record of its begin has made the cell what it is now.
         Stage::Confine => {
@@ -289,7 +300,12 @@ async fn prepare(control: &Control, execution: &Execution, servers: &AppServers)
     // What is written out now need not be during the pause, nor when the old server is rewound.
     old.rows("CHECKPOINT").await.map_err(chain)?;
     new.rows("CHECKPOINT").await.map_err(chain)?;
-    let order = Order::Prepare { app: execution.app.clone(), to: execution.to.clone() };
+    let app = execution.app.clone();
+    let order = match is_fenced(control, execution)? {
+        // What the fence says of sessions would become their own.
+        true => Order::Inspect { app },
+        false => Order::Prepare { app, to: execution.to.clone() },
+    };
     let report = reported(control.order(order).await)?;
     taken_part(&report, execution.on_timeout)?;
     let pinned: Vec<Blocker> = report.blockers.iter().filter(|b| is_pinned(b)).cloned().collect();
@@ -472,6 +488,13 @@ async fn release(control: &Control, execution: &Execution, to: &str, state: Cell
         Some(pauses) => format!("{} sessions go on; held {pauses}", report.done),
         None => format!("{} sessions go on", report.done),
     })
+}
+
+/// The cell was fenced before this switchover, or failover, and is fenced until the grant.
+fn is_fenced(control: &Control, execution: &Execution) -> Result<bool, String> {
+    let application = control.application(&execution.app).map_err(chain)?;
+    let is_before = !application.is_past(execution);
+    Ok(is_before && application.state(&execution.from).map_err(chain)? == CellState::Fenced)
 }
 
 /// Takes the fence back. Also right when there was none.

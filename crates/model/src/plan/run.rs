@@ -909,11 +909,11 @@ impl PlanExecution {
 /// What an action makes of the cells.
 fn foreseen(world: &mut World, action: &Action) {
     let Some(application) = action.app().and_then(|app| world.get_mut(app)) else { return };
-    let active = application.active().map(str::to_owned);
+    let served = application.served().map(|(cell, _)| cell.to_owned());
     let (cell, state) = match action {
         Action::Activate { to, .. } => {
-            if let Some(active) = active.and_then(|active| application.cells.get_mut(&active)) {
-                *active = CellState::Passive;
+            if let Some(served) = served.and_then(|served| application.cells.get_mut(&served)) {
+                *served = CellState::Passive;
             }
             (to, CellState::Active)
         }

@@ -166,6 +166,8 @@ async fn read(
         _ => Reason::ServerLost { error: model::chain(&error) },
     })?;
     match &captured.snapshot.beneath {
+        // What a fence gives all sessions of its server is not beneath what they have, and is gone with it.
+        Some(_) if !session.app.regime_now().state.takes_writes() => (),
         Some(beneath) => session.beneath = Some(Arc::new(beneath.clone())),
         None => captured.snapshot.beneath = session.beneath.as_deref().cloned(),
     }

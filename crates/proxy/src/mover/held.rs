@@ -24,6 +24,10 @@ pub(super) async fn read_held(session: &mut Session, app: &App) -> Read {
     while session.cancels_under_way() && Instant::now() < deadline {
         tokio::time::sleep(POLL).await;
     }
+    if !app.regime_now().state.takes_writes() {
+        // Its server says of all that they only read, which is no state of theirs: it is asked once it does not.
+        return Read::Not;
+    }
     let Ok(facts) = app.facts(&session.cell, &session.identity.database) else {
         // Of a database of which nothing is known yet.
         return Read::Not;

@@ -1,6 +1,6 @@
 //! Obeys the orders of a switchover, application by application. Between orders it holds sessions as values.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use crate::app::{App, Cell};
 use crate::carry::{self, Carried};
 use crate::config::PolicyConfig;
 use crate::engine::{Command, Want};
+use crate::pool::keeper::FENCE;
 use crate::proxy::Shared;
 use crate::session::{Leg, Session};
 
@@ -40,6 +41,10 @@ const RETIRE_PAUSE: Duration = Duration::from_millis(10);
 const RETIRE_MAX: Duration = Duration::from_secs(2);
 /// How long sessions may take to leave a server that is lost.
 const CUT_MAX: Duration = Duration::from_secs(2);
+
+/// Between two tries to learn what names stand for, and how many there are.
+const LEARN_PAUSE: Duration = Duration::from_secs(2);
+const LEARN_TRIES: u32 = 150;
 
 struct Held {
     session: Box<Session>,
@@ -117,6 +122,21 @@ pub struct Mover {
     retired: HashMap<String, Vec<Leg>>,
 }
 
+/// Learns what names stand for that could not be learned in time: until then whatever calls something is taken for code.
+async fn learn_late(app: Arc<App>, databases: BTreeSet<String>) {
+    for _ in 0..LEARN_TRIES {
+        tokio::time::sleep(LEARN_PAUSE).await;
+        let Some(cell) = app.active() else { continue };
+        for database in &databases {
+            app.learn_catalog(&cell, database).await;
+        }
+        let regime = app.regime_now();
+        if databases.iter().all(|database| regime.catalogs.contains_key(database)) {
+            return;
+        }
+    }
+}
+
 impl Mover {
     pub(crate) fn new(shared: Arc<Shared>) -> Mover {
         Mover { shared, holdings: HashMap::new(), retired: HashMap::new() }
@@ -172,14 +192,15 @@ impl Mover {
         tracing::info!(app = app.name, version = config.policy.version, "rules are taken up");
         let views = self.shared.views().await;
         let databases = views.into_iter().filter(|view| view.app == app.name);
-        app.take_up(config, &databases.map(|view| view.database).collect()).await;
-        let mut report = Report { done: 1, ..Report::default() };
+        let missing = app.take_up(config, &databases.map(|view| view.database).collect()).await;
         for engine in &self.shared.engines {
-            report.sessions += engine.behind(&app).await;
             // Whoever waits for rules to let it go on is judged again.
             engine.send(Command::Resume(app.clone()));
         }
-        Ok(report)
+        if !missing.is_empty() {
+            tokio::spawn(learn_late(app, missing));
+        }
+        Ok(Report { done: 1, ..Report::default() })
     }
 
     fn app(&self, name: &str) -> Result<Arc<App>, String> {
@@ -512,11 +533,15 @@ impl Mover {
         for mut held in rest {
             // If it stands on no server, the next one is fenced.
             held.session.has_lifted_fence = false;
-            let sets = held.session.sharing.as_ref().and_then(|sharing| {
-                let state = sharing.state.as_ref()?;
-                state.settings.get("default_transaction_read_only").cloned()
+            let sets = held.session.sharing.as_ref().is_some_and(|sharing| {
+                let is_off = |of: &BTreeMap<String, String>| {
+                    of.get(FENCE).is_none_or(|value| value == "off")
+                };
+                let welcome = sharing.pool.welcome(&held.session.cell);
+                let is_given = welcome.is_none_or(|welcome| is_off(&welcome.fresh.settings));
+                sharing.state.as_ref().is_some_and(|state| is_off(&state.settings)) && !is_given
             });
-            if sets.is_some_and(|value| value == "off") {
+            if sets {
                 unfenced.push(held);
             } else {
                 holding.sessions.push(held);

@@ -45,7 +45,7 @@ const CHANGED_PAUSE: Duration = Duration::from_secs(1);
 const FACTS_AGE_MAX: Duration = Duration::from_secs(5);
 
 /// What a fenced server says of all its sessions. It is no state of theirs.
-const FENCE: &str = "default_transaction_read_only";
+pub(crate) const FENCE: &str = "default_transaction_read_only";
 
 /// Custom settings that roles or databases have by default, and that the session has as well.
 const CUSTOM_DEFAULTS: &str = "SELECT DISTINCT pg_catalog.lower(name) FROM (SELECT pg_catalog.split_part(c, '=', 1) AS name \
@@ -285,7 +285,10 @@ impl Pool {
             .await
             .map_err(|reason| reason.to_string())?;
         if app.is_fenced() {
-            fresh.settings.remove(FENCE);
+            fresh.settings.insert(FENCE.into(), "off".into());
+            if let Some(beneath) = &mut fresh.beneath {
+                beneath.remove(FENCE);
+            }
         }
         let params = app.share(connection.params.clone());
         Ok(Arc::new(Welcome { cell: cell.clone(), params, facts, fresh }))
@@ -473,10 +476,10 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
     carry::forget_foreign(session).await.map_err(|reason| reason.to_string())?;
     let mut captured = carry::look(session, &facts).await.map_err(|reason| reason.to_string())?;
     captured.complete(&facts, session.backend_pid);
-    let had_set = session.sharing.as_ref().and_then(|sharing| sharing.state.as_ref());
-    let had_set = had_set.is_some_and(|state| state.settings.contains_key(FENCE));
-    if session.app.is_fenced() && !had_set {
-        captured.snapshot.settings.remove(FENCE);
+    if session.app.is_fenced() {
+        let had = session.sharing.as_ref().and_then(|sharing| sharing.state.as_ref());
+        let had = had.map_or(&welcome.fresh.settings, |state| &state.settings).get(FENCE);
+        captured.snapshot.settings.extend(had.map(|value| (FENCE.to_owned(), value.clone())));
     }
     if let Some(pin) = captured.pins.first().or(captured.snapshot.may_have_unnamed.as_ref()) {
         return Err(pin.to_string());

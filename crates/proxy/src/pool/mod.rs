@@ -111,6 +111,7 @@ pub struct Welcome {
     pub cell: Arc<Cell>,
     pub params: Params,
     pub facts: Arc<Facts>,
+    /// Also of a fenced server, what one gives that is not.
     pub fresh: Snapshot,
 }
 
@@ -472,8 +473,6 @@ pub struct Sharing {
     away: Option<Arc<()>>,
     /// The client has sent something, and there is no server.
     pub needs: bool,
-    /// The client has closed its end; what it has sent before has still to pass.
-    pub has_closed: bool,
     /// It waits until names are known again.
     pub waits_for_names: bool,
     /// Since when it waits for one.
@@ -650,7 +649,6 @@ impl Sharing {
             clears: false,
             unnamed_clears: false,
             unnamed_unsettled: false,
-            has_closed: false,
             restyles: false,
             rereads: false,
             unnamed: Footprint::default(),
