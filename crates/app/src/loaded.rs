@@ -250,20 +250,14 @@ pub(crate) async fn take_up(loaded: &Loaded, control: &Control) -> Result<Change
     for app in control.config.apps.keys() {
         match control.reload_rules(app).await {
             // They say the same in other words, unless they are not to change yet.
-            Ok((0, _)) => {
+            Ok(0) => {
                 if loaded.rules(app).is_ok_and(|read| read.waits.is_none()) {
                     loaded.rules_taken(app);
                 }
             }
-            Ok((count, behind)) => {
+            Ok(count) => {
                 loaded.rules_taken(app);
-                let mut note = format!("{count} proxies go by the new rules of `{app}`");
-                if behind > 0 {
-                    note.push_str(&format!(
-                        "; {behind} sessions end a transaction by those before"
-                    ));
-                }
-                changes.notes.push(note);
+                changes.notes.push(format!("{count} proxies go by the new rules of `{app}`"));
             }
             Err(error) => {
                 let its = format!("app.{app}.{RULES}.");

@@ -512,11 +512,11 @@ impl Control {
     }
 
     /// Has proxies take up the rules in their files, if there are others. Nobody waits: each session goes by them from its next
-    /// transaction on. Gives how many proxies have, and how many sessions end a transaction by the rules before.
+    /// command on. Gives how many proxies have.
     ///
     /// # Errors
     /// A proxy cannot, or does not answer; others may have. It is asked for again.
-    pub async fn reload_rules(&self, app: &str) -> Result<(u64, u64), ControlError> {
+    pub async fn reload_rules(&self, app: &str) -> Result<u64, ControlError> {
         let report = self.order(Order::Reload { app: app.into() }).await;
         let missing = report.missing.into_iter().next();
         match report.error.or(missing) {
@@ -525,7 +525,7 @@ impl Control {
                 report.done
             ))),
             Some(error) => Err(ControlError::Refused(error)),
-            None => Ok((report.done, report.sessions)),
+            None => Ok(report.done),
         }
     }
 

@@ -94,8 +94,7 @@ pub enum Order {
     List { app: String },
     /// Only look: has its configuration file other rules for commands than it goes by? Done by those that have.
     Compare { app: String },
-    /// Go by the rules in its configuration file, each session from its next transaction on. Done by those that have others;
-    /// the sessions are those that end a transaction by the rules before.
+    /// Go by the rules in its configuration file from the next command on. Done by those that have others.
     Reload { app: String },
 }
 

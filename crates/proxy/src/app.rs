@@ -80,6 +80,8 @@ pub struct App {
     judged_by: AtomicU64,
     /// Nothing of a client reaches a server from then on, in nanoseconds since the host was booted.
     passes_until: AtomicU64,
+    /// How often its sessions were to be cut from their servers.
+    cuts: AtomicU64,
     gate: watch::Sender<Gate>,
     /// Sessions are to be handed out at their next safe point. Set with the gate.
     pub holding: AtomicBool,
@@ -120,6 +122,7 @@ impl App {
             })),
             judged_by: AtomicU64::new(0),
             passes_until: AtomicU64::new(u64::MAX),
+            cuts: AtomicU64::new(0),
             gate: watch::Sender::new(gate),
             holding: AtomicBool::new(false),
             lost: Mutex::default(),
@@ -245,45 +248,46 @@ impl App {
         let before = &**regime;
         let (number, version) = (before.number + 1, before.version + 1);
         let keys = Default::default();
-        let now =
-            Regime { number, version, since: number, cell, state, epoch, rules, catalogs, keys };
-        *regime = Arc::new(now);
+        *regime = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
         self.judged_by.store(if is_confined { version } else { 0 }, Ordering::Release);
     }
 
-    /// From here on commands are judged by these rules, in the state that the cell is in: of each session from its next
-    /// transaction on.
-    pub(crate) async fn take_up(&self, config: PolicyConfig, databases: &BTreeSet<String>) {
-        let before = self.regime_now();
-        let mut catalogs = BTreeMap::new();
-        if before.rules.config.reading == config.reading {
-            catalogs.clone_from(&before.catalogs);
-        }
-        let is_confined = !config.policy.accepts_all(before.state);
+    /// From here on commands are judged by these rules, in the state that the cell is in. Gives the databases of which is not
+    /// known what names stand for.
+    pub(crate) async fn take_up(
+        &self,
+        config: PolicyConfig,
+        databases: &BTreeSet<String>,
+    ) -> BTreeSet<String> {
+        let before = self.regime(None).filter(|now| now.rules.config.reading == config.reading);
         self.set_rules(config);
-        if let Some(cell) = self.active().filter(|_| is_confined) {
-            // Other orders wait. What is not learned now is learned when somebody logs in.
+        let rules = self.rules_now();
+        let judges = |state| !rules.config.policy.accepts_all(state);
+        // What was learned before may be old, and is better than nothing if it was judged by all the time.
+        let mut catalogs = before.map(|before| before.catalogs.clone()).unwrap_or_default();
+        let mut missing = BTreeSet::new();
+        if let Some(cell) = self.active().filter(|_| judges(self.regime_now().state)) {
+            // Other orders wait.
             let deadline = Instant::now() + LEARN_MAX;
             for database in databases {
                 let left = deadline.saturating_duration_since(Instant::now());
-                if catalogs.contains_key(database) || left.is_zero() {
-                    continue;
-                }
-                let learned = tokio::time::timeout(left, self.catalog(&cell, database)).await;
-                if let Ok(Some(catalog)) = learned {
-                    catalogs.insert(database.clone(), Arc::new(catalog));
+                match tokio::time::timeout(left, self.catalog(&cell, database)).await {
+                    Ok(Some(catalog)) => {
+                        catalogs.insert(database.clone(), Arc::new(catalog));
+                    }
+                    _ if catalogs.contains_key(database) => (),
+                    _ => drop(missing.insert(database.clone())),
                 }
             }
         }
-        let rules = self.rules_now();
         let mut regime = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = &**regime;
-        let Regime { state, epoch, since, .. } = *before;
-        let (number, version) = (before.number + 1, before.version + 1);
-        let (cell, keys) = (before.cell.clone(), Default::default());
-        *regime =
-            Arc::new(Regime { number, version, since, cell, state, epoch, rules, catalogs, keys });
+        let Regime { number, version, state, epoch, .. } = **regime;
+        let (number, version) = (number + 1, version + 1);
+        let (cell, keys) = (regime.cell.clone(), Default::default());
+        let is_confined = judges(state);
+        *regime = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
         self.judged_by.store(if is_confined { version } else { 0 }, Ordering::Release);
+        missing
     }
 
     /// Learns what the names of a database stand for, if commands are judged and nobody has before.
@@ -298,21 +302,11 @@ impl App {
         if now.number == regime.number {
             let mut catalogs = now.catalogs.clone();
             catalogs.insert(database.to_owned(), Arc::new(catalog));
-            let Regime { number, since, state, epoch, .. } = **now;
+            let Regime { number, state, epoch, .. } = **now;
             let (cell, version) = (now.cell.clone(), now.version + 1);
             let rules = now.rules.clone();
             let keys = Default::default();
-            *now = Arc::new(Regime {
-                number,
-                version,
-                since,
-                cell,
-                state,
-                epoch,
-                rules,
-                catalogs,
-                keys,
-            });
+            *now = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
             self.judged_by.store(version, Ordering::Release);
         }
     }
@@ -400,7 +394,13 @@ impl App {
             self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&cell);
         }
         self.hold();
+        self.cuts.fetch_add(1, Ordering::SeqCst);
         cell
+    }
+
+    #[inline]
+    pub(crate) fn cuts(&self) -> u64 {
+        self.cuts.load(Ordering::SeqCst)
     }
 
     pub fn is_lost(&self, cell: &Arc<Cell>) -> bool {

@@ -87,9 +87,7 @@ impl Session {
     pub fn on_client_bytes(&mut self, bytes: &[u8]) -> Result<Pass, Fault> {
         let mut at = 0;
         let known = self.confined.as_ref().map(|confined| &confined.regime);
-        let now = self.app.regime(known);
-        let is_behind = now.as_ref().is_some_and(|now| self.is_behind(now));
-        let regime = now.and_then(|now| self.goes_by(now));
+        let regime = self.app.regime(known);
         if regime.is_none() {
             if let Some(confined) = &mut self.confined {
                 confined.was_free = true;
@@ -130,8 +128,6 @@ impl Session {
                     };
                     let turn = match &regime {
                         _ if lost.is_some() => Turn::Pass,
-                        // What comes behind it may be in a transaction of its own, and goes by what holds now.
-                        _ if is_behind && self.protocol.awaits_ready() => Turn::Wait,
                         // Its own question goes first.
                         Some(_) if self.is_without_fence() => return Err(Fault::Unfenced),
                         Some(regime) if !self.protocol.runs_own() => {
@@ -379,9 +375,8 @@ impl Session {
                                 confined.on_prepared();
                             }
                             if body.starts_with(b"DEALLOCATE\0") || body.starts_with(b"DO\0") {
-                                // Which name is gone, or what else was done, is not known.
-                                self.names.clear();
-                                self.has_lost_names = true;
+                                // Which name is gone, or was given anew, is not known.
+                                self.may_be_replaced = true;
                             }
                             if body.starts_with(b"SAVEPOINT\0") {
                                 self.protocol.on_savepoint();
@@ -391,6 +386,7 @@ impl Session {
                             {
                                 (self.has_prepared, self.restyled) = (false, false);
                                 (self.has_prepared_by_sql, self.has_lost_names) = (false, false);
+                                self.may_be_replaced = false;
                                 if let Some(confined) = &mut self.confined {
                                     confined.on_discarded();
                                 }

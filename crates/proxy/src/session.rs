@@ -143,6 +143,12 @@ pub struct Session {
     pub has_prepared_by_sql: bool,
     /// There may be statements with a name of which nothing is known.
     pub has_lost_names: bool,
+    /// Names may stand for what SQL has prepared since.
+    pub may_be_replaced: bool,
+    /// Its client has closed, and what it sent before is still to pass.
+    pub has_closed: bool,
+    /// How often its application was cut from its servers, when its engine last did that.
+    pub cuts_seen: u64,
     /// Its server has reported that its transactions may write, by themselves.
     pub has_lifted_fence: bool,
     /// What is known of it while its commands are judged.

@@ -6,10 +6,9 @@ use std::time::Instant;
 
 use model::policy::rules::Transaction;
 use model::policy::{Asked, Catalog, Class, Command, Disposition, Refusal};
-use wire::backend::TxStatus;
 
 use super::texts::Text;
-use super::{Confined, Kind, Regime};
+use super::{Kind, Regime};
 use crate::pool::sharing::cut;
 use crate::session::Session;
 
@@ -30,6 +29,9 @@ pub(super) enum Verdict {
     Refused(Refusal),
 }
 
+/// What SQL's PREPARE may have prepared, whatever it was: it takes nothing else (`PREPARE`).
+const PREPARED_BY_SQL: [Class; 4] = [Class::Read, Class::RowLock, Class::Write, Class::Code];
+
 type Judged = Vec<(&'static str, Class)>;
 /// All that one command does.
 type Classes = BTreeSet<Class>;
@@ -40,31 +42,6 @@ fn ends_transaction(command: &Command) -> bool {
 }
 
 impl Session {
-    /// By what the session is judged. Where nothing but rules has changed, a transaction ends by those that it began with: what
-    /// it has bound and declared was judged by these, or by none.
-    #[inline]
-    pub(crate) fn goes_by(&mut self, now: Arc<Regime>) -> Option<Arc<Regime>> {
-        let own = self.confined.as_ref().map(|confined| &confined.regime);
-        if own.is_some_and(|own| own.number == now.number) || !self.is_behind(&now) {
-            return Some(now);
-        }
-        if self.confined.is_none() {
-            let had_prepared = self.has_prepared_by_sql || self.has_lost_names;
-            self.confined = Some(Box::new(Confined::free(had_prepared)));
-        }
-        let confined = self.confined.as_ref().filter(|confined| !confined.was_free);
-        let own = confined.map(|confined| &confined.regime);
-        own.filter(|own| own.number >= now.since).cloned()
-    }
-
-    /// It ends a transaction by the rules before.
-    pub(crate) fn is_behind(&self, now: &Regime) -> bool {
-        let own = self.confined.as_ref().map_or(0, |confined| confined.regime.number);
-        let is_by_rules = now.number > now.since && own < now.number;
-        let is_open = self.protocol.status() != TxStatus::Idle || self.protocol.has_open_batch();
-        is_by_rules && is_open
-    }
-
     /// How the session is judged, which is asked once in a regime.
     pub(super) fn kind(&mut self, regime: &Regime) -> Kind {
         if let Some(kind) = self.confined.as_ref().and_then(|confined| confined.kind) {
@@ -85,6 +62,9 @@ impl Session {
 
     /// Nothing has to be judged again, but for the count.
     pub(super) fn has_passed(&mut self, regime: &Regime, text: &Text) -> bool {
+        if self.confined.as_ref().is_some_and(|confined| confined.doubts) {
+            return false;
+        }
         let Some(key) = self.kind(regime).key else { return false };
         let Some(rule) = text.passed(key).filter(|_| !self.is_held_by_rule()) else { return false };
         if let Some(counts) = regime.rules.counts.get(rule) {
@@ -105,11 +85,13 @@ impl Session {
     /// All that a text does, with what this session has prepared and bound.
     fn judged(&self, text: &Text, catalog: Option<&Catalog>) -> Judged {
         let mut judged = Vec::new();
-        for conforming in text.modes() {
-            let Some(commands) = text.commands(*conforming) else {
-                judged.push(("unknown", Class::Unknown));
-                continue;
-            };
+        // Where a backslash makes it no SQL, the server finds so as well, and does nothing.
+        let readings = text.modes().iter().filter_map(|conforming| text.commands(*conforming));
+        let readings: Vec<&[Command]> = readings.collect();
+        if readings.is_empty() {
+            judged.push(("unknown", Class::Unknown));
+        }
+        for commands in readings {
             let (mut here, mut has_ended) = (BTreeMap::new(), false);
             for command in commands {
                 if has_ended {
@@ -137,7 +119,7 @@ impl Session {
 
     pub(super) fn verdict(&mut self, regime: &Regime, what: &What) -> Verdict {
         let catalog = regime.catalogs.get(&self.identity.database);
-        let judged: Judged = match what {
+        let mut judged: Judged = match what {
             What::Text(text) => {
                 let classes = text.classes(catalog);
                 let is_plain = |(_, _, class): &(usize, &str, Class)| {
@@ -154,6 +136,9 @@ impl Session {
             What::Reading => vec![("anything", Class::Read)],
             What::Unknown => vec![("unknown", Class::Unknown)],
         };
+        if self.confined.as_ref().is_some_and(|confined| confined.doubts) {
+            judged.extend(PREPARED_BY_SQL.map(|class| ("EXECUTE", class)));
+        }
         let asked = self.asked(regime);
         let policy = &regime.rules.config;
         let shadow = policy.shadow;
@@ -244,12 +229,15 @@ impl Session {
     ) -> Classes {
         let unknown = || Classes::from([Class::Unknown]);
         let Some(confined) = &self.confined else { return unknown() };
-        // Both kinds of PREPARE give names in one place, and what this session did before it was confined is not known.
+        // Both kinds of PREPARE give names in one place.
         let left = self.sharing.as_ref().is_some_and(|sharing| !sharing.left.is_empty());
-        if confined.had_prepared || self.has_lost_names || left {
+        if self.has_lost_names || left {
             return unknown();
         }
         let mut classes = here.cloned().unwrap_or_default();
+        if confined.had_prepared || self.may_be_replaced {
+            classes.extend(PREPARED_BY_SQL);
+        }
         if let Some(text) = confined.prepared.get(name) {
             let commands = text.modes().iter().filter_map(|mode| text.commands(*mode)).flatten();
             let its = commands.filter(|command| command.prepared.as_deref() == Some(name));

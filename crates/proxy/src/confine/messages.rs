@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::policy::Refusal;
-use model::session::protocol::Unnamed;
+use model::session::protocol::{Protocol, Unnamed};
 use wire::backend::{self, TxStatus};
 use wire::frame::{HEADER_LEN, Header};
 use wire::frontend;
@@ -25,6 +25,11 @@ use crate::session::Session;
 
 /// So long a session whose server says that it may write waits for whoever takes the fence back.
 const LIFTED_MAX: Duration = Duration::from_secs(5);
+
+/// Something may have been bound, or declared, that is still there.
+fn is_open(protocol: &Protocol) -> bool {
+    protocol.status() != TxStatus::Idle || protocol.has_open_batch()
+}
 
 impl Session {
     /// A message of the client begins at `at`, whose body, as far as it has arrived, is `body`.
@@ -46,10 +51,15 @@ impl Session {
             Some(confined) if confined.regime.number == regime.number => {
                 (confined.regime, confined.kind) = (regime.clone(), None);
             }
-            Some(confined) => confined.renew(regime),
+            Some(confined) => {
+                let is_open = is_open(&self.protocol);
+                confined.renew(regime, is_open);
+            }
             None => {
-                let had_prepared = self.has_prepared_by_sql || self.has_lost_names;
-                self.confined = Some(Box::new(Confined::new(regime, had_prepared)));
+                let had_prepared = self.has_prepared_by_sql || self.may_be_replaced;
+                let mut confined = Confined::new(regime, had_prepared);
+                confined.had_portals = is_open(&self.protocol);
+                self.confined = Some(Box::new(confined));
             }
         }
         let body_len = usize::try_from(header.body_len).unwrap_or(usize::MAX);
@@ -79,11 +89,20 @@ impl Session {
             _ => {
                 let portal = body.split(|byte| *byte == 0).next().unwrap_or_default();
                 let confined = self.confined.as_ref().filter(|confined| !confined.has_ended);
-                let text = confined.and_then(|confined| match portal {
-                    [] => confined.unnamed.clone(),
-                    portal => confined.portals.get(cut(portal)).cloned().flatten(),
+                let bound = confined.and_then(|confined| match portal {
+                    [] => Some(confined.unnamed.clone())
+                        .filter(|_| confined.bound_unnamed || !confined.had_portals),
+                    portal => confined.portals.get(cut(portal)).cloned(),
                 });
-                text.map_or(What::Unknown, What::Text)
+                match bound {
+                    Some(text) => text.map_or(What::Unknown, What::Text),
+                    None if confined
+                        .is_some_and(|known| known.had_portals && !known.lost_portals) =>
+                    {
+                        What::Reading
+                    }
+                    None => What::Unknown,
+                }
             }
         };
         if let What::Text(text) = &what
@@ -255,9 +274,10 @@ impl Session {
         let text = self.text_of_statement(name);
         let holds = self.kind(regime).holds;
         let Some(confined) = &mut self.confined else { return Err(Turn::Pass) };
+        confined.doubts |= self.may_be_replaced && self.sharing.is_none() && !name.is_empty();
         let portal = cut(portal);
         if portal.is_empty() {
-            confined.unnamed = text.clone();
+            (confined.unnamed, confined.bound_unnamed) = (text.clone(), true);
         } else {
             if confined.portals.len() >= PORTALS_MAX && !confined.portals.contains_key(portal) {
                 (confined.portals, confined.lost_portals) = (BTreeMap::new(), true);

@@ -70,8 +70,6 @@ pub(crate) struct Regime {
     pub(crate) number: u64,
     /// Grows with that, and with each database of which something is learned.
     pub(crate) version: u64,
-    /// The first one of this state: since then other rules were taken up, and nothing else.
-    pub(crate) since: u64,
     pub(crate) cell: String,
     pub(crate) state: CellState,
     pub(crate) epoch: Epoch,
@@ -88,7 +86,6 @@ impl Default for Regime {
         Regime {
             number: 0,
             version: 0,
-            since: 0,
             cell: String::new(),
             state: CellState::Active,
             epoch: Epoch(0),
@@ -141,6 +138,12 @@ pub(crate) struct Confined {
     portals: BTreeMap<Box<[u8]>, Option<Arc<Text>>>,
     /// Others may be there, of which nothing is known any more.
     lost_portals: bool,
+    /// Portals may be there that were bound while nothing was judged: they pass as what reads, for they were accepted then.
+    had_portals: bool,
+    /// Since then the one without a name was bound.
+    bound_unnamed: bool,
+    /// A statement was bound whose name may have been given anew by SQL.
+    doubts: bool,
     /// A command of the open batch has ended a transaction: what follows would be in another, which the server may let write.
     has_ended: bool,
     /// One has changed settings, such as the encoding of what follows.
@@ -201,19 +204,27 @@ impl Confined {
         Confined { regime: regime.clone(), had_prepared, secrets, ..Confined::default() }
     }
 
-    /// Of a session that was not judged, while it goes on so.
-    fn free(had_prepared: bool) -> Confined {
-        Confined { was_free: true, ..Confined::new(&Arc::default(), had_prepared) }
-    }
-
-    /// Another regime holds. What was refused under the one before is still to be told, and what was prepared is still there.
-    fn renew(&mut self, regime: &Arc<Regime>) {
-        let before = std::mem::replace(self, Confined::new(regime, false));
-        let Confined { refusals, next, secrets, skips, swallows, .. } = before;
+    /// Another regime holds. What was refused under the one before is still to be told, and what was prepared, and bound in a
+    /// transaction that goes on, is still there.
+    fn renew(&mut self, regime: &Arc<Regime>, is_open: bool) {
+        let mut now = Confined::new(regime, self.had_prepared);
+        std::mem::swap(self, &mut now);
+        let Confined { refusals, next, secrets, skips, swallows, .. } = now;
         (self.refusals, self.next, self.secrets) = (refusals, next, secrets);
         (self.skips, self.swallows) = (skips, swallows);
-        let Confined { prepared, prepares, had_prepared, .. } = before;
-        (self.prepared, self.prepares, self.had_prepared) = (prepared, prepares, had_prepared);
+        (self.prepared, self.prepares) = (now.prepared, now.prepares);
+        (self.has_ended, self.has_set) = (now.has_ended, now.has_set);
+        if !is_open {
+            return;
+        }
+        if now.was_free {
+            // Something else may have been bound by the same name.
+            self.had_portals = true;
+        } else {
+            (self.portals, self.unnamed) = (now.portals, now.unnamed);
+            (self.lost_portals, self.had_portals) = (now.lost_portals, now.had_portals);
+            (self.bound_unnamed, self.doubts) = (now.bound_unnamed, now.doubts);
+        }
     }
 
     /// A mark by which the server's error will be known as ours.
@@ -253,7 +264,8 @@ impl Confined {
         if is_idle {
             self.unnamed = None;
             self.portals.clear();
-            self.lost_portals = false;
+            (self.lost_portals, self.had_portals) = (false, false);
+            (self.bound_unnamed, self.doubts) = (false, false);
         }
     }
 

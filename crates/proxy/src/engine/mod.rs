@@ -65,8 +65,6 @@ pub(crate) enum Command {
     Cancel(u64, oneshot::Sender<Option<CancelTo>>),
     Views(oneshot::Sender<Vec<SessionView>>),
     Pools(oneshot::Sender<Vec<PoolView>>),
-    /// How many sessions end a transaction by rules that were before.
-    Behind(Arc<App>, oneshot::Sender<u64>),
     /// Sessions that wait until names are known may go on.
     Resume(Arc<App>),
     /// A server that was asked for, or why it cannot be opened.
@@ -133,12 +131,6 @@ impl EngineHandle {
     pub(crate) fn set_keeper(&self, keeper: mpsc::UnboundedSender<Job>) {
         // It is set once, before there is a session.
         let _ = self.keeper.set(keeper);
-    }
-
-    pub(crate) async fn behind(&self, app: &Arc<App>) -> u64 {
-        let (tx, rx) = oneshot::channel();
-        self.send(Command::Behind(app.clone(), tx));
-        rx.await.unwrap_or_default()
     }
 
     pub async fn pools(&self) -> Vec<PoolView> {

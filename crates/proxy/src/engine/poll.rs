@@ -192,10 +192,12 @@ impl Engine {
                 }
             }
             Command::Cut(app) => {
+                let cuts = app.cuts();
                 self.give_up_idle(&app);
                 for slot in self.matching(&Want::App(app)) {
                     if let Some(Some(entry)) = self.slots.get_mut(slot) {
                         cut(&mut entry.session);
+                        entry.session.cuts_seen = cuts;
                         self.drive(slot);
                     }
                 }
@@ -233,13 +235,6 @@ impl Engine {
                 let views =
                     self.slots.iter().flatten().map(|entry| entry.session.view(now)).collect();
                 let _ = reply.send(views);
-            }
-            Command::Behind(app, reply) => {
-                let regime = app.regime_now();
-                let all = self.slots.iter().flatten().map(|entry| &entry.session);
-                let its = all.filter(|session| Arc::ptr_eq(&session.app, &app));
-                let count = its.filter(|session| session.is_behind(&regime)).count();
-                let _ = reply.send(u64::try_from(count).unwrap_or(u64::MAX));
             }
             Command::Pools(reply) => drop(reply.send(self.lending.views())),
             Command::Resume(app) => {
@@ -285,6 +280,7 @@ impl Engine {
         session.server.readable = !session.server_gone && !session.is_detached();
         session.carry_waits = true;
         session.active_at = self.clock.seconds();
+        session.cuts_seen = session.app.cuts();
         if session.app.is_lost(&session.cell) {
             cut(&mut session);
         }
@@ -392,7 +388,8 @@ impl Engine {
         let session = &mut *entry.session;
         // Of a server that is cut off, what it has answered is read, and nothing reaches it.
         let is_cut = session.is_detached() || session.server_gone || session.server.eof;
-        if !is_cut && session.app.is_unproven() {
+        let is_to_be_cut = session.cuts_seen != session.app.cuts();
+        if !is_cut && (is_to_be_cut || session.app.is_unproven()) {
             if !entry.queued {
                 entry.queued = true;
                 self.parked.push(slot);
@@ -639,11 +636,9 @@ fn from_client(session: &mut Session, buffers: &mut Buffers, source: Source) -> 
         let message = wire::frame::whole(wire::frame::Side::Frontend, &session.client.carry);
         waits |= matches!(message, Ok(Some(_))) && !session.is_held_by_rule();
     }
-    if let Some(sharing) = &mut session.sharing {
-        waits |= sharing.needs;
-        sharing.has_closed |= closed;
-        closed = sharing.has_closed;
-    }
+    waits |= session.sharing.as_ref().is_some_and(|sharing| sharing.needs);
+    session.has_closed |= closed;
+    closed = session.has_closed;
     if closed && waits && !session.client.carry.is_empty() {
         // It goes as soon as what it sent may pass.
         session.client.readable = false;

@@ -435,7 +435,7 @@ impl Engine {
         if session.client.carry.is_empty() {
             (sharing.needs, sharing.waits_since) = (false, None);
             self.lending.leave_line(sharing.pool.id, session.id);
-            if sharing.has_closed {
+            if session.has_closed {
                 // There was nothing else that it has waited for.
                 self.end(slot, End::Client);
             }
@@ -502,6 +502,8 @@ fn may_be_detached(session: &Session) -> bool {
             || session.wanted
             || session.sharing.as_ref().is_some_and(|sharing| sharing.others_wait))
         && !session.server_gone
+        // Its server was told that nothing comes any more, and ends.
+        && !session.goodbye_said
         && !session.cancels_under_way()
 }
 
