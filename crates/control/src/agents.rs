@@ -30,8 +30,8 @@ const START_MAX: Duration = Duration::from_secs(150);
 const READ_MAX: Duration = Duration::from_secs(150);
 /// What was pledged is over after the longest lease.
 const PLEDGE_MAX: Duration = Duration::from_secs(65);
-/// How long a copy of a server may take.
-const COPY_MAX: Duration = Duration::from_secs(2 * 3_600);
+/// How long a copy of a server may take that goes on.
+const COPY_MAX: Duration = Duration::from_secs(3 * 24 * 3_600);
 
 /// What the store says where a lease is asked for.
 pub(crate) struct Found {

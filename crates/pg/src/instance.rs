@@ -15,14 +15,25 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use thiserror::Error;
 use tokio::process::Command;
-use tokio::time::timeout;
 
 use crate::processes::Places;
+use crate::progress::stands_still;
 
 /// Longest file of a server that is read whole.
 const FILE_LEN_MAX: u64 = 1024 * 1024;
 /// Output of a program that is kept for its error.
 const OUTPUT_LEN_MAX: u64 = 8_000;
+/// How long a copy may stand still. One that goes on is as long as the server is large. It stands still while a checkpoint
+/// of the source is awaited, and while all that was written is flushed.
+const STALL_MAX: Duration = Duration::from_secs(30 * 60);
+
+/// How long a program may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Limit {
+    Whole(Duration),
+    /// Without reading or writing anything.
+    Still(Duration),
+}
 
 #[derive(Debug, Error)]
 pub enum InstanceError {
@@ -32,6 +43,8 @@ pub enum InstanceError {
     Run { program: String, source: std::io::Error },
     #[error("`{program}` did not end within {limit:?}")]
     Timeout { program: String, limit: Duration },
+    #[error("`{program}` neither read nor wrote anything for {limit:?}")]
+    Stalled { program: String, limit: Duration },
     #[error("`{program}` ended with {status}: {output}")]
     Failed { program: String, status: String, output: String },
     #[error(
@@ -144,6 +157,15 @@ impl Instance {
         args: &[&str],
         limit: Duration,
     ) -> Result<String, InstanceError> {
+        self.run_within(program, args, Limit::Whole(limit)).await
+    }
+
+    async fn run_within(
+        &self,
+        program: &'static str,
+        args: &[&str],
+        limit: Limit,
+    ) -> Result<String, InstanceError> {
         let (status, mut output) = self.run_into_file(program, args, limit).await?;
         let len = output.metadata().map_or(0, |file| file.len());
         let start = len.saturating_sub(OUTPUT_LEN_MAX);
@@ -163,7 +185,7 @@ impl Instance {
         &self,
         program: &'static str,
         args: &[&str],
-        limit: Duration,
+        limit: Limit,
     ) -> Result<(ExitStatus, File), InstanceError> {
         let path = self.bin_dir.join(program);
         if !path.exists() {
@@ -182,9 +204,22 @@ impl Instance {
         let output = tempfile::tempfile().map_err(run)?;
         let (out, err) = (output.try_clone().map_err(run)?, output.try_clone().map_err(run)?);
         command.stdout(out).stderr(err);
-        match timeout(limit, command.status()).await {
-            Ok(ended) => Ok((ended.map_err(run)?, output)),
-            Err(_) => Err(InstanceError::Timeout { program: shown(), limit }),
+        let mut child = command.spawn().map_err(run)?;
+        let pid = child.id();
+        tokio::select! {
+            ended = child.wait() => Ok((ended.map_err(run)?, output)),
+            error = async {
+                match limit {
+                    Limit::Whole(limit) => {
+                        tokio::time::sleep(limit).await;
+                        InstanceError::Timeout { program: shown(), limit }
+                    }
+                    Limit::Still(limit) => {
+                        stands_still(pid, limit).await;
+                        InstanceError::Stalled { program: shown(), limit }
+                    }
+                }
+            } => Err(error),
         }
     }
 
@@ -312,7 +347,7 @@ impl Instance {
     /// pg_basebackup fails.
     pub async fn clone_from(&self, primary_conninfo: &str) -> Result<(), InstanceError> {
         let args = ["-D", self.data(), "-d", primary_conninfo, "-R", "-X", "stream", "-c", "fast"];
-        self.run("pg_basebackup", &args, Duration::from_secs(3_600)).await.map(drop)
+        self.run_within("pg_basebackup", &args, Limit::Still(STALL_MAX)).await.map(drop)
     }
 
     /// Takes back what was written after the histories parted. The server's own files become those of the source.
@@ -321,7 +356,7 @@ impl Instance {
     /// pg_rewind fails; then the directory may be unusable and must be copied anew.
     pub async fn rewind(&self, source_conninfo: &str) -> Result<String, InstanceError> {
         let args = ["-D", self.data(), "--source-server", source_conninfo];
-        self.run("pg_rewind", &args, Duration::from_secs(3_600)).await
+        self.run_within("pg_rewind", &args, Limit::Still(STALL_MAX)).await
     }
 
     /// Whoever starts the server from now on starts a standby, which takes no writes, unless [`Instance::may_be_primary`]

@@ -26,6 +26,7 @@ pub mod instance;
 pub mod member;
 pub mod port;
 mod processes;
+mod progress;
 mod rejoin;
 pub mod stream;
 pub mod wal;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use model::Lsn;
 use model::member::WalTail;
 
-use crate::instance::{Instance, InstanceError};
+use crate::instance::{Instance, InstanceError, Limit};
 
 /// How long reading the log may take.
 const READ_MAX: Duration = Duration::from_secs(60);
@@ -72,7 +72,8 @@ impl Instance {
         let dir = dir.to_str().unwrap_or_default();
         let (timeline, start) = (timeline.to_string(), from.to_string());
         let args = ["-p", dir, "-t", &timeline, "-s", &start];
-        let (status, mut output) = self.run_into_file("pg_waldump", &args, READ_MAX).await?;
+        let (status, mut output) =
+            self.run_into_file("pg_waldump", &args, Limit::Whole(READ_MAX)).await?;
         let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
         output.rewind().map_err(run)?;
         let (mut reading, mut is_understood, mut last) = (Reading::default(), false, String::new());

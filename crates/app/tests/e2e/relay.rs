@@ -3,21 +3,26 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 use wire::frame::{self, HEADER_LEN, Side};
 use wire::frontend;
 
 use crate::support::Installation;
 
+/// Longer than anything that Holdfast itself asks a server may wait for its answer.
+const HANG_MAX: Duration = Duration::from_secs(25);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The connection is cut.
     Cut,
-    /// Nothing comes any more.
+    /// Nothing comes any more, and after a while the kernel gives the connection up.
     Hang,
     /// A statement is answered by an error.
     Refuse,
@@ -130,7 +135,7 @@ impl Relay {
                     None => (),
                     Some(Fault::Cut) => return,
                     Some(Fault::Hang) => {
-                        let _ = self.release.subscribe().changed().await;
+                        let _ = timeout(HANG_MAX, self.release.subscribe().changed()).await;
                         return;
                     }
                     Some(Fault::Refuse) => {
