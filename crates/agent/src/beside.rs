@@ -22,6 +22,7 @@ use tokio::sync::{Mutex, Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::config::AgentConfig;
+use crate::epoch::EpochFile;
 use crate::guard::Guard;
 use crate::pledging::Pledges;
 
@@ -98,6 +99,7 @@ pub(crate) struct Beside {
     version: watch::Sender<u64>,
     local: Local,
     holder: std::sync::Mutex<Holder>,
+    epochs: EpochFile,
     guard: Mutex<Guard>,
     /// Whoever works on the server's files or starts it.
     working: Mutex<()>,
@@ -137,7 +139,7 @@ impl Agent {
             }
             sleep(TICK).await;
         }
-        let seen = read_epoch(&dir.join("epoch"))?;
+        let (epochs, seen) = EpochFile::read(&dir)?;
         let guard = Guard::new(&dir, &config.guard).map_err(file("used"))?;
         let pledges = Pledges::read(&dir).map_err(file("read"))?;
         let run =
@@ -152,6 +154,7 @@ impl Agent {
             sender,
             local,
             holder: std::sync::Mutex::new(Holder::new(seen)),
+            epochs,
             pledges: std::sync::Mutex::new(pledges),
             heard: std::sync::Mutex::default(),
             controls: Controls::new(config.control.clone(), config.tls.clone()),
@@ -235,17 +238,6 @@ fn read_patience(path: &std::path::Path) -> Moment {
     }
 }
 
-fn read_epoch(path: &std::path::Path) -> Result<Epoch, AgentError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().map(Epoch).map_err(|_| AgentError::Epoch {
-            path: path.to_owned(),
-            found: text.chars().take(40).collect(),
-        }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Epoch(0)),
-        Err(source) => Err(AgentError::File { path: path.to_owned(), what: "read", source }),
-    }
-}
-
 impl Beside {
     fn instance(&self) -> &Instance {
         &self.local.instance
@@ -295,11 +287,7 @@ impl Beside {
         if epoch < seen {
             return Err(format!("epoch {epoch} is over, this host has seen {seen}"));
         }
-        if epoch > seen {
-            let path = self.config.state_dir.join("epoch");
-            write_durably(&path, format!("{epoch}\n").as_bytes())
-                .map_err(|error| format!("`{}`: {error}", path.display()))?;
-        }
+        self.epochs.see(epoch)?;
         self.with_holder(|holder| holder.see(epoch))
             .map_err(|seen| format!("epoch {epoch} is over, this host has seen {seen}"))
     }
@@ -448,8 +436,10 @@ impl Beside {
     /// What must be so before the server may take writes until then.
     pub(crate) async fn prepare_for(&self, epoch: Epoch, kill_at: Moment) -> Result<(), String> {
         self.instance().is_in_hand().map_err(|error| model::chain(&error))?;
+        // Control and neighbours may prolong it at once, and there is one place for the note.
+        let mut guard = self.guard.lock().await;
         self.note_lease(kill_at)?;
-        self.guard.lock().await.extend(kill_at).await?;
+        guard.extend(kill_at).await?;
         self.see(epoch)
     }
 

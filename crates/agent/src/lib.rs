@@ -14,6 +14,7 @@
 
 mod beside;
 pub mod config;
+mod epoch;
 pub mod guard;
 mod pledging;
 
