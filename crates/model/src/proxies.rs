@@ -292,6 +292,10 @@ impl Follower {
 
     /// The server has answered what was asked at `sent`, when control was heard, or not.
     pub fn answered(&mut self, answer: Answer, sent: Moment, is_heard: bool) {
+        // Another server may have been asked, whose history is not this one's.
+        if sent < self.since {
+            return;
+        }
         let Standing::Open { open, proven, timeline } = &mut self.standing else { return };
         let is_as_told = !answer.is_in_recovery && answer.is_read_only != open.state.takes_writes();
         if is_heard && is_as_told {
@@ -442,6 +446,21 @@ mod tests {
             follower.answered(other, ms(4_000), false);
         }
         assert_eq!(follower.at(ms(4_250), &contact), Some(Action::Cut));
+    }
+
+    /// It was taken for that of the new server: whose own answers then proved nothing, once control was gone.
+    #[test]
+    fn the_answer_of_the_server_before_says_nothing_of_the_new_one() {
+        let as_is = Answer { is_in_recovery: false, timeline: 4, is_read_only: false };
+        let (mut follower, _) = serving(&open("a", CellState::Active, 3));
+        follower.obeyed(&cut(), ms(100), ms(200));
+        follower.obeyed(&release(&open("b", CellState::Active, 4)), ms(100), ms(300));
+        follower.answered(as_is, ms(150), true);
+        assert!(follower.asks(ms(301), TERMS).is_some());
+        let there = Answer { timeline: 5, ..as_is };
+        follower.answered(there, ms(400), true);
+        follower.answered(there, ms(2_000), false);
+        assert_eq!(follower.asks(ms(2_001), TERMS), None);
     }
 
     #[test]

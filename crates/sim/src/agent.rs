@@ -50,6 +50,11 @@ pub struct Disk {
 #[derive(Debug)]
 pub struct Agent {
     pub server: Server,
+    /// It takes no writes, whatever it is; said in its files.
+    pub is_fenced: bool,
+    pub timeline: u32,
+    /// When the last fence ended all other connections, with what was on its way by them.
+    pub outsiders_ended: u64,
     /// Another number each time the server is started: connections do not outlive it.
     pub run: u64,
     pub disk: Disk,
@@ -77,6 +82,9 @@ impl Agent {
         let (seen, pledger) = (Epoch(0), Pledger::default());
         Agent {
             server: if is_primary { Server::PRIMARY } else { Server::STANDBY },
+            is_fenced: false,
+            timeline: 1,
+            outsiders_ended: 0,
             run: 1,
             disk: Disk { seen, pledger, pledged: terms, lease: None },
             guard: None,
@@ -158,6 +166,10 @@ impl World {
     /// A lease has ended, and its server by that.
     fn note_end(&mut self, cell: usize) {
         self.summary.ended += 1;
+        if cell != self.store.application.granted_to {
+            // It is over for it.
+            return;
+        }
         let mut others = (0..self.agents.len()).filter(|other| *other != cell);
         let is_heard = others.any(|other| self.agents[other].hears_control(self.clock(other)));
         self.past.ended_unheard |= !is_heard;
@@ -342,6 +354,7 @@ impl World {
                 true
             }
             Task::Rejoin => {
+                agent.is_fenced = false;
                 agent.start_server(Server::STANDBY);
                 true
             }

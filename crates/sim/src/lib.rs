@@ -1,4 +1,4 @@
-//! A seeded world for what the model decides of leases, pledges, seats and epochs: hosts whose clocks differ and drift, that
+//! A seeded world for what the model decides of leases, pledges, seats, epochs and proxies: hosts whose clocks differ and drift, that
 //! freeze, crash and are booted again; messages that are late, lost, doubled or cut off; a store that is gone or loses answers.
 //!
 //! # Layout, in reading order
@@ -6,6 +6,7 @@
 //! - [`world`]: hosts, time, the network; what goes wrong.
 //! - [`agent`]: an agent, its guard and its server, by `model::lease` and `model::pledge`.
 //! - [`node`]: a node of control, by `model::seat` and `model::lease`.
+//! - [`proxy`]: a proxy, by `model::proxies`.
 //! - [`invariants`]: what must never be so, a file each.
 //! - [`planted`]: faults of ours, by which each invariant is seen to fire.
 //!
@@ -19,6 +20,7 @@ pub mod chance;
 pub mod invariants;
 pub mod node;
 pub mod planted;
+pub mod proxy;
 pub mod world;
 
 pub use invariants::Violation;
@@ -38,6 +40,7 @@ pub fn run(seed: u64, weather: Weather, planted: Option<Planted>) -> Result<Summ
 pub struct Summary {
     pub events: u64,
     pub failovers: u64,
+    pub switchovers: u64,
     pub tenures: u64,
     /// Renewals by pledges alone.
     pub pledges: u64,
@@ -50,6 +53,7 @@ impl Summary {
         Summary {
             events: self.events + other.events,
             failovers: self.failovers + other.failovers,
+            switchovers: self.switchovers + other.switchovers,
             tenures: self.tenures + other.tenures,
             pledges: self.pledges + other.pledges,
             ended: self.ended + other.ended,

@@ -11,7 +11,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let mut found = 0;
-    for weather in [Weather::Any, Weather::ControlOnly] {
+    for weather in [Weather::Any, Weather::ControlOnly, Weather::Planned] {
         let mut all = Summary::default();
         for seed in first..first.saturating_add(count) {
             match run(seed, weather, None) {

@@ -3,12 +3,16 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use model::cell::Epoch;
+use model::barrier::Order as Barrier;
+use model::cell::{CellState, Epoch};
 use model::lease::{Granter, Moment};
+use model::proxies::{Order, Route};
 use model::seat::{Candidate, Sitting, Tenure};
+use model::switchover::OnTimeout;
 
 use crate::agent::{Server, Task};
 use crate::planted::Planted;
+use crate::proxy::to_active;
 use crate::world::{Message, Operation, Place, SEAT, Said, TERMS, World};
 
 const TICK: u64 = 50;
@@ -18,6 +22,12 @@ const LOOK: u64 = 250;
 const AGAIN: u64 = 300;
 /// How long a failover may take until its grant.
 const STEP_MAX: Duration = Duration::from_secs(20);
+/// How long a server may take to be fenced.
+const FENCE_MAX: Duration = Duration::from_secs(5);
+/// How long a proxy may take for an order.
+const OBEY_MAX: Duration = Duration::from_secs(3);
+/// A proxy that waits for orders has an answer after so long.
+const FETCH_MAX: u64 = 600;
 
 #[derive(Debug)]
 pub struct Node {
@@ -45,6 +55,26 @@ pub struct Office {
     order: Option<(u64, u64)>,
     next_id: u64,
     is_done: bool,
+    mail: Vec<Mail>,
+    /// The proxies were told what this step asks of them.
+    is_posted: bool,
+}
+
+/// One proxy, as control knows it.
+#[derive(Debug, Clone, Default)]
+struct Mail {
+    heard: Option<(Moment, u64)>,
+    posted: Option<Posted>,
+    /// It waits for orders: when it has asked by its clock, which run of it, what it has, and since when, in true time.
+    fetch: Option<(Moment, u64, u64, u64)>,
+}
+
+#[derive(Debug, Clone)]
+struct Posted {
+    order: Order,
+    until: Moment,
+    is_fetched: bool,
+    is_obeyed: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +82,27 @@ pub enum Step {
     /// Listens for whoever is there.
     Recover,
     Watch,
+    /// A switchover: sessions are held, and the server takes no more writes.
+    HoldAll {
+        from: usize,
+        to: usize,
+    },
+    Fence {
+        from: usize,
+        to: usize,
+    },
+    /// The way back.
+    Unfence {
+        cell: usize,
+    },
+    ReleaseBack {
+        cell: usize,
+    },
+    /// A failover: sessions are taken from the lost server.
+    Cut {
+        from: usize,
+        to: usize,
+    },
     Isolate {
         from: usize,
         to: usize,
@@ -72,6 +123,10 @@ pub enum Step {
         from: usize,
         to: usize,
     },
+    Release {
+        from: usize,
+        to: usize,
+    },
     Rejoin {
         from: usize,
     },
@@ -82,6 +137,16 @@ pub enum Step {
     StartAgain {
         cell: usize,
     },
+}
+
+impl Step {
+    /// Proxies wait for orders.
+    fn is_of_proxies(self) -> bool {
+        !matches!(
+            self,
+            Step::Watch | Step::Rejoin { .. } | Step::HoldAgain { .. } | Step::StartAgain { .. }
+        )
+    }
 }
 
 impl Node {
@@ -101,7 +166,12 @@ impl Default for Node {
 }
 
 impl Office {
-    fn new(sitting: Sitting, now: Moment, cells: usize, planted: Option<Planted>) -> Office {
+    fn new(
+        sitting: Sitting,
+        now: Moment,
+        (cells, proxies): (usize, usize),
+        planted: Option<Planted>,
+    ) -> Office {
         let granter = match planted {
             Some(Planted::GrantsForgotten) => Granter::new(Moment(Duration::ZERO), TERMS),
             _ => Granter::new(now, TERMS),
@@ -116,6 +186,8 @@ impl Office {
             order: None,
             next_id: 1,
             is_done: false,
+            mail: vec![Mail::default(); proxies],
+            is_posted: false,
         }
     }
 
@@ -127,7 +199,32 @@ impl Office {
     fn go(&mut self, step: Step, now: Moment) {
         self.step = step;
         self.begun = now;
-        (self.order, self.is_done) = (None, false);
+        (self.order, self.is_done, self.is_posted) = (None, false, false);
+    }
+
+    /// Has all proxies obey. Gives whether one of them has not, once nobody is waited for any more.
+    fn all_obey(&mut self, what: &Barrier, now: Moment) -> Option<bool> {
+        if !std::mem::replace(&mut self.is_posted, true) {
+            for mail in &mut self.mail {
+                self.next_id += 1;
+                let order = Order { id: self.next_id, wait_max: OBEY_MAX, what: what.clone() };
+                let until = now.plus(OBEY_MAX);
+                mail.posted = Some(Posted { order, until, is_fetched: false, is_obeyed: false });
+            }
+        }
+        let mut is_missing = false;
+        for mail in &self.mail {
+            let is_heard = mail.heard.is_some_and(|(at, _)| now < at.plus(TERMS.length));
+            match &mail.posted {
+                Some(posted) if posted.is_obeyed => (),
+                Some(posted) if is_heard && now < posted.until => return None,
+                _ => is_missing = true,
+            }
+        }
+        for mail in &mut self.mail {
+            mail.posted = None;
+        }
+        Some(is_missing)
     }
 
     fn is_over(&self, cell: usize, now: Moment) -> bool {
@@ -167,8 +264,35 @@ impl World {
             let question = Message::Ask { from: at, sent: now, operation };
             self.send(Place::Node(at), Place::Store, question);
         }
+        self.answer_fetches(at);
         if let Some(act) = self.step(at, now) {
             self.carry_out(at, act);
+        }
+    }
+
+    /// Gives proxies that wait for orders what there is.
+    fn answer_fetches(&mut self, at: usize) {
+        let true_now = self.now;
+        let Role::Control(office) = &mut self.nodes[at].role else { return };
+        let tenure = office.sitting.tenure;
+        let mut out = Vec::new();
+        for (proxy, mail) in office.mail.iter_mut().enumerate() {
+            let Some((sent, run, last, since)) = mail.fetch else { continue };
+            let wanted = mail.posted.as_mut().filter(|posted| {
+                !posted.is_obeyed && (!posted.is_fetched || posted.order.id > last)
+            });
+            if wanted.is_none() && true_now < since + FETCH_MAX {
+                continue;
+            }
+            let order = wanted.map(|posted| {
+                posted.is_fetched = true;
+                posted.order.clone()
+            });
+            mail.fetch = None;
+            out.push((proxy, Message::Fetched { run, tenure, sent, order }));
+        }
+        for (proxy, message) in out {
+            self.send(Place::Node(at), Place::Proxy(proxy), message);
         }
     }
 
@@ -178,6 +302,15 @@ impl World {
         let (is_up, application) = (self.store.is_up, self.store.application);
         let active = application.granted_to;
         let answers = self.answers(at, active);
+        let is_fenced = self.agents[active].is_fenced;
+        let is_asked = self.is_asked;
+        let app = String::new;
+        let release = |cell: usize, epoch: Epoch| Barrier::Release {
+            app: app(),
+            to: cell.to_string(),
+            state: CellState::Active,
+            epoch,
+        };
         let pleads = self.store.pleads[active].clone();
         let recorded = self.store.failover;
         let is_asking = self.nodes[at].asked.is_some();
@@ -188,19 +321,73 @@ impl World {
                 let all = (0..office.heard.len()).all(|cell| office.heard[cell].is_some());
                 let is_rash = planted == Some(Planted::GrantsForgotten);
                 if (all || is_rash || now >= office.begun.plus(TERMS.length)) && is_up {
-                    let step = match recorded {
-                        Some((from, to, true)) => Step::Hold { from, to },
-                        _ => Step::Watch,
-                    };
-                    office.go(step, now);
+                    match recorded {
+                        Some((from, to, true)) => office.go(Step::Hold { from, to }, now),
+                        Some((from, _, false)) => office.go(Step::Unfence { cell: from }, now),
+                        None => office.go(Step::Watch, now),
+                    }
                 }
                 None
             }
-            Step::Watch if !is_up || answers => None,
+            Step::Watch if !is_up => None,
+            Step::Watch if answers && is_fenced => {
+                office.go(Step::Unfence { cell: active }, now);
+                None
+            }
+            Step::Watch if answers => {
+                let is_there =
+                    |cell: usize| office.hears(cell, now).is_some_and(|one| one.is_running);
+                let all = (0..office.heard.len()).all(is_there);
+                let to = (active + 1) % office.heard.len();
+                if !is_asked || !all {
+                    return None;
+                }
+                office.go(Step::HoldAll { from: active, to }, now);
+                Some(Act::Note(Some((active, to))))
+            }
+            Step::HoldAll { from, to } => {
+                let hold =
+                    Barrier::Hold { app: app(), deadline_ms: 1_000, on_timeout: OnTimeout::Abort };
+                // Whoever is not there is left behind by force, sometimes.
+                let is_forced = application.epoch.0.is_multiple_of(2);
+                match office.all_obey(&hold, now)? {
+                    true if !is_forced => office.go(Step::ReleaseBack { cell: from }, now),
+                    _ => office.go(Step::Fence { from, to }, now),
+                }
+                None
+            }
+            Step::Fence { from, to } => {
+                if office.is_done {
+                    office.go(Step::Grant { from, to }, now);
+                    None
+                } else if now >= office.begun.plus(FENCE_MAX) {
+                    office.go(Step::Unfence { cell: from }, now);
+                    None
+                } else {
+                    office.is_due(true_now).then_some(Act::Fence { cell: from, is_fenced: true })
+                }
+            }
+            Step::Unfence { cell } => {
+                if office.is_done {
+                    office.go(Step::ReleaseBack { cell }, now);
+                    None
+                } else if now >= office.begun.plus(FENCE_MAX) {
+                    office.go(Step::Watch, now);
+                    Some(Act::Note(None))
+                } else {
+                    office.is_due(true_now).then_some(Act::Fence { cell, is_fenced: false })
+                }
+            }
+            Step::ReleaseBack { cell } => {
+                office.all_obey(&release(cell, application.epoch), now)?;
+                office.go(Step::Watch, now);
+                Some(Act::Note(None))
+            }
             Step::Watch => {
                 let seen = office.hears(active, now);
                 let is_down = seen.is_some_and(|server| !server.is_running || !server.is_primary);
-                if !is_down && !office.is_over(active, now) {
+                let is_rash = planted == Some(Planted::LeaseNotWaitedFor);
+                if !is_down && !is_rash && !office.is_over(active, now) {
                     return None;
                 }
                 let may = |cell: &usize| {
@@ -211,7 +398,7 @@ impl World {
                 match to {
                     Some(to) => {
                         office.granters[active].revoke();
-                        office.go(Step::Isolate { from: active, to }, now);
+                        office.go(Step::Cut { from: active, to }, now);
                         Some(Act::Note(Some((active, to))))
                     }
                     None if is_down => {
@@ -220,6 +407,11 @@ impl World {
                     }
                     None => None,
                 }
+            }
+            Step::Cut { from, to } => {
+                office.all_obey(&Barrier::Cut { app: app() }, now)?;
+                office.go(Step::Isolate { from, to }, now);
+                None
             }
             Step::Isolate { from, to } => {
                 let is_over =
@@ -281,7 +473,7 @@ impl World {
             }
             Step::Promote { from, to } => match office.is_done {
                 true => {
-                    office.go(Step::Rejoin { from }, now);
+                    office.go(Step::Release { from, to }, now);
                     Some(Act::Note(None))
                 }
                 false if office.order.is_none_or(|(_, next)| true_now >= next) => {
@@ -297,6 +489,11 @@ impl World {
                 }
                 false => None,
             },
+            Step::Release { from, to } => {
+                office.all_obey(&release(to, application.epoch), now)?;
+                office.go(Step::Rejoin { from }, now);
+                None
+            }
             Step::Rejoin { from } => {
                 if office.is_done || late {
                     office.granters[from].restore();
@@ -347,8 +544,14 @@ impl World {
                 self.nodes[at].asked = Some(now);
                 self.send(here, Place::Store, Message::Ask { from: at, sent: now, operation });
             }
+            Act::Fence { cell, is_fenced } => {
+                let run = self.agents[cell].run;
+                let fence = Message::Fence { from: at, tenure, run, at: self.now, is_fenced };
+                self.send(here, Place::Server(cell), fence);
+            }
             Act::LeaveOff => self.nodes[at].crash(),
             Act::Note(failover) => {
+                self.is_asked &= failover.is_none();
                 let failover = failover.map(|(from, to)| (from, to, false));
                 if self.store.may_write(tenure, self.planted) {
                     self.store.failover = failover;
@@ -380,8 +583,62 @@ impl World {
                     && office.order.is_some_and(|(asked, _)| asked == id);
                 office.is_done |= is_its;
             }
+            Message::RenewProxy { from, run, sent, .. } => {
+                let answer = match self.proxy_renewed(at, now, from, run) {
+                    Some((tenure, route)) => Message::RenewedProxy { run, tenure, sent, route },
+                    None => Message::Refused { sent },
+                };
+                self.send(Place::Node(at), Place::Proxy(from), answer);
+            }
+            Message::Fetch { from, run, sent, last } => {
+                let true_now = self.now;
+                let Role::Control(office) = &mut self.nodes[at].role else { return };
+                let mail = &mut office.mail[from];
+                if mail.heard.is_some_and(|(_, heard)| heard == run) {
+                    // What an earlier control gave is not what this one did.
+                    let last = if last > office.next_id { 0 } else { last };
+                    mail.fetch = Some((sent, run, last, true_now));
+                }
+            }
+            Message::Obeyed { from, run, tenure, id } => {
+                let Role::Control(office) = &mut self.nodes[at].role else { return };
+                let is_its = tenure == office.sitting.tenure;
+                let mail = &mut office.mail[from];
+                let is_current = mail.heard.is_some_and(|(_, heard)| heard == run);
+                if let Some(posted) = &mut mail.posted {
+                    posted.is_obeyed |= is_its && is_current && posted.order.id == id;
+                }
+            }
             _ => (),
         }
+    }
+
+    /// What a proxy is to serve, if this node may say so.
+    fn proxy_renewed(
+        &mut self,
+        at: usize,
+        now: Moment,
+        from: usize,
+        run: u64,
+    ) -> Option<(Tenure, Route)> {
+        let (store, planted) = (&mut self.store, self.planted);
+        let Role::Control(office) = &mut self.nodes[at].role else { return None };
+        let tenure = office.sitting.tenure;
+        if !office.sitting.is_valid(now) || !store.is_up || !store.may_write(tenure, planted) {
+            return None;
+        }
+        let mail = &mut office.mail[from];
+        let other = mail.heard.filter(|(at, heard)| *heard != run && now < at.plus(TERMS.length));
+        if other.is_some() {
+            return None;
+        }
+        mail.heard = Some((now, run));
+        let application = store.application;
+        let route = match office.step.is_of_proxies() {
+            true => Route::Held,
+            false => Route::Open(to_active(application.granted_to, application.epoch)),
+        };
+        Some((tenure, route))
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -428,7 +685,7 @@ impl World {
     }
 
     fn store_said(&mut self, at: usize, now: Moment, sent: Moment, said: Said) {
-        let (planted, cells) = (self.planted, self.agents.len());
+        let (planted, counts) = (self.planted, (self.agents.len(), self.proxies.len()));
         let node = &mut self.nodes[at];
         if node.asked != Some(sent) {
             // It was given up.
@@ -446,14 +703,21 @@ impl World {
             }
             (Role::Candidate(_), Said::Taken(tenure)) => {
                 let sitting = Sitting::new(tenure, SEAT, sent);
-                let office = Office::new(sitting, now, cells, planted);
+                let office = Office::new(sitting, now, counts, planted);
                 node.role = Role::Control(Box::new(office));
                 self.summary.tenures += 1;
             }
             (Role::Control(office), Said::Beaten) => office.sitting.has_beaten(sent),
             (Role::Control(office), Said::Granted) => {
                 office.is_done = true;
-                self.summary.failovers += 1;
+                let is_planned = match office.step {
+                    Step::Grant { from, .. } => self.agents[from].is_fenced,
+                    _ => false,
+                };
+                match is_planned {
+                    true => self.summary.switchovers += 1,
+                    false => self.summary.failovers += 1,
+                }
             }
             (Role::Control(_), Said::Lost) => node.crash(),
             _ => (),
@@ -463,6 +727,16 @@ impl World {
             let question = Message::Ask { from: at, sent: now, operation };
             self.send(Place::Node(at), Place::Store, question);
         }
+    }
+
+    pub(crate) fn was_fenced(&mut self, at: usize, tenure: Tenure, is_fenced: bool) {
+        let Role::Control(office) = &mut self.nodes[at].role else { return };
+        let is_wanted = match office.step {
+            Step::Fence { .. } => is_fenced,
+            Step::Unfence { .. } => !is_fenced,
+            _ => false,
+        };
+        office.is_done |= is_wanted && tenure == office.sitting.tenure;
     }
 
     pub(crate) fn was_promoted(&mut self, at: usize, tenure: Tenure) {
@@ -481,6 +755,10 @@ enum Act {
         what: Task,
     },
     Promote(usize),
+    Fence {
+        cell: usize,
+        is_fenced: bool,
+    },
     Ask(Operation),
     LeaveOff,
     /// Records which failover is under way, or that none is.
@@ -488,6 +766,15 @@ enum Act {
 }
 
 impl Office {
+    /// It is time to do again what is done until it has succeeded.
+    fn is_due(&mut self, true_now: u64) -> bool {
+        let is_due = self.order.is_none_or(|(_, next)| true_now >= next);
+        if is_due {
+            self.order = Some((0, true_now + AGAIN));
+        }
+        is_due
+    }
+
     /// Gives an order, again and again until it is carried out.
     fn order(&mut self, true_now: u64, to: usize, epoch: Epoch, what: Task) -> Option<Act> {
         let id = match self.order {

@@ -16,6 +16,10 @@ pub enum Planted {
     GrantsForgotten,
     /// The highest epoch is not on the agent's disk.
     EpochNotKept,
+    /// What clients send passes a proxy whether it is proven or not.
+    ProofNotAsked,
+    /// A fence leaves earlier connections of ours as they are.
+    LateSql,
     /// An order goes on to a step that never comes.
     StepLost,
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use model::cell::Epoch;
 use model::lease::{Moment, Terms};
+use model::proxies::{Answer, Order, Route};
 use model::seat::{Sight, Tenure};
 
 use crate::Summary;
@@ -14,12 +15,14 @@ use crate::chance::Chance;
 use crate::invariants::{self, Violation};
 use crate::node::Node;
 use crate::planted::Planted;
+use crate::proxy::Proxy;
 
 pub(crate) const TERMS: Terms = Terms { length: Duration::from_millis(2_500) };
 pub(crate) const SEAT: Terms = Terms { length: Duration::from_millis(2_000) };
 pub(crate) const GUARD_LOOK: u64 = 100;
 const CELLS: usize = 3;
 const NODES: usize = 3;
+const PROXIES: usize = 2;
 /// Trouble for so long, in milliseconds; then all is well for as long as it takes to recover.
 const TROUBLE: u64 = 60_000;
 const PEACE: u64 = 60_000;
@@ -31,6 +34,8 @@ pub enum Weather {
     Any,
     /// Only control and its store.
     ControlOnly,
+    /// The same, and the network and proxies, while one switchover follows the other.
+    Planned,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +44,7 @@ pub enum Place {
     Guard(usize),
     Server(usize),
     Node(usize),
+    Proxy(usize),
     Store,
 }
 
@@ -102,6 +108,59 @@ pub enum Message {
     },
     Promoted {
         tenure: Tenure,
+    },
+    /// The same: the server takes no writes, or takes them again.
+    Fence {
+        from: usize,
+        tenure: Tenure,
+        run: u64,
+        /// True time at which it was sent.
+        at: u64,
+        is_fenced: bool,
+    },
+    Fenced {
+        tenure: Tenure,
+        is_fenced: bool,
+    },
+    RenewProxy {
+        from: usize,
+        run: u64,
+        sent: Moment,
+        holds: bool,
+    },
+    RenewedProxy {
+        run: u64,
+        tenure: Tenure,
+        sent: Moment,
+        route: Route,
+    },
+    Fetch {
+        from: usize,
+        run: u64,
+        sent: Moment,
+        last: u64,
+    },
+    Fetched {
+        run: u64,
+        tenure: Tenure,
+        sent: Moment,
+        order: Option<Order>,
+    },
+    Obeyed {
+        from: usize,
+        run: u64,
+        tenure: Tenure,
+        id: u64,
+    },
+    AskServer {
+        from: usize,
+        run: u64,
+        sent: Moment,
+    },
+    ServerSaid {
+        run: u64,
+        sent: Moment,
+        answer: Answer,
     },
     Ask {
         from: usize,
@@ -175,6 +234,8 @@ pub struct Past {
     pub seen: Vec<Epoch>,
     /// A server was ended by the end of its lease while no other agent heard control.
     pub ended_unheard: bool,
+    /// True time of the last grant.
+    pub granted_at: u64,
 }
 
 #[derive(Debug)]
@@ -190,6 +251,7 @@ pub struct World {
     pub hosts: Vec<Host>,
     pub agents: Vec<Agent>,
     pub nodes: Vec<Node>,
+    pub proxies: Vec<Proxy>,
     pub store: Store,
     pub past: Past,
     pub planted: Option<Planted>,
@@ -203,6 +265,8 @@ pub struct World {
     /// Hosts that do not reach each other, until then.
     cuts: Vec<(BTreeSet<usize>, u64)>,
     is_stormy: bool,
+    /// Somebody asks for a switchover.
+    pub(crate) is_asked: bool,
 }
 
 impl World {
@@ -215,12 +279,13 @@ impl World {
             is_up: true,
             boot: 1,
         };
-        let hosts = (0..CELLS + NODES).map(|_| host(&mut chance)).collect();
+        let hosts = (0..CELLS + NODES + PROXIES).map(|_| host(&mut chance)).collect();
         let mut world = World {
             now: 0,
             hosts,
             agents: (0..CELLS).map(|cell| Agent::new(cell == 0)).collect(),
             nodes: (0..NODES).map(|_| Node::new()).collect(),
+            proxies: (0..PROXIES).map(|_| Proxy::new(1)).collect(),
             store: Store {
                 is_up: true,
                 seat: None,
@@ -231,7 +296,12 @@ impl World {
                 failover: None,
                 late_write: None,
             },
-            past: Past { epoch: Epoch(1), seen: vec![Epoch(0); CELLS], ended_unheard: false },
+            past: Past {
+                epoch: Epoch(1),
+                seen: vec![Epoch(0); CELLS],
+                ended_unheard: false,
+                granted_at: 0,
+            },
             planted,
             weather,
             summary: Summary::default(),
@@ -242,6 +312,7 @@ impl World {
             count: 0,
             cuts: Vec::new(),
             is_stormy: false,
+            is_asked: false,
         };
         for cell in 0..CELLS {
             let now = world.clock(cell);
@@ -251,6 +322,9 @@ impl World {
         }
         for node in 0..NODES {
             world.again(node as u64 * 13, Place::Node(node));
+        }
+        for proxy in 0..PROXIES {
+            world.again(proxy as u64 * 17, Place::Proxy(proxy));
         }
         world.push(8_000, Event::Trouble);
         world
@@ -298,6 +372,7 @@ impl World {
         match place {
             Place::Agent(cell) | Place::Guard(cell) | Place::Server(cell) => Some(cell),
             Place::Node(node) => Some(CELLS + node),
+            Place::Proxy(proxy) => Some(CELLS + NODES + proxy),
             Place::Store => None,
         }
     }
@@ -315,6 +390,21 @@ impl World {
         self.clock_of(CELLS + node)
     }
 
+    pub fn clock_of_proxy(&self, proxy: usize) -> Moment {
+        self.clock_of(CELLS + NODES + proxy)
+    }
+
+    /// Its processes run.
+    pub fn is_awake(&self, place: Place) -> bool {
+        let host = World::host_of(place).map(|host| &self.hosts[host]);
+        host.is_none_or(|host| host.is_up && self.now >= host.frozen_until)
+    }
+
+    /// What a proxy has to do with its sessions takes so long.
+    pub(crate) fn how_long(&mut self) -> u64 {
+        self.chance.between(1, 150)
+    }
+
     fn reaches(&self, from: Place, to: Place) -> bool {
         let (Some(from), Some(to)) = (World::host_of(from), World::host_of(to)) else {
             return true;
@@ -329,7 +419,7 @@ impl World {
         if !self.reaches(from, to) {
             return;
         }
-        let is_rough = self.is_stormy && self.weather == Weather::Any;
+        let is_rough = self.is_stormy && self.weather != Weather::ControlOnly;
         let is_of_store = from == Place::Store || to == Place::Store;
         let lossy = is_rough || (self.is_stormy && is_of_store);
         if lossy && self.chance.happens(30) {
@@ -338,7 +428,9 @@ impl World {
         let slow = lossy && self.chance.happens(30);
         let after = if slow { self.chance.between(50, 4_000) } else { self.chance.between(1, 20) };
         // A store carries out nothing twice: a doubled request finds another revision.
-        if is_rough && !is_of_store && self.chance.happens(10) {
+        // Nor does a server what came by one connection.
+        let is_of_server = matches!(from, Place::Server(_)) || matches!(to, Place::Server(_));
+        if is_rough && !is_of_store && !is_of_server && self.chance.happens(10) {
             let twice = self.chance.between(1, 3_000);
             self.push(self.now + twice, Event::Deliver(from, to, Box::new(message.clone())));
         }
@@ -378,6 +470,7 @@ impl World {
             Event::Tick(Place::Agent(cell)) => self.tick_agent(cell),
             Event::Tick(Place::Guard(cell)) => self.tick_guard(cell),
             Event::Tick(Place::Node(node)) => self.tick_node(node),
+            Event::Tick(Place::Proxy(proxy)) => self.tick_proxy(proxy),
             Event::Deliver(from, to, message) => self.deliver(from, to, *message),
             Event::Tick(_) | Event::Trouble => (),
         }
@@ -391,11 +484,32 @@ impl World {
         match (to, message) {
             (Place::Agent(cell), message) => self.agent_hears(cell, message),
             (Place::Node(node), Message::Promoted { tenure }) => self.was_promoted(node, tenure),
+            (Place::Node(node), Message::Fenced { tenure, is_fenced }) => {
+                self.was_fenced(node, tenure, is_fenced);
+            }
             (Place::Node(node), message) => self.node_hears(node, message),
+            (Place::Proxy(proxy), message) => self.proxy_hears(proxy, message),
+            (Place::Server(cell), Message::AskServer { from, run, sent }) => {
+                self.server_answers(cell, from, run, sent);
+            }
+            (Place::Server(cell), Message::Fence { from, tenure, run, at, is_fenced }) => {
+                let (now, planted) = (self.now, self.planted);
+                let agent = &mut self.agents[cell];
+                let is_ended = at < agent.outsiders_ended && planted != Some(Planted::LateSql);
+                if agent.server.is_running && agent.run == run && !is_ended {
+                    agent.is_fenced = is_fenced;
+                    if is_fenced {
+                        agent.outsiders_ended = now;
+                    }
+                    let done = Message::Fenced { tenure, is_fenced };
+                    self.send(Place::Server(cell), Place::Node(from), done);
+                }
+            }
             (Place::Server(cell), Message::Promote { from, tenure, run }) => {
                 let agent = &mut self.agents[cell];
                 if agent.server.is_running && agent.run == run {
                     agent.server.is_primary = true;
+                    agent.timeline = self.store.application.epoch.0 as u32;
                     let done = Message::Promoted { tenure };
                     self.send(Place::Server(cell), Place::Node(from), done);
                 }
@@ -436,6 +550,7 @@ impl World {
                 let epoch = Epoch(store.application.epoch.0 + 1);
                 store.application = Application { epoch, granted_to: to };
                 store.failover = Some((from, to, true));
+                self.past.granted_at = self.now;
                 Said::Granted
             }
             Operation::Beat { .. } | Operation::Grant { .. } => Said::Lost,
@@ -451,11 +566,29 @@ impl World {
         self.is_stormy = true;
         let next = self.now + self.chance.between(200, 6_000);
         self.push(next, Event::Trouble);
-        let is_any = self.weather == Weather::Any;
         let for_long = if self.chance.happens(300) { 8_000 } else { 2_000 };
         let until = self.now + self.chance.between(50, for_long);
         let (node, cell) = (self.chance.index(NODES), self.chance.index(CELLS));
-        match self.chance.between(0, if is_any { 9 } else { 3 }) {
+        let proxy = self.chance.index(PROXIES);
+        if self.weather != Weather::ControlOnly {
+            let is_planned = self.weather == Weather::Planned;
+            match self.chance.between(0, 9) {
+                0 | 1 => self.freeze(CELLS + NODES + proxy, until),
+                2 => {
+                    let run = self.proxies[proxy].run + 1;
+                    self.proxies[proxy] = Proxy::new(run);
+                }
+                3..6 if is_planned => self.cut_off(until),
+                _ => (),
+            }
+        }
+        let (switchovers, kinds) = match self.weather {
+            Weather::Any => (100, 9),
+            Weather::Planned => (800, 3),
+            Weather::ControlOnly => (0, 3),
+        };
+        self.is_asked |= self.chance.happens(switchovers);
+        match self.chance.between(0, kinds) {
             0 => self.nodes[node].crash(),
             1 => self.freeze(CELLS + node, until),
             2 => self.store.is_up = false,
@@ -475,12 +608,15 @@ impl World {
                 true => self.shut_down(cell),
                 false => self.boot(cell),
             },
-            _ => {
-                let one = (0..CELLS + NODES).filter(|_| self.chance.happens(400)).collect();
-                self.cuts.retain(|(_, until)| self.now < *until);
-                self.cuts.push((one, until));
-            }
+            _ => self.cut_off(until),
         }
+    }
+
+    /// Some hosts do not reach the others.
+    fn cut_off(&mut self, until: u64) {
+        let one = (0..CELLS + NODES + PROXIES).filter(|_| self.chance.happens(400)).collect();
+        self.cuts.retain(|(_, until)| self.now < *until);
+        self.cuts.push((one, until));
     }
 
     fn freeze(&mut self, host: usize, until: u64) {

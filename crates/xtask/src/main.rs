@@ -17,7 +17,7 @@ cargo xtask test [FILTER]  install what is missing, check format and lints, and 
 cargo xtask check          format, lints and documentation only
 cargo xtask bench [KIND]   compare with direct connections and pgbouncer: pgbench (default), bulk, idle, login, pause,
                            pool, policy; failover [ROUNDS] [SCENARIO...] beside Patroni, HAProxy and etcd
-cargo xtask sim [N] [FIRST] so many seeded worlds (10000) of leases, pledges, seats and epochs
+cargo xtask sim [N] [FIRST] so many seeded worlds (10000) of leases, pledges, seats, epochs and proxies
 cargo xtask torture [SECONDS] [SEED]  three servers, two proxies, three nodes and etcd on hosts of their own, while
                            processes, hosts and the network between them fail; as root, in network namespaces
 cargo xtask regress        PostgreSQL's own regression suite, direct and through the proxy

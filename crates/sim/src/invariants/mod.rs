@@ -4,6 +4,7 @@ mod epochs_grow;
 mod healthy_goes_on;
 mod one_control;
 mod one_primary;
+mod proxies_follow;
 mod recovers;
 mod seat_writes;
 
@@ -26,8 +27,9 @@ impl std::fmt::Display for Violation {
 type Check = fn(&mut World) -> Result<(), String>;
 
 /// After each event.
-const ALWAYS: [(&str, Check); 5] = [
+const ALWAYS: [(&str, Check); 6] = [
     ("one_primary", one_primary::check),
+    ("proxies_follow", proxies_follow::check),
     ("one_control", one_control::check),
     ("seat_writes", seat_writes::check),
     ("epochs_grow", epochs_grow::check),

@@ -1,4 +1,5 @@
-//! Liveness: once everything is well again, a node is control, and the cell with the grant takes writes by a lease.
+//! Liveness: once everything is well again, a node is control, the cell with the grant takes writes by a lease, and every proxy
+//! serves it.
 
 use crate::node::Role;
 use crate::world::World;
@@ -12,7 +13,7 @@ pub(super) fn check(world: &mut World) -> Result<(), String> {
     let now = world.clock(cell);
     let agent = &world.agents[cell];
     let has_lease = agent.holder.as_ref().is_some_and(|holder| holder.epoch(now).is_some());
-    if !has_lease || !agent.server.is_running || !agent.server.is_primary {
+    if !has_lease || !agent.server.is_running || !agent.server.is_primary || agent.is_fenced {
         let office = world.nodes.iter().find_map(|node| match &node.role {
             Role::Control(office) => Some(format!("{:?}", office.step)),
             Role::Candidate(_) => None,
@@ -21,6 +22,14 @@ pub(super) fn check(world: &mut World) -> Result<(), String> {
             "cell {cell} of epoch {} takes no writes: lease {has_lease}, {:?}, control {office:?}",
             world.store.application.epoch, agent.server
         ));
+    }
+    for (at, proxy) in world.proxies.iter().enumerate() {
+        let open = proxy.passing(world.clock_of_proxy(at), None);
+        if open.is_none_or(|open| open.cell != cell.to_string()) {
+            return Err(format!(
+                "proxy {at} serves {open:?}, cell {cell} has the grant: {proxy:?}"
+            ));
+        }
     }
     Ok(())
 }
