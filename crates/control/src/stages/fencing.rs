@@ -81,6 +81,7 @@ pub(super) async fn fence(
     reload(&mut old).await?;
     let may_come = logins == Logins::OfProxy || from.member.is_none();
     let mut ended = end_outsiders(&mut old, &own, may_come).await?;
+    check_kept(&mut old).await?;
     let mut waited = String::new();
     if may_come {
         // Clients of those that do not take part could log in and lift the fence.
@@ -99,6 +100,21 @@ pub(super) async fn fence(
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended{waited}"))
+}
+
+/// A statement of an earlier way back, whose connection was given up, may have reached the server before that connection was
+/// ended just now: the fence would be gone with the next reload, whoever asks for it.
+async fn check_kept(old: &mut Admin) -> Result<(), String> {
+    let kept = "SELECT setting FROM pg_file_settings WHERE name = 'default_transaction_read_only' \
+                ORDER BY seqno DESC LIMIT 1";
+    let setting = old.value(kept).await.map_err(chain)?;
+    match setting.as_deref() {
+        Some("on") => Ok(()),
+        found => Err(format!(
+            "the fence was taken back meanwhile: `default_transaction_read_only` is {}",
+            found.unwrap_or("not set")
+        )),
+    }
 }
 
 /// The server of a fenced cell says of every session that its transactions only read, which is no state of the session: it says
