@@ -62,9 +62,9 @@ async fn nothing_is_taken_up_that_could_not_run_together() {
     assert!(!output.status.success());
     assert!(shown(&output).contains("`app.slots`"), "{}", shown(&output));
     signal(installation.pid(), "HUP");
-    change(&installation, "slots = \"perhaps\"", "slots = true");
-    // What a cell is takes a restart, and with it what was checked with it.
+    // What a cell is takes a restart, and with it what was checked with it. The signal may be obeyed as late as now.
     change(&installation, "\"-c listen_addresses", "\"-c work_mem=8MB\", \"-c listen_addresses");
+    change(&installation, "slots = \"perhaps\"", "slots = true");
     let text = says(&["apply"]);
     assert!(!text.contains("at once"), "{text}");
     let waits = text.lines().filter(|line| line.contains("at a restart")).count();
