@@ -158,9 +158,19 @@ pub(crate) struct AppStatus {
     pub(crate) sessions: u64,
     pub(crate) cells: Vec<CellStatus>,
     #[serde(default)]
+    pub(crate) needs: Vec<Needed>,
+    #[serde(default)]
     pub(crate) proxies: Vec<ProxyStatus>,
     /// What is wrong, each with what to type next.
     pub(crate) problems: Vec<String>,
+}
+
+/// An application that another needs, and where it is.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Needed {
+    pub(crate) app: String,
+    pub(crate) active: Option<String>,
+    pub(crate) region: Option<String>,
 }
 
 /// One proxy, in one application.
@@ -176,6 +186,8 @@ pub(crate) struct ProxyStatus {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct CellStatus {
     pub(crate) name: String,
+    #[serde(default)]
+    pub(crate) region: Option<String>,
     pub(crate) state: CellState,
     pub(crate) server: String,
     /// `primary`, `standby`, or why it cannot be said.
@@ -195,6 +207,19 @@ async fn status(
         apps.push(app_status(&state, name).await?);
     }
     Ok(Json(Status { apps }))
+}
+
+/// Where the applications are that one needs.
+fn needs_of(control: &Control, name: &str) -> Result<Vec<Needed>, ApiError> {
+    let mut needs = Vec::new();
+    for app in &control.config.apps[name].depends_on {
+        let active = control.application(app)?.active().map(str::to_owned);
+        let cells = &control.config.apps[app].cells;
+        let server = active.as_ref().and_then(|cell| cells.get(cell));
+        let region = server.and_then(|server| server.region.as_ref()).map(ToString::to_string);
+        needs.push(Needed { app: app.clone(), active, region });
+    }
+    Ok(needs)
 }
 
 async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
@@ -229,6 +254,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         let cell_state = application.cells.get(cell).copied().unwrap_or(CellState::Passive);
         let mut shown = CellStatus {
             name: cell.clone(),
+            region: servers[cell].region.as_ref().map(ToString::to_string),
             state: cell_state,
             server: servers[cell].target.address.to_string(),
             role: String::new(),
@@ -343,6 +369,7 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         execution: application.execution,
         sessions: proxies.iter().map(|proxy| proxy.sessions).sum(),
         cells,
+        needs: needs_of(&state.control, name)?,
         proxies,
         problems,
     })
@@ -438,7 +465,8 @@ async fn switchover(
     let control = state.control.clone();
     to_its_end(async move {
         let (key, to) = (asking.key.clone(), request.to.clone());
-        let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Switchover, &to);
+        let is_same =
+            |one: &Execution| one.kind == Kind::Switchover && control.is_meant(&app, &one.to, &to);
         let act = control.switchover(&app, request, asking);
         control.once(&app, key.as_deref(), is_same, act).await
     })
@@ -461,7 +489,8 @@ async fn failover(
     let control = state.control.clone();
     to_its_end(async move {
         let (key, to) = (asking.key.clone(), request.to.clone());
-        let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Failover, &to);
+        let is_same =
+            |one: &Execution| one.kind == Kind::Failover && control.is_meant(&app, &one.to, &to);
         let act = control.fail_over(&app, request, false, asking);
         control.once(&app, key.as_deref(), is_same, act).await
     })

@@ -363,12 +363,19 @@ fn compare(before: &BTreeMap<Way, String>, after: &BTreeMap<Way, String>) -> Dif
     let control_waits = waits().any(|way| of(&way, "control"));
     let apps = waits().filter(|way| of(way, "app")).filter_map(|way| way.get(1).cloned());
     let mut apps_wait: BTreeSet<String> = apps.collect();
-    let named = |(way, value): (&Way, &String)| {
-        let is_named = way.len() > 4 && way.last().is_some_and(|name| name == "app");
+    let all = before.keys().chain(after.keys()).filter(|way| of(way, "app"));
+    let all: BTreeSet<&String> = all.filter_map(|way| way.get(1)).collect();
+    let named = |(way, value): (&Way, &String)| -> Vec<(String, String)> {
         let is_plan = of(&way, "app") && way.get(2).is_some_and(|name| name == LIVE_PLANS);
-        way.get(1).cloned().filter(|_| is_named && is_plan).map(|app| (app, value.clone()))
+        let Some(app) = way.get(1).filter(|_| is_plan && way.len() > 4) else { return Vec::new() };
+        match way.last().map(String::as_str) {
+            Some("app") => vec![(app.clone(), value.clone())],
+            // Whichever has a cell there.
+            Some("leave") => all.iter().map(|other| (app.clone(), (*other).clone())).collect(),
+            _ => Vec::new(),
+        }
     };
-    let named: BTreeSet<(String, String)> = after.iter().filter_map(named).collect();
+    let named: BTreeSet<(String, String)> = after.iter().flat_map(named).collect();
     loop {
         let waits = |(app, of): &(String, String)| {
             (apps_wait.contains(of) && !apps_wait.contains(app)).then(|| app.clone())
@@ -497,6 +504,10 @@ mod tests {
         let plan = "name = \"billing\"\n[[app.plan]]\nname = \"p\"\n[[app.plan.step]]\nname = \"s\"\napp = \"shop\"\n";
         let found = differ(&[("password=x", "password=y"), ("name = \"billing\"\n", plan)]);
         assert!(found.len() == 5 && found.iter().all(|(_, now)| !now), "{found:?}");
+        let leaves = plan.replace("app = \"shop\"", "leave = \"eu\"\nto = \"us\"");
+        let found =
+            differ(&[("password=x", "password=y"), ("name = \"billing\"\n", leaves.as_str())]);
+        assert!(found.len() == 6 && found.iter().all(|(_, now)| !now), "{found:?}");
         let found = differ(&[("name = \"billing\"\n", plan)]);
         assert!(found.len() == 4 && found.iter().all(|(_, now)| *now), "{found:?}");
         let found = differ(&[

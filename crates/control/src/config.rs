@@ -1,6 +1,6 @@
 //! Applications, their cells, and how each server is reached.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use model::durability::Durability;
 use model::lease::Terms;
 use model::objectives::Objectives;
 use model::plan::Plan;
+use model::region::Region;
 use model::safety::Rule;
 use pg::Target;
 use pg::admin::AdminLogin;
@@ -47,6 +48,8 @@ pub struct AppServers {
     /// The cell that is active when the application is first seen.
     pub first_active: String,
     pub cells: BTreeMap<String, CellServer>,
+    /// Applications that this one needs.
+    pub depends_on: BTreeSet<String>,
     pub settings: Live<AppSettings>,
 }
 
@@ -54,6 +57,28 @@ impl AppServers {
     /// What holds now; whoever looks at more than one of them takes them once.
     pub fn now(&self) -> Arc<AppSettings> {
         self.settings.now()
+    }
+
+    /// The region that somebody means who names where an application is to go, if that is no cell.
+    pub fn region(&self, to: &str) -> Option<Region> {
+        let region = Region::read(to).ok().filter(|_| !self.cells.contains_key(to))?;
+        self.cells.keys().any(|cell| self.is_within(cell, &region)).then_some(region)
+    }
+
+    pub fn is_within(&self, cell: &str, region: &Region) -> bool {
+        let at = self.cells.get(cell).and_then(|server| server.region.as_ref());
+        at.is_some_and(|at| region.holds(at))
+    }
+
+    /// Whether a cell is the one that is named, or one of the region that is.
+    pub fn is_meant(&self, cell: &str, to: &str) -> bool {
+        cell == to || self.region(to).is_some_and(|region| self.is_within(cell, &region))
+    }
+
+    /// How many levels of their regions two cells share.
+    pub(crate) fn shared(&self, one: &str, other: &str) -> usize {
+        let region = |cell: &str| self.cells.get(cell).and_then(|server| server.region.as_ref());
+        region(one).zip(region(other)).map_or(0, |(one, other)| one.shared(other))
     }
 }
 
@@ -90,6 +115,7 @@ impl Default for FailoverConfig {
 /// One server.
 #[derive(Debug, Clone)]
 pub struct CellServer {
+    pub region: Option<Region>,
     pub target: Target,
     pub admin: AdminLogin,
     /// Whoever may stop, rewind and start it. Without one the old server of a switchover stays fenced until somebody makes

@@ -129,6 +129,26 @@ impl Control {
         Ok(execution)
     }
 
+    /// Whether a cell is where an application was to go.
+    pub fn is_meant(&self, app: &str, cell: &str, to: &str) -> bool {
+        self.servers(app).is_ok_and(|servers| servers.is_meant(cell, to))
+    }
+
+    /// The cell where an application is to go: the one that is named, or of a region the one that would be chosen.
+    async fn aim(&self, app: &str, to: &str) -> Result<String, ControlError> {
+        let servers = self.servers(app)?;
+        let Some(region) = servers.region(to) else { return Ok(to.to_owned()) };
+        let application = self.application(app)?;
+        if let Some(cell) = application.active().filter(|cell| servers.is_within(cell, &region)) {
+            let (cell, epoch) = (cell.to_owned(), application.epoch.0);
+            return Err(ControlError::AlreadyActive { cell, epoch });
+        }
+        let from = application.active().or(application.served().map(|(cell, _)| cell));
+        let from = from.ok_or_else(|| ControlError::NoActive { app: app.into() })?;
+        let chosen = stages::choose(self, servers, (app, from), Some(&region)).await;
+        chosen.map_err(|why| ControlError::Refused(format!("no cell of `{region}` can be: {why}")))
+    }
+
     fn check(
         &self,
         app: &str,
@@ -168,6 +188,8 @@ impl Control {
         request: &SwitchoverRequest,
     ) -> Result<DryRun, ControlError> {
         let application = self.application(app)?;
+        let to = self.aim(app, &request.to).await?;
+        let request = &SwitchoverRequest { to, ..request.clone() };
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
         let mut refusals = Vec::new();
@@ -213,9 +235,10 @@ impl Control {
     ) -> Result<Execution, ControlError> {
         self.give_up_rejoin_of_standby(app).await?;
         let _taken = self.take_in_turn(app).await?;
+        let to = self.aim(app, &request.to).await?;
         let seen = records::application(&*self.store, app)?;
-        let from = self.check(app, &seen.application, &request.to)?;
-        let SwitchoverRequest { to, deadline_ms, on_timeout, .. } = request;
+        let from = self.check(app, &seen.application, &to)?;
+        let SwitchoverRequest { deadline_ms, on_timeout, .. } = request;
         let asked = Asked::new(Kind::Switchover, from, to, asking);
         self.execute(app, seen, Asked { deadline_ms, on_timeout, ..asked }).await
     }
@@ -230,6 +253,8 @@ impl Control {
         request: &FailoverRequest,
     ) -> Result<DryRun, ControlError> {
         let application = self.application(app)?;
+        let to = self.aim(app, &request.to).await?;
+        let request = &FailoverRequest { to, ..request.clone() };
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
         let asked = Asked::new(Kind::Failover, from.clone(), request.to.clone(), Asking::default());
@@ -264,6 +289,7 @@ impl Control {
         asking: Asking,
     ) -> Result<Execution, ControlError> {
         let FailoverRequest { to, allow_data_loss, .. } = request;
+        let to = self.aim(app, &to).await?;
         let application = self.application(app)?;
         if self.rejoining(app, &application).is_some() {
             // A copy of hours is given up only for one that would come about.

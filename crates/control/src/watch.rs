@@ -421,7 +421,7 @@ async fn begin(
     if let Err(error) = control.settle_followers(app).await {
         tracing::warn!(app, error = model::chain(&error), "standbys are not settled");
     }
-    let to = stages::choose(control, servers, (app, cell)).await?;
+    let to = stages::choose(control, servers, (app, cell), None).await?;
     // Soon after control has begun, agents are heard only there.
     check_not_older(control, app)?;
     if let Some(one) = recent.iter().find(is_recent) {

@@ -8,6 +8,7 @@
 //!   how it is replayed.
 //! - [`sql`]: the little that is read from statement text.
 //! - [`cell`]: applications, cells, their states and the epoch.
+//! - [`region`], [`dependency`]: where cells are, and which applications need which.
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
 //! - [`failover`]: whether a server is lost, and whether another may take its place.
 //! - [`following`]: whether a standby is told to follow another server.
@@ -33,6 +34,7 @@ pub mod agent;
 pub mod audit;
 pub mod barrier;
 pub mod cell;
+pub mod dependency;
 pub mod durability;
 pub mod error_chain;
 pub mod failover;
@@ -46,6 +48,7 @@ pub mod plan;
 pub mod pledge;
 pub mod policy;
 pub mod proxies;
+pub mod region;
 pub mod safety;
 pub mod seat;
 pub mod session;

@@ -125,7 +125,7 @@ enum Verb {
     )]
     Switchover {
         app: String,
-        /// The cell that becomes active.
+        /// The cell that becomes active, or the region of which one does.
         #[arg(long, value_name = "CELL")]
         to: String,
         /// Change nothing; say what would be done and who would be in the way.
@@ -142,7 +142,7 @@ enum Verb {
     #[command(after_help = "Example: holdfast failover shop --to b --dry-run")]
     Failover {
         app: String,
-        /// The cell that becomes active.
+        /// The cell that becomes active, or the region of which one does.
         #[arg(long, value_name = "CELL")]
         to: String,
         /// Give up what only the lost server has; and where Holdfast cannot see that it is dead, say so.

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::plans::{Found, Which};
 use super::{Global, client, plans, report};
-use crate::api::{Audit, ProxyStatus, Status};
+use crate::api::{Audit, Needed, ProxyStatus, Status};
 use crate::loaded::{Changes, Takes};
 
 pub(super) type Done = Result<ExitCode, String>;
@@ -61,7 +61,8 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
         }
         let active = app.active.as_deref().unwrap_or("none");
         say!("{}: active cell {active}, epoch {}, {} sessions", app.name, app.epoch, app.sessions);
-        let rows: Vec<Vec<String>> = app
+        let has_regions = app.cells.iter().any(|cell| cell.region.is_some());
+        let mut rows: Vec<Vec<String>> = app
             .cells
             .iter()
             .map(|cell| {
@@ -70,6 +71,7 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
                 let streaming = if cell.streaming { "yes" } else { "-" };
                 vec![
                     cell.name.clone(),
+                    cell.region.clone().unwrap_or_else(|| "-".into()),
                     cell.state.to_string(),
                     cell.server.clone(),
                     cell.role.clone(),
@@ -79,7 +81,17 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
                 ]
             })
             .collect();
-        table(&["cell", "state", "server", "role", "lsn", "lag", "streams"], &rows);
+        let mut head = vec!["cell", "region", "state", "server", "role", "lsn", "lag", "streams"];
+        if !has_regions {
+            head.remove(1);
+            rows.iter_mut().for_each(|row| drop(row.remove(1)));
+        }
+        table(&head, &rows);
+        for Needed { app, active, region } in &app.needs {
+            let cell = active.as_deref().unwrap_or("none");
+            let at = region.as_ref().map_or(String::new(), |region| format!(", in {region}"));
+            say!("needs {app}: active cell {cell}{at}");
+        }
         if app.proxies.len() > 1 {
             let own = |name: &str| if name.is_empty() { "(own)".into() } else { name.to_owned() };
             let row = |p: &ProxyStatus| vec![own(&p.name), p.state.clone(), p.sessions.to_string()];

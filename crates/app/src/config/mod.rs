@@ -35,6 +35,7 @@ mod node;
 mod plans;
 mod policy;
 mod reader;
+mod regions;
 mod safety;
 
 use crate::api::access::{Access, Role, Token};
@@ -249,17 +250,18 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
             .or(elsewhere.is_some().then_some(agents::TERMS)),
     };
     let (mut apps, mut servers) = (Vec::new(), BTreeMap::new());
-    let mut plans = BTreeMap::new();
+    let (mut plans, mut needs) = (BTreeMap::new(), BTreeMap::new());
     let tables = root.tables(mistakes, "app");
     if tables.is_empty() {
         mistakes.add(0..0, "there is no [[app]]; at least one is needed");
     }
     for mut table in tables {
         let (span, read) = (table.span(), read_app(&mut table, mistakes, &common));
-        let name = read.as_ref().map_or("", |(app, _)| app.name.as_str());
+        let name = read.as_ref().map_or("", |(app, ..)| app.name.as_str());
         let its_plans = plans::read(&mut table, mistakes, name);
         table.end(mistakes);
-        let Some((app, its_servers)) = read else { continue };
+        let Some((app, its_servers, its_needs)) = read else { continue };
+        needs.insert(app.name.clone(), its_needs);
         plans.insert(app.name.clone(), its_plans);
         if servers.insert(app.name.clone(), its_servers).is_some() {
             mistakes.add(span, format!("application `{}` is there twice", app.name));
@@ -267,6 +269,7 @@ fn read_root(root: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Option<Roles>
         apps.push(app);
     }
     check_databases(&apps, mistakes);
+    regions::check(&needs, &servers, mistakes);
     let has_tokens = api.as_ref().is_some_and(|api| !api.access.now().tokens.is_empty());
     // A proxy whose control is elsewhere does not know who may approve there.
     plans::settle(plans, &mut servers, has_tokens || elsewhere.is_some(), mistakes);
@@ -527,7 +530,7 @@ fn read_app(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
     common: &Common,
-) -> Option<(AppConfig, AppServers)> {
+) -> Option<(AppConfig, AppServers, regions::Needed)> {
     let name = table.required_text(mistakes, "name");
     let databases = table.texts(mistakes, "databases").unwrap_or_default();
     let moves = read_moves(table, mistakes);
@@ -537,6 +540,7 @@ fn read_app(
     let durability = read_durability(table, mistakes);
     let objectives = read_objectives(table, mistakes);
     let slots = table.flag(mistakes, "slots").unwrap_or(false);
+    let needs = table.texts(mistakes, "depends_on").unwrap_or_default();
     let auth = read_auth(table, mistakes);
     let admin = read_admin(table, mistakes);
     let sslmode = table.choice(mistakes, "sslmode", &SslMode::NAMES, SslMode::from_name);
@@ -590,6 +594,7 @@ fn read_app(
         );
         mistakes.add(table.span(), text);
     }
+    regions::check_names(&cells, &table.span(), mistakes);
     let first_active = active.pop()?;
     let targets =
         cells.iter().map(|(name, server)| (name.clone(), server.target.clone())).collect();
@@ -609,7 +614,9 @@ fn read_app(
     }
     let plans = BTreeMap::new();
     let settings = AppSettings { failover, durability, objectives, slots, plans, rules };
-    Some((app, AppServers { first_active, cells, settings: Live::new(settings) }))
+    let depends_on = needs.iter().map(|(app, _)| app.clone()).collect();
+    let settings = Live::new(settings);
+    Some((app, AppServers { first_active, cells, depends_on, settings }, needs))
 }
 
 fn read_auth(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> AuthConfig {
@@ -658,6 +665,7 @@ fn read_cell(
     let name = table.required_text(mistakes, "name");
     let span = table.span_of("server");
     let server = table.required_text(mistakes, "server");
+    let region = regions::read(table, mistakes);
     let active = table.flag(mistakes, "active").unwrap_or(false);
     let address = Address::read(&server);
     if address.is_none() && !server.is_empty() {
@@ -691,7 +699,7 @@ fn read_cell(
         (None, Some(terms)) => Some(Member::Agent(Arc::new(Link::new(app, &name, terms)))),
         (None, None) => None,
     };
-    (name, Some(CellServer { target, admin: admin.clone(), member, conninfo }), active)
+    (name, Some(CellServer { region, target, admin: admin.clone(), member, conninfo }), active)
 }
 
 /// A server whose programs and files are on this machine.

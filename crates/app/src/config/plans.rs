@@ -12,9 +12,11 @@ use model::plan::trigger::Trigger;
 use model::plan::{
     Action, Condition, Dns, Http, Mode, OnFailure, Plan, SEPARATOR, STEPS_MAX, Step, Undo, What,
 };
+use model::region::Region;
 use model::switchover::OnTimeout;
 
 use super::reader::{Mistakes, Table};
+use super::regions;
 
 /// Of one try of a step, and of an approval.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -29,7 +31,7 @@ const NAME_LEN_MAX: usize = 64;
 /// Groups and child plans in each other.
 const DEPTH_MAX: usize = 8;
 /// What a step may be, of which it is one.
-const KINDS: [&str; 14] = [
+const KINDS: [&str; 15] = [
     "activate",
     "fence",
     "fence_all",
@@ -44,6 +46,7 @@ const KINDS: [&str; 14] = [
     "plan",
     "steps",
     "parallel",
+    "leave",
 ];
 /// Those that do something.
 const ACTIONS: usize = 10;
@@ -62,10 +65,22 @@ pub(super) struct Written {
 struct WrittenStep {
     /// Its name is the last part only.
     step: Step,
-    children: Vec<WrittenStep>,
-    /// Another plan of the application, whose steps it consists of.
-    child: Option<String>,
+    inner: Inner,
     span: Range<usize>,
+}
+
+/// What a step consists of.
+enum Inner {
+    Nothing,
+    Steps(Vec<WrittenStep>),
+    /// Those of another plan of the application.
+    Plan(String),
+    /// Every application whose active cell is in the region goes to another; each by such a step.
+    Leave {
+        region: Region,
+        to: Region,
+        each: Box<Step>,
+    },
 }
 
 pub(super) fn ms(duration: Duration) -> u64 {
@@ -156,8 +171,8 @@ fn read_steps(
         let span = table.span();
         let read = read_step(&mut table, mistakes, app);
         table.end(mistakes);
-        if let Some((step, children, child)) = read {
-            steps.push(WrittenStep { step, children, child, span });
+        if let Some((step, inner)) = read {
+            steps.push(WrittenStep { step, inner, span });
         }
     }
     steps
@@ -167,7 +182,7 @@ fn read_step(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
     own_app: &str,
-) -> Option<(Step, Vec<WrittenStep>, Option<String>)> {
+) -> Option<(Step, Inner)> {
     let name = read_name(table, mistakes);
     let kinds: Vec<&str> = KINDS.into_iter().filter(|kind| table.has(kind)).collect();
     let [kind] = kinds[..] else {
@@ -179,7 +194,7 @@ fn read_step(
         KINDS.iter().for_each(|kind| drop(table.text(&mut Mistakes::new(""), kind)));
         return None;
     };
-    let (mut children, mut child) = (Vec::new(), None);
+    let mut inner = Inner::Nothing;
     let what = match kind {
         "approval" => {
             let by = table.choice(mistakes, "approval", &["anybody", "other"], |text| match text {
@@ -190,16 +205,20 @@ fn read_step(
             What::Approval { by_other: by? }
         }
         "plan" => {
-            child = Some(table.text(mistakes, "plan")?);
+            inner = Inner::Plan(table.text(mistakes, "plan")?);
             What::Sequence(Vec::new())
         }
         "steps" => {
-            children = read_steps(table, mistakes, "steps", own_app);
+            inner = Inner::Steps(read_steps(table, mistakes, "steps", own_app));
             What::Sequence(Vec::new())
         }
         "parallel" => {
-            children = read_steps(table, mistakes, "parallel", own_app);
+            inner = Inner::Steps(read_steps(table, mistakes, "parallel", own_app));
             What::Parallel(Vec::new())
+        }
+        "leave" => {
+            inner = read_leave(table, mistakes, own_app)?;
+            What::Sequence(Vec::new())
         }
         _ => What::Do(read_action(table, mistakes, own_app, kind)?),
     };
@@ -231,7 +250,61 @@ fn read_step(
     let tries = u32::try_from(tries).unwrap_or(1);
     let (pause_ms, timeout_ms) = (ms(pause), ms(timeout));
     let step = Step { name, what, only_if, mode, tries, pause_ms, timeout_ms, undo, idempotent };
-    Some((step, children, child))
+    Some((step, inner))
+}
+
+fn read_leave(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, own_app: &str) -> Option<Inner> {
+    let mut region = |table: &mut Table<'_>, key| {
+        let (span, text) = (table.span_of(key), table.required_text(mistakes, key));
+        Region::read(&text).map_err(|why| mistakes.add(span, why)).ok()
+    };
+    let (region, to) = (region(table, "leave"), region(table, "to"));
+    let (app, name) = (own_app.to_owned(), String::new());
+    let to_text = to.as_ref().map(ToString::to_string).unwrap_or_default();
+    let action = read_activate(table, mistakes, app, to_text);
+    let tries = table.number(mistakes, "tries", 1..1_001).unwrap_or(1);
+    let pause = table.duration(mistakes, "pause").unwrap_or(PAUSE);
+    let undo = read_undo(table, mistakes, own_app, &action);
+    let each = Step {
+        name,
+        what: What::Do(action),
+        only_if: Vec::new(),
+        mode: None,
+        tries: u32::try_from(tries).unwrap_or(1),
+        pause_ms: ms(pause),
+        timeout_ms: ms(TIMEOUT),
+        undo,
+        idempotent: false,
+    };
+    let (region, to) = (region?, to?);
+    if region.holds(&to) {
+        let text = format!("`{to}` is in `{region}`, which is to be left");
+        mistakes.add(table.span_of("to"), text);
+    }
+    Some(Inner::Leave { region, to, each: each.into() })
+}
+
+/// How one is asked to leave its cell.
+fn read_ending(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> (u64, OnTimeout) {
+    let deadline = table.duration(mistakes, "deadline").unwrap_or(DEADLINE);
+    let words = ["abort", "force"];
+    let on_timeout = table.choice(mistakes, "on_timeout", &words, |text| match text {
+        "abort" => Some(OnTimeout::Abort),
+        "force" => Some(OnTimeout::Force),
+        _ => None,
+    });
+    (ms(deadline), on_timeout.unwrap_or_default())
+}
+
+fn read_activate(
+    table: &mut Table<'_>,
+    mistakes: &mut Mistakes<'_>,
+    app: String,
+    to: String,
+) -> Action {
+    let (deadline_ms, on_timeout) = read_ending(table, mistakes);
+    let allow_data_loss = table.flag(mistakes, "allow_data_loss").unwrap_or(false);
+    Action::Activate { app, to, deadline_ms, on_timeout, allow_data_loss }
 }
 
 /// The application that a step is about: its plan's, unless it names another.
@@ -245,29 +318,17 @@ fn read_action(
     own_app: &str,
     kind: &str,
 ) -> Option<Action> {
-    let ending = |table: &mut Table<'_>, mistakes: &mut Mistakes<'_>| {
-        let deadline = table.duration(mistakes, "deadline").unwrap_or(DEADLINE);
-        let words = ["abort", "force"];
-        let on_timeout = table.choice(mistakes, "on_timeout", &words, |text| match text {
-            "abort" => Some(OnTimeout::Abort),
-            "force" => Some(OnTimeout::Force),
-            _ => None,
-        });
-        (ms(deadline), on_timeout.unwrap_or_default())
-    };
     Some(match kind {
         "activate" => {
             let app = read_app(table, mistakes, own_app);
             let to = table.text(mistakes, "activate")?;
-            let (deadline_ms, on_timeout) = ending(table, mistakes);
-            let allow_data_loss = table.flag(mistakes, "allow_data_loss").unwrap_or(false);
-            Action::Activate { app, to, deadline_ms, on_timeout, allow_data_loss }
+            read_activate(table, mistakes, app, to)
         }
         "fence" | "fence_all" => {
             let all = kind == "fence_all";
             let app = read_app(table, mistakes, own_app);
             let cell = table.text(mistakes, if all { "fence_all" } else { "fence" })?;
-            let (deadline_ms, on_timeout) = ending(table, mistakes);
+            let (deadline_ms, on_timeout) = read_ending(table, mistakes);
             Action::Fence { app, cell, all, deadline_ms, on_timeout }
         }
         "unfence" => {
@@ -470,7 +531,8 @@ pub(super) fn settle(
         }
         let mut all = BTreeMap::new();
         for plan in plans {
-            let mut settling = Settling { plans: &by_name, path: vec![&plan.name], count: 0 };
+            let path = vec![plan.name.as_str()];
+            let mut settling = Settling { plans: &by_name, apps, path, count: 0 };
             let steps = settling.steps(&plan.steps, "", mistakes);
             let count = settling.count;
             if count > STEPS_MAX {
@@ -502,6 +564,7 @@ pub(super) fn settle(
 /// Puts plans together.
 struct Settling<'a, 'p> {
     plans: &'p BTreeMap<&'a str, &'a Written>,
+    apps: &'p BTreeMap<String, AppServers>,
     /// Plans that are being put together, each in the one before.
     path: Vec<&'a str>,
     /// Steps so far.
@@ -529,12 +592,16 @@ impl<'a> Settling<'a, '_> {
                 mistakes.add(written.span.clone(), text);
                 return settled;
             }
-            let children = match &written.child {
-                Some(child) => match self.child(child, written, &inner, mistakes) {
+            let children = match &written.inner {
+                Inner::Nothing => Vec::new(),
+                Inner::Steps(steps) => self.steps(steps, &inner, mistakes),
+                Inner::Plan(child) => match self.child(child, written, &inner, mistakes) {
                     Some(children) => children,
                     None => continue,
                 },
-                None => self.steps(&written.children, &inner, mistakes),
+                Inner::Leave { region, to, each } => {
+                    self.leave((region, to), each, (written, &inner), mistakes)
+                }
             };
             match &mut step.what {
                 What::Sequence(steps) | What::Parallel(steps) => *steps = children,
@@ -543,6 +610,56 @@ impl<'a> Settling<'a, '_> {
             settled.push(step);
         }
         settled
+    }
+
+    /// Group by group, so that what others need goes first.
+    fn leave(
+        &mut self,
+        (region, to): (&Region, &Region),
+        each: &Step,
+        (written, prefix): (&WrittenStep, &str),
+        mistakes: &mut Mistakes<'_>,
+    ) -> Vec<Step> {
+        let mut groups = Vec::new();
+        for group in regions::within(region, self.apps) {
+            let mut steps = Vec::new();
+            for (app, cells) in group {
+                let is_there = self.apps.get(&app).is_some_and(|servers| {
+                    servers.cells.keys().any(|cell| servers.is_within(cell, to))
+                });
+                if !is_there {
+                    let text =
+                        format!("application `{app}` has cells in `{region}`, and none in `{to}`");
+                    mistakes.add(written.span.clone(), text);
+                }
+                let is_one = cells.len() == 1;
+                for cell in cells {
+                    let name = if is_one { app.clone() } else { format!("{app}.{cell}") };
+                    let mut step = Step { name: format!("{prefix}{name}"), ..each.clone() };
+                    if let What::Do(Action::Activate { app: its, .. }) = &mut step.what {
+                        its.clone_from(&app);
+                    }
+                    let (app, states) = (app.clone(), BTreeSet::from([CellState::Active]));
+                    step.only_if.push(Condition { app, cell, states });
+                    self.count += 1;
+                    steps.push(step);
+                }
+            }
+            match steps.len() {
+                1 => groups.append(&mut steps),
+                _ => {
+                    self.count += 1;
+                    let name = format!("{prefix}group-{}", groups.len() + 1);
+                    let what = What::Parallel(steps);
+                    groups.push(Step { name, what, undo: None, ..each.clone() });
+                }
+            }
+        }
+        if groups.is_empty() {
+            let text = format!("no application has a cell in `{region}`");
+            mistakes.add(written.span.clone(), text);
+        }
+        groups
     }
 
     fn child(
@@ -621,9 +738,11 @@ fn check(
         };
         for action in own.into_iter().chain(undo) {
             let cell = match action {
-                Action::Activate { to: cell, .. }
-                | Action::Fence { cell, .. }
-                | Action::Unfence { cell, .. } => Some(cell.as_str()),
+                Action::Activate { app, to, .. } => {
+                    let is_region = apps.get(app).is_some_and(|its| its.region(to).is_some());
+                    (!is_region).then_some(to.as_str())
+                }
+                Action::Fence { cell, .. } | Action::Unfence { cell, .. } => Some(cell.as_str()),
                 Action::Sql { cell, .. } => cell.as_deref(),
                 Action::Http(_)
                 | Action::Exec { .. }

@@ -203,6 +203,74 @@ only_if = [{ cell = "b", is = "passive" }]
     assert_eq!(plan.objective_ms, Some(30_000));
 }
 
+/// An application with a cell in each of these regions; the first is active.
+fn app_in(name: &str, regions: &[&str], needs: &str) -> String {
+    let cells = regions.iter().enumerate().map(|(at, region)| {
+        format!(
+            "[[app.cell]]\nname = \"c{at}\"\nserver = \"127.0.0.1:{}\"\nregion = \"{region}\"\nactive = {}\n",
+            at + 1,
+            at == 0
+        )
+    });
+    format!(
+        "[[app]]\nname = \"{name}\"\nauth = \"trust\"\ndatabases = [\"{name}\"]\ndepends_on = [{needs}]\n{}",
+        cells.collect::<String>()
+    )
+}
+
+const LEAVE: &str = "[[app.plan]]\nname = \"out\"\n[[app.plan.step]]\nname = \"go\"\nleave = \"eu/1\"\nto = \"eu/2\"\n\
+                     undo = { back = true }\n";
+
+#[test]
+fn whoever_leaves_a_region_goes_after_what_he_needs() {
+    let all = [
+        app_in("shop", &["eu/1/a", "eu/1/b", "eu/2"], "\"ledger\", \"mail\""),
+        LEAVE.into(),
+        app_in("ledger", &["eu/1", "eu/2/a"], ""),
+        app_in("mail", &["eu/1", "eu/2"], ""),
+        app_in("far", &["us", "eu/2"], "\"shop\""),
+    ];
+    let Roles::Here(config) = Roles::read(&all.concat()).unwrap() else { panic!() };
+    let settings = config.control.apps["shop"].now();
+    let plan = &settings.plans["out"];
+    let names: Vec<&str> = plan.all_steps().iter().map(|step| step.name.as_str()).collect();
+    let expected =
+        ["go", "go/group-1", "go/ledger", "go/mail", "go/group-2", "go/shop.c0", "go/shop.c1"];
+    assert_eq!(names, expected);
+    let step = plan.step("go/shop.c1").unwrap();
+    assert!(step.says().contains("`eu/2` of `shop` becomes active"), "{}", step.says());
+    assert_eq!((&*step.only_if[0].cell, step.undo.is_some()), ("c1", true));
+}
+
+#[test]
+fn mistakes_about_regions_are_named() {
+    let shop = |regions: &[&str], needs: &str| app_in("shop", regions, needs);
+    let ledger = app_in("ledger", &["eu/1", "us"], "\"shop\"");
+    for (text, expected) in [
+        (shop(&["eu//1", "us"], ""), "a region is such as \"eu/frankfurt/a\""),
+        (shop(&["c1", "us"], ""), "`c1` is a cell, and a region in which cell `c0` is"),
+        (shop(&["eu", "us"], "\"mail\""), "there is no application `mail`; there are shop"),
+        (
+            shop(&["eu", "us"], "\"ledger\"") + &ledger,
+            "leads back to itself: `ledger` -> `shop` -> `ledger`",
+        ),
+        (shop(&["eu/1", "us"], "") + LEAVE, "has cells in `eu/1`, and none in `eu/2`"),
+        (shop(&["us/1", "us/2"], "") + LEAVE, "no application has a cell in `eu/1`"),
+        (
+            shop(&["eu/1", "us"], "") + &LEAVE.replace("\"eu/2\"", "\"eu/1/b\""),
+            "`eu/1/b` is in `eu/1`, which is to be left",
+        ),
+        (
+            shop(&["eu/1", "us"], "") + &LEAVE.replace("to = \"eu/2\"\n", ""),
+            "`app.plan.step.to` is missing",
+        ),
+    ] {
+        let mistakes = Roles::read(&text).unwrap_err();
+        let shown: Vec<&str> = mistakes.iter().map(|mistake| &*mistake.text).collect();
+        assert!(shown.iter().any(|text| text.contains(expected)), "{expected}: {shown:?}");
+    }
+}
+
 /// Neither by their depth nor by their number do plans grow without end.
 #[test]
 fn plans_of_plans_are_bounded() {

@@ -61,6 +61,51 @@ async fn whichever_is_lost_the_others_follow_by_their_agents() {
     lose_one_after_the_other(&Installation::start_of_three("three-agents", &["--agents"])).await;
 }
 
+/// Says where each cell is.
+fn place(installation: &mut Installation, regions: &[(&str, &str)]) {
+    installation.reconfigure(|config| {
+        regions.iter().fold(config, |config, (cell, region)| {
+            let name = format!("[[app.cell]]\nname = \"{cell}\"\n");
+            assert!(config.contains(&name), "{config}");
+            config.replacen(&name, &format!("{name}region = \"{region}\"\n"), 1)
+        })
+    });
+}
+
+#[tokio::test]
+async fn a_region_is_gone_to_and_left() {
+    let mut installation = Installation::start_of_three("three-regions", &[]);
+    place(&mut installation, &[("a", "eu/1"), ("b", "us/1"), ("c", "eu/2")]);
+    crate::plans::plan(
+        &mut installation,
+        "[[app.plan]]\nname = \"out\"\n[[app.plan.step]]\nname = \"go\"\nleave = \"us\"\nto = \"eu\"\n",
+    );
+    let mut client = installation.connect().await;
+    let writers = begin(&installation).await;
+    wait_protected(&installation).await;
+    let text = switch_to(&installation, "us").await;
+    assert!(text.contains("completed"), "{text}");
+    assert_eq!(settled(&installation, "").await, "b");
+    let already = installation.holdfast(&["switchover", "shop", "--to", "us/1"]);
+    assert!(shown(&already).contains("`b` is active already"), "{}", shown(&already));
+    let nobody = installation.holdfast(&["switchover", "shop", "--to", "asia"]);
+    assert!(shown(&nobody).contains("has no cell `asia`"), "{}", shown(&nobody));
+    wait_protected(&installation).await;
+    for expected in ["completed", "skipped"] {
+        let output =
+            installation.holdfast_in_background(&["execute", "shop", "out"]).await.unwrap();
+        assert!(shown(&output).contains(expected), "{expected}: {}", shown(&output));
+    }
+    let there = settled(&installation, "").await;
+    assert!(there != "b", "{there}");
+    // The nearest of those that have all: the other one in `eu`.
+    wait_protected(&installation).await;
+    installation.signal_server(&there, "KILL");
+    assert!(["a", "c"].contains(&&*settled(&installation, &there).await));
+    end(&installation, writers).await;
+    assert_eq!(value(&mut client, "SELECT count(*) > 50 FROM written").await, "t");
+}
+
 #[tokio::test]
 async fn a_switchover_takes_the_third_along() {
     let installation = Installation::start_of_three("three-switch", &[]);

@@ -83,7 +83,9 @@ async fn execute(control: &Control, doing: &Doing, action: &Action) -> Outcome {
             match doing.mode {
                 Mode::Graceful => {
                     let (to, deadline_ms, on_timeout) = (to.clone(), *deadline_ms, *on_timeout);
-                    let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Switchover, &to);
+                    let is_same = |one: &Execution| {
+                        one.kind == Kind::Switchover && control.is_meant(app, &one.to, &to)
+                    };
                     let request = SwitchoverRequest {
                         to: to.clone(),
                         dry_run: false,
@@ -95,7 +97,9 @@ async fn execute(control: &Control, doing: &Doing, action: &Action) -> Outcome {
                 }
                 Mode::Ungraceful => {
                     let (to, allow_data_loss) = (to.clone(), *allow_data_loss);
-                    let is_same = |one: &Execution| (one.kind, &one.to) == (Kind::Failover, &to);
+                    let is_same = |one: &Execution| {
+                        one.kind == Kind::Failover && control.is_meant(app, &one.to, &to)
+                    };
                     let request =
                         FailoverRequest { to: to.clone(), allow_data_loss, dry_run: false };
                     let act = control.fail_over(app, request, false, asking);

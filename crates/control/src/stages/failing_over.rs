@@ -15,6 +15,7 @@ use model::durability::Protection;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
 use model::member::WalTail;
 use model::persisted::{Execution, LostTail, Pleads};
+use model::region::Region;
 use model::switchover::Kind;
 use pg::ConnectError;
 use pg::admin::Admin;
@@ -108,14 +109,18 @@ pub(crate) async fn position(admin: &mut Admin) -> Result<Position, String> {
     Ok(Position { timeline, received, is_sure: cell(2) == Some("t") })
 }
 
-/// The standby that is to take the place, if nobody has said which: of those that could at all.
+/// The standby that is to take the place, if nobody has said which: of those that could at all, and are `within` a region if
+/// one was named. Of several that have as much, it is the nearest.
 pub(crate) async fn choose(
     control: &Control,
     servers: &AppServers,
     (app, from): (&str, &str),
+    within: Option<&Region>,
 ) -> Result<String, String> {
     let pleads = records::pleads(&*control.store, app, from).map_err(chain)?;
     let mut all = candidates(servers, from).await;
+    all.retain(|one| within.is_none_or(|region| servers.is_within(&one.cell, region)));
+    all.sort_by_key(|one| std::cmp::Reverse(servers.shared(&one.cell, from)));
     for one in &all {
         // Control may have begun a moment ago.
         if let Some(member) = servers.cells.get(&one.cell).and_then(|one| one.member.as_ref()) {
@@ -138,7 +143,12 @@ pub(crate) async fn choose(
         may.is_ok()
     });
     let chosen = most_advanced(&all).map(|one| one.cell.clone());
-    chosen.ok_or_else(|| why.unwrap_or_else(|| "no standby answers".into()))
+    chosen.ok_or_else(|| {
+        why.unwrap_or_else(|| match within {
+            Some(region) => format!("no standby in `{region}` answers"),
+            None => "no standby answers".into(),
+        })
+    })
 }
 
 /// Whoever is beside the server is there to hold the lease that a primary needs.
