@@ -374,10 +374,10 @@ impl Session {
                             if prepares && let Some(confined) = &mut self.confined {
                                 confined.on_prepared();
                             }
-                            if body.starts_with(b"DEALLOCATE\0") || body.starts_with(b"DO\0") {
-                                // Which name is gone, or was given anew, is not known.
-                                self.may_be_replaced = true;
-                            }
+                            // Which name is gone is not known; nor what code has done.
+                            self.had_deallocated |= body.starts_with(b"DEALLOCATE\0");
+                            self.had_hidden_code |=
+                                body.starts_with(b"DO\0") || body.starts_with(b"CALL\0");
                             if body.starts_with(b"SAVEPOINT\0") {
                                 self.protocol.on_savepoint();
                             }
@@ -386,7 +386,7 @@ impl Session {
                             {
                                 (self.has_prepared, self.restyled) = (false, false);
                                 (self.has_prepared_by_sql, self.has_lost_names) = (false, false);
-                                self.may_be_replaced = false;
+                                (self.had_deallocated, self.had_hidden_code) = (false, false);
                                 if let Some(confined) = &mut self.confined {
                                     confined.on_discarded();
                                 }

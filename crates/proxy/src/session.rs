@@ -143,8 +143,9 @@ pub struct Session {
     pub has_prepared_by_sql: bool,
     /// There may be statements with a name of which nothing is known.
     pub has_lost_names: bool,
-    /// Names may stand for what SQL has prepared since.
-    pub may_be_replaced: bool,
+    /// SQL has taken names away, or code that nobody has seen may have, and given them anew.
+    pub had_deallocated: bool,
+    pub had_hidden_code: bool,
     /// Its client has closed, and what it sent before is still to pass.
     pub has_closed: bool,
     /// How often its application was cut from its servers, when its engine last did that.

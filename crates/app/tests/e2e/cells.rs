@@ -363,11 +363,27 @@ async fn what_names_stand_for_hides_no_write() {
         "SELECT table_to_xml('v1', true, false, '')",
         "PREPARE p (int) AS SELECT $1; EXECUTE p (hides())",
         "SELECT 1; COMMIT; SELECT 1",
-        r"SELECT '\' , '; INSERT INTO h VALUES (10); --'",
     ] {
         refused(&mut one, sql).await;
         assert_eq!(one.status, TxStatus::Idle, "{sql}");
     }
+    // A query is read as its server does; of what is prepared for later that is not known.
+    let literals = r"SELECT '\' , '; INSERT INTO h VALUES (10); --'";
+    assert_eq!(value(&mut one, literals).await, r"\");
+    let mut out = parse(b"", literals);
+    out.extend(execute(b""));
+    assert_eq!(batch(&mut one, out).await, "12[25006]I");
+    run(&mut one, "SET standard_conforming_strings = off").await;
+    refused(&mut one, literals).await;
+    run(&mut one, "RESET standard_conforming_strings").await;
+    assert_eq!(value(&mut one, literals).await, r"\");
+    // Not when it may have been set in what is under way.
+    let mut out = parse(b"", "SET standard_conforming_strings = off");
+    out.extend(execute(b""));
+    frontend::query(&mut out, literals.as_bytes());
+    one.send(&out).await.unwrap();
+    assert!(one.answers().await.is_err());
+    run(&mut one, "RESET standard_conforming_strings").await;
     // What the protocol has bound, FETCH would run.
     run(&mut one, "BEGIN").await;
     let mut out = parse(b"", "DELETE FROM h RETURNING n");
@@ -416,6 +432,43 @@ async fn what_names_stand_for_hides_no_write() {
     run(&mut one, "INSERT INTO h VALUES (12)").await;
 }
 
+/// What our grammar cannot read the server may well execute; and a name may stand for another statement by the time it is used.
+#[tokio::test]
+async fn nothing_passes_a_fence_by_being_unreadable() {
+    let installation = Installation::start("cells-unreadable");
+    let mut one = installation.connect().await;
+    run(&mut one, "CREATE TABLE t (n int)").await;
+    batch(&mut one, parse(b"s", "SELECT 1")).await;
+    batch(&mut one, parse(b"kept", "SELECT 2")).await;
+    let mut gone = installation.connect().await;
+    batch(&mut gone, parse(b"s", "SELECT 1")).await;
+    run(&mut gone, "PREPARE z AS SELECT 1; DEALLOCATE z").await;
+    holdfast(&installation, &["fence", "shop", "a", "--deadline", "10s"]);
+    // As a string it is one literal, and as two it is a transaction of its own; only the second is too deep for us.
+    let deep = "1+".repeat(20_000);
+    let text = format!(
+        r"SELECT '\'; COMMIT; BEGIN READ WRITE; INSERT INTO t VALUES (1); COMMIT; SELECT {deep}1 --'"
+    );
+    refused(&mut one, &text).await;
+    assert_eq!(batch(&mut one, execute(b"kept")).await, "2DCI");
+    // The same name, given anew in the batch in which it is used.
+    let mut out = parse(b"", "DEALLOCATE s");
+    out.extend(execute(b""));
+    out.extend(parse(b"", "PREPARE s AS INSERT INTO t VALUES (2)"));
+    out.extend(execute(b""));
+    out.extend(execute(b"s"));
+    let answer = batch(&mut one, out).await;
+    assert!(answer.ends_with("[25006]I"), "{answer}");
+    // Of a name that SQL may have given anew nothing is known; all else goes on, and above all the end of a transaction.
+    run(&mut gone, "BEGIN").await;
+    let answer = batch(&mut gone, execute(b"s")).await;
+    assert!(answer.ends_with("[25006]E"), "{answer}");
+    run(&mut gone, "ROLLBACK").await;
+    assert_eq!(value(&mut gone, "SELECT 3").await, "3");
+    holdfast(&installation, &["unfence", "shop", "a"]);
+    assert_eq!(value(&mut one, "SELECT count(*) FROM t").await, "0");
+}
+
 /// A transaction that has failed is at a safe point, and outlives a fence: what follows it goes by the fence, whatever rules
 /// are taken up.
 #[tokio::test]
@@ -445,17 +498,38 @@ async fn a_fenced_cell_hands_over_to_another() {
             None => Installation::start("cells-residual"),
             Some(size) => Installation::start_pooled("cells-residual-pool", size),
         };
+        let roles =
+            "CREATE ROLE reader LOGIN; ALTER ROLE reader SET default_transaction_read_only = on";
+        run(&mut installation.direct("a").await, roles).await;
         let mut client = installation.connect().await;
         run(&mut client, "CREATE TABLE t (n int); INSERT INTO t VALUES (1)").await;
         run(&mut client, "SET work_mem = '7MB'").await;
         if pool.is_none() {
             run(&mut client, "CREATE TEMP TABLE kept AS SELECT 42 AS n").await;
         }
+        // Those that only read by themselves go on doing so.
+        let mut readers = Vec::new();
+        let port = installation.facts.port;
+        readers.push(connect(port, "reader", None).await.unwrap());
+        let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+        let own = [("default_transaction_read_only", "on")];
+        readers.push(login(port, "postgres", None, tls, &own).await.unwrap());
+        readers.push(installation.connect().await);
+        let only_reads = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY";
+        run(&mut readers[2], only_reads).await;
+        for reader in &mut readers {
+            run(reader, "SET work_mem = '8MB'").await;
+        }
         // By then one that shares servers stands on none.
         tokio::time::sleep(std::time::Duration::from_secs(2)).await;
         holdfast(&installation, &["fence", "shop", "a"]);
         let mut busy = installation.connect().await;
         run(&mut busy, "BEGIN; SELECT n FROM t").await;
+        readers.push(installation.connect().await);
+        run(&mut readers[3], only_reads).await;
+        let mut late = connect(port, "reader", None).await.unwrap();
+        run(&mut late, "SET work_mem = '8MB'").await;
+        readers.push(late);
         // Given up, it is as it was.
         let args = ["switchover", "shop", "--to", "b", "--deadline", "300ms"];
         let text = not_done(&installation, &args);
@@ -468,10 +542,18 @@ async fn a_fenced_cell_hands_over_to_another() {
         run(&mut busy, "COMMIT").await;
         for (to, rows) in [("b", "2"), ("a", "3")] {
             let text = holdfast(&installation, &["switchover", "shop", "--to", to]);
-            assert!(text.contains("2 of 2 sessions moved"), "{text}");
+            assert!(text.contains("7 of 7 sessions moved"), "{text}");
             assert_eq!(installation.active(), to);
             for session in [&mut client, &mut busy] {
                 assert_eq!(value(session, "SHOW default_transaction_read_only").await, "off");
+            }
+            for (which, reader) in readers.iter_mut().enumerate() {
+                let shown = value(reader, "SHOW default_transaction_read_only").await;
+                assert_eq!(shown, "on", "{which}, {pool:?}");
+                assert!(
+                    reader.query("INSERT INTO t VALUES (3)").await.is_err(),
+                    "{which}, {pool:?}"
+                );
             }
             run(&mut client, "INSERT INTO t VALUES (2)").await;
             assert_eq!(value(&mut client, "SHOW work_mem").await, "7MB");

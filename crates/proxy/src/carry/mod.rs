@@ -112,21 +112,42 @@ pub(crate) async fn forget_foreign(session: &mut Session) -> Result<(), Reason> 
 
 /// Whether transactions of a held session are read-only by themselves, now that its server says so by default.
 pub(crate) async fn is_fenced(session: &mut Session) -> Result<bool, Reason> {
-    let mut connection = borrow(session).await?;
-    let mut out = Vec::new();
-    Connection::add_statement(&mut out, STATEMENT_NAME, "SHOW default_transaction_read_only", &[]);
-    frontend::sync(&mut out);
-    let result = exchange(&mut connection, &out).await;
-    give_back(session, connection, result.is_ok()).await?;
-    let answers = result.map_err(|error| Reason::ServerLost { error: model::chain(&error) })?;
-    let rows = answers.into_iter().flat_map(|answer| answer.rows).flatten();
-    let value = rows.flatten().next().unwrap_or_default();
+    let value = value(session, "SHOW default_transaction_read_only").await?;
     session.has_lifted_fence = value != "on";
     // The client stays on this server, so it may know.
     let mut params = (*session.params).clone();
     params.insert("default_transaction_read_only".into(), value);
     session.tell_params(&params);
     Ok(!session.has_lifted_fence)
+}
+
+/// Whether it is the session itself, its role or its database that has it only read, and not the fence, which is a setting of the
+/// server's files (`pg_settings.source`).
+pub(crate) async fn only_reads_by_itself(session: &mut Session) -> Result<bool, Reason> {
+    Ok(is_own_source(&value(session, FENCE_SOURCE).await?))
+}
+
+/// The question for the source of the fence's setting.
+pub(crate) const FENCE_SOURCE: &str = "SELECT source FROM pg_catalog.pg_settings \
+    WHERE name OPERATOR(pg_catalog.=) 'default_transaction_read_only'::pg_catalog.text";
+
+pub(crate) fn is_own_source(source: &str) -> bool {
+    // Those of `PGC_S_DATABASE` and above (`GucSource_Names`).
+    ["database", "user", "database user", "client", "override", "interactive", "test", "session"]
+        .contains(&source)
+}
+
+/// The first value that the session's server gives.
+async fn value(session: &mut Session, sql: &str) -> Result<String, Reason> {
+    let mut connection = borrow(session).await?;
+    let mut out = Vec::new();
+    Connection::add_statement(&mut out, STATEMENT_NAME, sql, &[]);
+    frontend::sync(&mut out);
+    let result = exchange(&mut connection, &out).await;
+    give_back(session, connection, result.is_ok()).await?;
+    let answers = result.map_err(|error| Reason::ServerLost { error: model::chain(&error) })?;
+    let rows = answers.into_iter().flat_map(|answer| answer.rows).flatten();
+    Ok(rows.flatten().next().unwrap_or_default())
 }
 
 fn socket_of(session: &mut Session) -> std::io::Result<Connection> {

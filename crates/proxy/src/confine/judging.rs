@@ -62,9 +62,6 @@ impl Session {
 
     /// Nothing has to be judged again, but for the count.
     pub(super) fn has_passed(&mut self, regime: &Regime, text: &Text) -> bool {
-        if self.confined.as_ref().is_some_and(|confined| confined.doubts) {
-            return false;
-        }
         let Some(key) = self.kind(regime).key else { return false };
         let Some(rule) = text.passed(key).filter(|_| !self.is_held_by_rule()) else { return false };
         if let Some(counts) = regime.rules.counts.get(rule) {
@@ -85,13 +82,17 @@ impl Session {
     /// All that a text does, with what this session has prepared and bound.
     fn judged(&self, text: &Text, catalog: Option<&Catalog>) -> Judged {
         let mut judged = Vec::new();
-        // Where a backslash makes it no SQL, the server finds so as well, and does nothing.
-        let readings = text.modes().iter().filter_map(|conforming| text.commands(*conforming));
-        let readings: Vec<&[Command]> = readings.collect();
-        if readings.is_empty() {
-            judged.push(("unknown", Class::Unknown));
-        }
-        for commands in readings {
+        let conforms = self.confined.as_ref().and_then(|confined| confined.conforms);
+        let modes = text.modes();
+        for conforming in modes
+            .iter()
+            .filter(|mode| modes.len() == 1 || conforms.is_none_or(|conforms| conforms == **mode))
+        {
+            // That our grammar cannot read it does not say that the server cannot: it has more of a stack, and another version.
+            let Some(commands) = text.commands(*conforming) else {
+                judged.push(("unknown", Class::Unknown));
+                continue;
+            };
             let (mut here, mut has_ended) = (BTreeMap::new(), false);
             for command in commands {
                 if has_ended {
@@ -119,7 +120,7 @@ impl Session {
 
     pub(super) fn verdict(&mut self, regime: &Regime, what: &What) -> Verdict {
         let catalog = regime.catalogs.get(&self.identity.database);
-        let mut judged: Judged = match what {
+        let judged: Judged = match what {
             What::Text(text) => {
                 let classes = text.classes(catalog);
                 let is_plain = |(_, _, class): &(usize, &str, Class)| {
@@ -136,9 +137,6 @@ impl Session {
             What::Reading => vec![("anything", Class::Read)],
             What::Unknown => vec![("unknown", Class::Unknown)],
         };
-        if self.confined.as_ref().is_some_and(|confined| confined.doubts) {
-            judged.extend(PREPARED_BY_SQL.map(|class| ("EXECUTE", class)));
-        }
         let asked = self.asked(regime);
         let policy = &regime.rules.config;
         let shadow = policy.shadow;
@@ -213,11 +211,29 @@ impl Session {
             confined.has_set |= command.class == Class::Session;
             match (&command.prepared, command.prepares) {
                 // Which of two it has prepared hangs on a setting.
-                (_, Some(_)) if modes.len() > 1 => confined.had_prepared = true,
+                (_, Some(_)) if modes.len() > 1 => {
+                    confined.had_prepared = true;
+                    (self.has_prepared_by_sql, self.had_deallocated) = (true, true);
+                }
                 (Some(name), Some(_)) => confined.prepares.push_back((name.clone(), text.clone())),
                 _ => (),
             }
         }
+    }
+
+    /// Which statements names of the protocol stand for is not known: SQL may have given them anew.
+    pub(super) fn may_be_replaced(&self) -> bool {
+        self.had_hidden_code || (self.had_deallocated && self.has_prepared_by_sql)
+    }
+
+    /// The same of one name, with what is on its way.
+    pub(super) fn may_be_another(&self, name: &[u8]) -> bool {
+        let by_sql = self.confined.as_ref().is_some_and(|confined| {
+            let mut given = confined.prepares.iter().map(|(given, _)| given);
+            given.any(|given| cut(given.as_bytes()) == cut(name))
+                || confined.prepared.keys().any(|given| cut(given.as_bytes()) == cut(name))
+        });
+        self.sharing.is_none() && !name.is_empty() && (by_sql || self.may_be_replaced())
     }
 
     /// What EXECUTE of a name does. `here` was prepared by the same text.
@@ -235,7 +251,7 @@ impl Session {
             return unknown();
         }
         let mut classes = here.cloned().unwrap_or_default();
-        if confined.had_prepared || self.may_be_replaced {
+        if confined.had_prepared || self.may_be_replaced() {
             classes.extend(PREPARED_BY_SQL);
         }
         if let Some(text) = confined.prepared.get(name) {

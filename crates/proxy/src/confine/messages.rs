@@ -56,7 +56,7 @@ impl Session {
                 confined.renew(regime, is_open);
             }
             None => {
-                let had_prepared = self.has_prepared_by_sql || self.may_be_replaced;
+                let had_prepared = self.has_prepared_by_sql || self.may_be_replaced();
                 let mut confined = Confined::new(regime, had_prepared);
                 confined.had_portals = is_open(&self.protocol);
                 self.confined = Some(Box::new(confined));
@@ -105,6 +105,10 @@ impl Session {
                 }
             }
         };
+        let conforms = self.conforms(header.tag);
+        if let Some(confined) = &mut self.confined {
+            confined.conforms = conforms;
+        }
         if let What::Text(text) = &what
             && self.has_passed(regime, text)
         {
@@ -130,6 +134,18 @@ impl Session {
                 self.refuse(regime, header, at, body, is_whole, &refusal);
                 Turn::Done
             }
+        }
+    }
+
+    /// How the server reads the literals of a text that it is given now: a query, while nothing is under way, is read by what it
+    /// has reported last (`standard_conforming_strings` is, `GUC_REPORT`).
+    fn conforms(&self, tag: u8) -> Option<bool> {
+        let reported = self.params.get("standard_conforming_strings").map(String::as_str);
+        let is_known = tag == b'Q' && self.protocol.is_quiet() && !self.server.is_vacant();
+        match reported.filter(|_| is_known) {
+            Some("on") => Some(true),
+            Some("off") => Some(false),
+            _ => None,
         }
     }
 
@@ -271,10 +287,10 @@ impl Session {
         if self.kind(regime).refuses_reading {
             return Ok(What::Reading);
         }
-        let text = self.text_of_statement(name);
+        let is_doubtful = self.may_be_another(name);
+        let text = self.text_of_statement(name).filter(|_| !is_doubtful);
         let holds = self.kind(regime).holds;
         let Some(confined) = &mut self.confined else { return Err(Turn::Pass) };
-        confined.doubts |= self.may_be_replaced && self.sharing.is_none() && !name.is_empty();
         let portal = cut(portal);
         if portal.is_empty() {
             (confined.unnamed, confined.bound_unnamed) = (text.clone(), true);

@@ -142,10 +142,10 @@ pub(crate) struct Confined {
     had_portals: bool,
     /// Since then the one without a name was bound.
     bound_unnamed: bool,
-    /// A statement was bound whose name may have been given anew by SQL.
-    doubts: bool,
     /// A command of the open batch has ended a transaction: what follows would be in another, which the server may let write.
     has_ended: bool,
+    /// What `standard_conforming_strings` is for the text that is judged, where that is known.
+    conforms: Option<bool>,
     /// One has changed settings, such as the encoding of what follows.
     has_set: bool,
     /// The texts in which SQL's PREPARE has prepared something, by its name.
@@ -223,7 +223,7 @@ impl Confined {
         } else {
             (self.portals, self.unnamed) = (now.portals, now.unnamed);
             (self.lost_portals, self.had_portals) = (now.lost_portals, now.had_portals);
-            (self.bound_unnamed, self.doubts) = (now.bound_unnamed, now.doubts);
+            self.bound_unnamed = now.bound_unnamed;
         }
     }
 
@@ -264,8 +264,7 @@ impl Confined {
         if is_idle {
             self.unnamed = None;
             self.portals.clear();
-            (self.lost_portals, self.had_portals) = (false, false);
-            (self.bound_unnamed, self.doubts) = (false, false);
+            (self.lost_portals, self.had_portals, self.bound_unnamed) = (false, false, false);
         }
     }
 

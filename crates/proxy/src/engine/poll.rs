@@ -401,7 +401,11 @@ impl Engine {
             sharing.others_wait = self.lending.someone_waits(sharing.pool.id);
         }
         let mut outcome = Ok(true);
-        for _ in 0..TURNS_MAX {
+        for turns in 0..TURNS_MAX {
+            // Each reads what has come meanwhile.
+            if turns > 0 && !is_cut && session.app.is_unproven() {
+                break;
+            }
             outcome = turn(session, &mut self.buffers);
             if !matches!(outcome, Ok(true)) {
                 break;

@@ -284,7 +284,10 @@ impl Pool {
         let mut fresh = carry::fresh(connection, identity, &facts, app.moves)
             .await
             .map_err(|reason| reason.to_string())?;
-        if app.is_fenced() {
+        let source = connection.value(carry::FENCE_SOURCE).await;
+        let source = source.map_err(|error| model::chain(&error))?.unwrap_or_default();
+        // What the fence says of every login is not the login's own.
+        if app.is_fenced() && !carry::is_own_source(&source) {
             fresh.settings.insert(FENCE.into(), "off".into());
             if let Some(beneath) = &mut fresh.beneath {
                 beneath.remove(FENCE);
@@ -476,8 +479,11 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
     carry::forget_foreign(session).await.map_err(|reason| reason.to_string())?;
     let mut captured = carry::look(session, &facts).await.map_err(|reason| reason.to_string())?;
     captured.complete(&facts, session.backend_pid);
-    if session.app.is_fenced() {
-        let had = session.sharing.as_ref().and_then(|sharing| sharing.state.as_ref());
+    let is_of_fence = session.app.is_fenced()
+        && !carry::only_reads_by_itself(session).await.map_err(|reason| reason.to_string())?;
+    if is_of_fence {
+        let sharing = session.sharing.as_ref().ok_or("it does not share servers")?;
+        let had = sharing.state.as_ref();
         let had = had.map_or(&welcome.fresh.settings, |state| &state.settings).get(FENCE);
         captured.snapshot.settings.extend(had.map(|value| (FENCE.to_owned(), value.clone())));
     }
