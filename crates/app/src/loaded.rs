@@ -184,8 +184,9 @@ impl Loaded {
     /// # Errors
     /// The file cannot be read, or has mistakes; nothing is taken up.
     pub(crate) fn apply(&self) -> Result<Changes, String> {
-        let (control, text, access) = self.read()?;
+        // Of two at once the later one reads the later file.
         let mut runs = self.runs.settings();
+        let (control, text, access) = self.read()?;
         let differ = compare(&runs, &settings(&text));
         let mut changes = self.changes(&text, &differ);
         self.note_tokens(&mut changes, &access, &differ);

@@ -430,6 +430,10 @@ impl Following {
             self.proxy.passes_until(app, terms.stop_at(by));
         }
         let report = mover.obey(order.clone()).await;
+        if let Barrier::GiveUp { app } = order {
+            // Also whoever was not held: nothing passes for them from now on, and nobody would tell them.
+            self.proxy.cut(app);
+        }
         if report.error.is_none() {
             let mut state = self.state();
             if let Some(follower) = state.followers.get_mut(order.app()) {

@@ -201,6 +201,11 @@ impl Control {
                 Ok(names) => configured_otherwise = names,
             },
         }
+        if application.active().is_none()
+            && let Some(server) = servers.cells.get(&from)
+        {
+            refusals.extend(stages::check_closes(&from, server).err());
+        }
         let asked =
             Asked::new(Kind::Switchover, from.clone(), request.to.clone(), Asking::default());
         let execution = asked.execution(app, 0, &application);

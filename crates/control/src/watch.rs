@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::audit::Asking;
-use model::cell::Application;
+use model::cell::{Application, CellState};
 use model::durability::{Keeper, Step};
 use model::failover::{Analysis, Answer, Detector, Process, Sight};
 use model::following::Followers;
@@ -108,6 +108,18 @@ pub async fn run(control: Arc<Control>, app: String) {
             let asking = Asking::own("it can only go forward");
             let (stuck, its) = (control.clone(), app.clone());
             // What it says is in its log.
+            let retry = async move { drop(stuck.retry(&its, id, asking).await) };
+            until_rejoin(&control, &app, retry).await;
+            continue;
+        }
+        // Nobody looks whether the server of a fenced cell is there, and its fence may be short of something.
+        if application.served().is_some_and(|(_, state)| state == CellState::Fenced)
+            && let Some(id) = control.stuck_before(&app)
+            && reverts.may_try(Instant::now())
+        {
+            reverts.tries(Instant::now());
+            let asking = Asking::own("its cell is fenced");
+            let (stuck, its) = (control.clone(), app.clone());
             let retry = async move { drop(stuck.retry(&its, id, asking).await) };
             until_rejoin(&control, &app, retry).await;
             continue;

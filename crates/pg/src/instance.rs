@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use thiserror::Error;
 use tokio::process::Command;
+use tokio::time::timeout;
 
 use crate::processes::Places;
 use crate::progress::stands_still;
@@ -26,6 +27,8 @@ const OUTPUT_LEN_MAX: u64 = 8_000;
 /// How long a copy may stand still. One that goes on is as long as the server is large. It stands still while a checkpoint
 /// of the source is awaited, and while all that was written is flushed.
 const STALL_MAX: Duration = Duration::from_secs(30 * 60);
+/// The longest that it may take all the same.
+const COPY_MAX: Duration = Duration::from_secs(3 * 24 * 3_600);
 
 /// How long a program may take.
 #[derive(Debug, Clone, Copy)]
@@ -214,10 +217,10 @@ impl Instance {
                         tokio::time::sleep(limit).await;
                         InstanceError::Timeout { program: shown(), limit }
                     }
-                    Limit::Still(limit) => {
-                        stands_still(pid, limit).await;
-                        InstanceError::Stalled { program: shown(), limit }
-                    }
+                    Limit::Still(limit) => match timeout(COPY_MAX, stands_still(pid, limit)).await {
+                        Ok(()) => InstanceError::Stalled { program: shown(), limit },
+                        Err(_) => InstanceError::Timeout { program: shown(), limit: COPY_MAX },
+                    },
                 }
             } => Err(error),
         }

@@ -1,4 +1,4 @@
-//! Whether a program goes on: how much it and its children have read and written (`/proc/PID/io`, proc(5)).
+//! Whether a program goes on: how much it and the programs that it runs have read and written (`/proc/PID/io`, proc(5)).
 
 use std::time::{Duration, Instant};
 
@@ -6,14 +6,16 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Processes that are looked at.
 const PROCESSES_MAX: usize = 100;
 
-/// Ends when the process and its children have neither read nor written anything for so long.
+/// Ends when the process and the programs that it runs have neither read nor written anything for so long; never where that may
+/// not be seen.
 pub(crate) async fn stands_still(pid: Option<u32>, limit: Duration) {
     let Some(pid) = pid else { return std::future::pending().await };
     let mut before = Vec::new();
     let mut since = Instant::now();
     loop {
         let now = bytes(pid);
-        if now != before {
+        let is_seen = now.first().is_some_and(|(_, asked)| asked.is_some());
+        if now != before || !is_seen {
             (before, since) = (now, Instant::now());
         } else if since.elapsed() >= limit {
             return;
@@ -22,8 +24,11 @@ pub(crate) async fn stands_still(pid: Option<u32>, limit: Duration) {
     }
 }
 
-/// What the process, its children and theirs have read and written so far.
+/// What the process, and the programs that it and they run, have read and written so far. A part of itself may be in touch with
+/// the other side while nothing comes (the receiver of `pg_basebackup -X stream`).
 fn bytes(pid: u32) -> Vec<(u32, Option<String>)> {
+    let name = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+    let own = name(pid);
     let (mut found, mut next) = (Vec::new(), vec![pid]);
     while let Some(pid) = next.pop()
         && found.len() < PROCESSES_MAX
@@ -34,7 +39,8 @@ fn bytes(pid: u32) -> Vec<(u32, Option<String>)> {
         found.push((pid, asked));
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let children = children.unwrap_or_default();
-        next.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        let children = children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok());
+        next.extend(children.filter(|child| name(*child) != own));
     }
     found
 }
@@ -59,8 +65,9 @@ mod tests {
     async fn only_what_does_nothing_stands_still() {
         let sleeps = "sleep 20; true";
         let writes = "while sleep 0.05; do echo x > /dev/null; done";
+        let runs = format!("bash -c '{writes}'; true");
         for (script, wanted) in
-            [(sleeps, true), (writes, false), (&format!("({writes}); true"), false)]
+            [(sleeps, true), (writes, false), (&runs, false), (&format!("({writes}); true"), true)]
         {
             let mut child = shell(script);
             assert_eq!(is_still(&child).await, wanted, "{script}");

@@ -205,13 +205,19 @@ async fn a_crash_in_a_switchover_of_a_fenced_cell_finds_its_way() {
         ("fence:end", false),
         ("grant:begin", true),
         ("revert:begin", false),
+        ("cover:set", false),
+        ("cover:opened", false),
+        ("cover:narrowed", false),
         ("promote:end", true),
     ] {
         installation.restart(&[]);
         assert!(installation.holdfast(&["fence", "shop", from]).status.success(), "{point}");
         crate::support::signal(installation.pid(), "KILL");
         installation.wait_crashed();
-        installation.restart(&[("HOLDFAST_CRASH_AT", point)]);
+        // Those of the way back come after another.
+        let is_of_way_back = point.starts_with("cover");
+        let first = if is_of_way_back { "capture:end" } else { point };
+        installation.restart(&[("HOLDFAST_CRASH_AT", first)]);
         let mut busy = installation.connect().await;
         if point == "revert:begin" {
             run(&mut busy, "BEGIN; SELECT 1").await;
@@ -220,7 +226,25 @@ async fn a_crash_in_a_switchover_of_a_fenced_cell_finds_its_way() {
         let output = installation.holdfast(&args);
         assert_eq!(output.status.code(), Some(1), "{point}: {}", shown(&output));
         installation.wait_crashed();
+        if is_of_way_back {
+            // Nobody but Holdfast comes in while it is uncovered.
+            let mut here = installation.direct(from).await;
+            assert_eq!(value(&mut here, "SHOW default_transaction_read_only").await, "off");
+            run(&mut here, "CREATE ROLE nobody LOGIN").await;
+            let server = installation.facts.servers[from];
+            assert!(crate::support::connect(server, "nobody", None).await.is_err(), "{point}");
+            run(&mut here, "DROP ROLE nobody").await;
+            installation.crash_at_start(point);
+        }
         installation.restart(&[]);
+        let mut direct = installation.direct(from).await;
+        if !is_past {
+            let shown = value(&mut direct, "SHOW default_transaction_read_only").await;
+            assert_eq!(shown, "on", "{point}");
+            let hba = std::fs::read_to_string(installation.dir.join(from).join("pg_hba.conf"));
+            assert!(hba.unwrap().starts_with(pg::member::HBA_MARK), "{point}");
+        }
+        drop(direct);
         let mut client = installation.connect().await;
         let write = client.query("INSERT INTO t DEFAULT VALUES").await;
         assert_eq!(write.is_ok(), is_past, "{point}: {write:?}");
@@ -237,4 +261,40 @@ async fn a_crash_in_a_switchover_of_a_fenced_cell_finds_its_way() {
         installation.wait_crashed();
     }
     installation.restart(&[]);
+}
+
+/// A switchover of a fenced cell has taken its fence off for itself, and both control and the server are lost; then a failover is
+/// lost as well. The server comes back fenced.
+#[tokio::test]
+async fn a_fenced_cell_stays_fenced_through_two_attempts_that_are_lost() {
+    let mut installation = Installation::start("crash-twice");
+    run(&mut installation.connect().await, "CREATE TABLE t (n serial)").await;
+    assert!(installation.holdfast(&["fence", "shop", "a"]).status.success());
+    crate::support::signal(installation.pid(), "KILL");
+    installation.wait_crashed();
+    installation.restart(&[("HOLDFAST_CRASH_AT", "capture:end")]);
+    drop(installation.holdfast(&["switchover", "shop", "--to", "b"]));
+    installation.wait_crashed();
+    let mut direct = installation.direct("a").await;
+    assert_eq!(value(&mut direct, "SHOW default_transaction_read_only").await, "off");
+    installation.signal_server("a", "KILL");
+    installation.restart(&[("HOLDFAST_CRASH_AT", "recruit:begin")]);
+    drop(installation.holdfast(&["failover", "shop", "--to", "b"]));
+    installation.wait_crashed();
+    installation.restart(&[]);
+    let fenced = async || {
+        let server = installation.facts.servers["a"];
+        let Ok(mut direct) = crate::support::connect(server, "postgres", None).await else {
+            return false;
+        };
+        let row = direct.value("SHOW default_transaction_read_only").await;
+        row.is_ok_and(|value| value.as_deref() == Some("on"))
+    };
+    crate::agents::wait_until("the fence", fenced).await;
+    let mut client = installation.connect().await;
+    assert!(client.query("INSERT INTO t DEFAULT VALUES").await.is_err());
+    assert_eq!(value(&mut client, "SELECT count(*) FROM t").await, "0");
+    let output = installation.holdfast(&["unfence", "shop", "a"]);
+    assert!(output.status.success(), "{}", shown(&output));
+    run(&mut client, "INSERT INTO t DEFAULT VALUES").await;
 }

@@ -287,6 +287,19 @@ impl Installation {
         wait_until("the crash", || child.try_wait().unwrap().is_some());
     }
 
+    /// Starts proxy and control, and waits until they have crashed at a point on the way.
+    pub(crate) fn crash_at_start(&mut self, point: &str) {
+        self.child = Command::new(HOLDFAST)
+            .args(["run", "-c"])
+            .arg(self.config())
+            .env("HOLDFAST_CRASH_AT", point)
+            .env("HOLDFAST_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        self.wait_crashed();
+    }
+
     /// Kills proxy and control, and starts them with another configuration.
     pub(crate) fn reconfigure(&mut self, change: impl FnOnce(String) -> String) {
         signal(self.pid(), "KILL");

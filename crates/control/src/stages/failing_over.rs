@@ -590,11 +590,17 @@ pub(super) async fn revert(
     {
         tracing::warn!(error, "`restore_command` cannot be put back");
     }
-    let state = match super::is_fenced(control, execution)? {
-        true => CellState::Fenced,
-        false => CellState::Active,
-    };
-    let released = release(control, execution, &execution.from, state).await?;
+    if super::is_fenced(control, execution)? {
+        // A switchover that was cut off may have left it uncovered. One that does not run is covered once it does.
+        let covered = match &started {
+            Ok(()) => super::fencing::cover(control, execution, from).await,
+            Err(_) => Ok(()),
+        };
+        let released = release(control, execution, &execution.from, CellState::Fenced).await?;
+        started.and(covered)?;
+        return Ok(released);
+    }
+    let released = release(control, execution, &execution.from, CellState::Active).await?;
     // Clients wait for it as before, and what to do next is in the reason.
     Ok(match started {
         Ok(()) => released,

@@ -17,6 +17,7 @@ use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::hba;
 use crate::member::Member;
+use crate::runner::crash_point_named;
 
 /// How long taking the fence back is tried. Then clients go on all the same.
 const UNFENCE_MAX: Duration = Duration::from_secs(10);
@@ -118,44 +119,63 @@ async fn check_kept(old: &mut Admin) -> Result<(), String> {
 }
 
 /// The server of a fenced cell says of every session that its transactions only read, which is no state of the session: it says
-/// so no more while all are held and read. Logins stay closed, and the fence comes back before anybody goes on.
-pub(super) async fn uncover(server: &CellServer) -> Result<(), String> {
+/// so no more while all are held and read. Before that logins are closed to all but Holdfast, and whoever else is connected is
+/// ended; the fence comes back before anybody goes on.
+pub(super) async fn uncover(
+    control: &Control,
+    execution: &mut Execution,
+    server: &CellServer,
+) -> Result<(), String> {
+    fence(control, execution, server, Logins::Closed).await?;
     let mut admin = admin_at_once(server).await?;
     admin.rows("ALTER SYSTEM RESET default_transaction_read_only").await.map_err(chain)?;
     reload(&mut admin).await
 }
 
-/// The fence of a fenced cell comes back, as it was, if it was taken off. Who only reads beside it is not ended.
+/// A fenced cell hands over only where nobody can log in meanwhile.
+///
+/// # Errors
+/// Somebody can.
+pub(crate) fn check_closes(cell: &str, server: &CellServer) -> Result<(), String> {
+    match server.member {
+        Some(_) => Ok(()),
+        None => Err(format!(
+            "`{cell}` is fenced, and logins to its server cannot be closed while it hands over, as Holdfast does not manage its files; unfence it first"
+        )),
+    }
+}
+
+/// The fence of a fenced cell comes back, as it was, whatever of it is there. While it was not, nobody was connected but Holdfast
+/// and those who are held ([`uncover`]), and it is back before anybody else may log in.
 pub(super) async fn cover(
     control: &Control,
-    execution: &mut Execution,
+    execution: &Execution,
     from: &CellServer,
 ) -> Result<(), String> {
     let mut old = admin_at_once(from).await?;
-    let was_covered = old.proof().await.map_err(chain)?.is_read_only;
-    if !was_covered {
-        old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
-        reload(&mut old).await?;
-    }
+    // Whatever of it an earlier try has done.
+    old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
+    crash_point_named("cover:set");
+    reload(&mut old).await?;
     if let Some(member) = &from.member {
+        let path = hba_file(&mut old).await?;
         let nobody = BTreeSet::new();
         let closed = hba::Admitted { admin: &from.admin.user, proxies: &nobody };
-        if hba::is_fenced(&hba_rules(&mut old).await?, &closed) {
-            // Proxies were left out meanwhile. The server reads the file once it is closed again.
-            let path = hba_file(&mut old).await?;
+        let is_open = !member.are_logins_closed(&path).await?;
+        if is_open || hba::is_fenced(&hba_rules(&mut old).await?, &closed) {
+            // Proxies were left out meanwhile. The server reads the file once it is closed again; if somebody has it do so before,
+            // whoever comes reads.
             member.open_logins(&path).await?;
+            crash_point_named("cover:opened");
             let order = Order::Backends { app: execution.app.clone() };
             let own = own_of(&reported(control.order(order).await)?);
             let proxies = proxies_of(control, execution, &mut old, &own).await?;
-            let admitted = hba::Admitted { proxies: &proxies, ..closed };
-            close_hba(&mut old, member, &admitted).await?;
+            close_hba(&mut old, member, &hba::Admitted { proxies: &proxies, ..closed }).await?;
             reload(&mut old).await?;
         }
     }
-    match was_covered {
-        true => Ok(()),
-        false => fence(control, execution, from, Logins::OfProxy).await.map(drop),
-    }
+    crash_point_named("cover:narrowed");
+    check_kept(&mut old).await
 }
 
 fn own_of(report: &Report) -> String {

@@ -39,7 +39,7 @@ use rejoining::rejoin;
 pub(crate) use failing_over::{
     Position, check_is_newest, choose, describe as describe_failover, position, probe, process_of,
 };
-pub(crate) use fencing::{check_alone, reload};
+pub(crate) use fencing::{check_alone, check_closes, reload};
 pub(crate) use rejoining::follows_timeline;
 
 /// Done with a line for the log, or failed with a reason.
@@ -60,7 +60,8 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
         Stage::Fence => fence(control, execution, from, Logins::Closed).await,
         Stage::Capture => {
             if is_fenced(control, execution)? {
-                uncover(from).await?;
+                check_closes(&execution.from, from)?;
+                uncover(control, execution, from).await?;
             }
             capture(control, execution).await
         }
@@ -286,6 +287,11 @@ fn reported(report: Report) -> Result<Report, String> {
 async fn prepare(control: &Control, execution: &Execution, servers: &AppServers) -> Done {
     let (mut old, mut new, lag) = check_servers(servers, &execution.from, &execution.to).await?;
     let otherwise = differences(&mut old, &mut new).await?;
+    if let Some(from) = servers.cells.get(&execution.from)
+        && is_fenced(control, execution)?
+    {
+        check_closes(&execution.from, from)?;
+    }
     // Clients are not held for somebody who is not there.
     for cell in [&execution.from, &execution.to] {
         if let Some(member) = servers.cells.get(cell).and_then(|server| server.member.as_ref()) {
