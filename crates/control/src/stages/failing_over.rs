@@ -430,7 +430,19 @@ pub(super) async fn recruit(
         None => Err("its disk cannot be read from here".into()),
     };
     // Another may have received more since it was assessed.
-    let all = candidates(servers, &execution.from).await;
+    let deadline = Instant::now() + RENAMED_MAX;
+    let (all, chosen) = loop {
+        let all = candidates(servers, &execution.from).await;
+        let checked = match check_chosen(&electable(control, execution, &all)?, &execution.to) {
+            Ok(chosen) => check_history(control, execution, from, &chosen).await.map(|()| chosen),
+            Err(why) => Err(why),
+        };
+        match checked {
+            Ok(chosen) => break (all, chosen),
+            Err(why) if salvaged.is_err() || Instant::now() > deadline => return Err(why),
+            Err(_) => tokio::time::sleep(POLL).await,
+        }
+    };
     let (known, how) = match (salvaged, covers(control, &execution.app, &all)?) {
         (Ok(how), _) => (Known::All, how),
         (Err(_), Some(how)) => (Known::All, how + &beyond(control, &execution.app, received)),
@@ -441,8 +453,6 @@ pub(super) async fn recruit(
             (Known::of(seen, received), why)
         }
     };
-    let chosen = check_chosen(&electable(control, execution, &all)?, &execution.to)?;
-    check_history(control, execution, from, &chosen).await?;
     loss_policy(execution, servers)
         .permits(known)
         .map_err(|why| or_allow(execution, &format!("`{}`: {why} ({how})", execution.to)))?;
@@ -501,6 +511,10 @@ async fn salvage(
         bytes => format!("about {bytes} bytes were read from the lost server's disk"),
     })
 }
+
+/// A file that was restored takes the name of the one before it, which is removed first (`KeepFileRestoredFromArchive`):
+/// for as long as that takes, the newest file of a log is not there.
+const RENAMED_MAX: Duration = Duration::from_secs(2);
 
 /// Ends a `restore_command` of ours; what it was before stands before it.
 const MARK: &str = "# holdfast";
