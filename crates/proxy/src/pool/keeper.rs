@@ -482,10 +482,9 @@ async fn find(session: &mut Session) -> Result<super::State, String> {
     let is_of_fence = session.app.is_fenced()
         && !carry::only_reads_by_itself(session).await.map_err(|reason| reason.to_string())?;
     if is_of_fence {
-        let sharing = session.sharing.as_ref().ok_or("it does not share servers")?;
-        let had = sharing.state.as_ref();
-        let had = had.map_or(&welcome.fresh.settings, |state| &state.settings).get(FENCE);
-        captured.snapshot.settings.extend(had.map(|value| (FENCE.to_owned(), value.clone())));
+        // It has set nothing by itself, so it is what a login gives.
+        let given = welcome.fresh.settings.get(FENCE);
+        captured.snapshot.settings.extend(given.map(|value| (FENCE.to_owned(), value.clone())));
     }
     if let Some(pin) = captured.pins.first().or(captured.snapshot.may_have_unnamed.as_ref()) {
         return Err(pin.to_string());
