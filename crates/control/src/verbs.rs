@@ -138,6 +138,7 @@ impl Control {
     async fn aim(&self, app: &str, to: &str) -> Result<String, ControlError> {
         let servers = self.servers(app)?;
         let Some(region) = servers.region(to) else { return Ok(to.to_owned()) };
+        self.settle_followers(app).await?;
         let application = self.application(app)?;
         if let Some(cell) = application.active().filter(|cell| servers.is_within(cell, &region)) {
             let (cell, epoch) = (cell.to_owned(), application.epoch.0);
