@@ -340,8 +340,20 @@ pub(crate) fn shown(output: &Output) -> String {
     )
 }
 
+/// What is killed has no port any more afterwards: the next of its kind may listen there at once.
 pub(crate) fn signal(pid: u32, name: &str) {
     let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while name == "KILL" && holds_files(pid) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Files of a process are closed before its last thread is gone, or waits for its parent only.
+fn holds_files(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let states = threads.map(|thread| std::fs::read_to_string(thread.path().join("stat")));
+    states.flatten().any(|stat| !stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
 }
 
 /// Processes of this machine, and their command lines.
