@@ -8,6 +8,7 @@ use model::Lsn;
 use model::agent::Task;
 use model::cell::Epoch;
 use model::failover::Process;
+use model::lost::{LostRows, Tail};
 use model::member::{Condition, Done, WalTail, Work};
 use pg::member::Local;
 
@@ -223,9 +224,16 @@ impl Member {
         self.nothing(Work::OpenLogins { hba_file: hba_file.into() }).await
     }
 
-    /// See [`Work::Rejoin`]; gives how it was done.
-    pub(crate) async fn rejoin(&self, work: Work) -> Result<String, String> {
-        self.text(work).await
+    /// See [`Work::Rejoin`]; gives how it was done, and what only this one had if that was asked for.
+    pub(crate) async fn rejoin(
+        &self,
+        work: Work,
+    ) -> Result<(String, Option<Result<LostRows, String>>), String> {
+        match self.ask(work).await? {
+            Done::Text(how) => Ok((how, None)),
+            Done::Rejoined { how, rows } => Ok((how, Some(rows))),
+            other => unexpected(other),
+        }
     }
 
     pub(crate) async fn read_tail(&self, timeline: u64, from: Lsn) -> Result<WalTail, String> {
@@ -236,12 +244,7 @@ impl Member {
     }
 
     /// Gives where it is kept.
-    pub(crate) async fn keep_tail(
-        &self,
-        timeline: u64,
-        from: Lsn,
-        name: String,
-    ) -> Result<String, String> {
-        self.text(Work::KeepTail { timeline, from, name }).await
+    pub(crate) async fn keep_tail(&self, tail: Tail) -> Result<String, String> {
+        self.text(Work::KeepTail(tail)).await
     }
 }

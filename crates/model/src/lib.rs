@@ -11,6 +11,7 @@
 //! - [`region`], [`dependency`]: where cells are, and which applications need which.
 //! - [`switchover`]: a planned switchover, step by step, and how a crashed one goes on.
 //! - [`failover`]: whether a server is lost, and whether another may take its place.
+//! - [`lost`]: what a lost server alone had.
 //! - [`following`]: whether a standby is told to follow another server.
 //! - [`member`]: what control asks of whoever has a server's files at hand.
 //! - [`lease`]: the right to be the primary, for a time.
@@ -40,6 +41,7 @@ pub mod error_chain;
 pub mod failover;
 pub mod following;
 pub mod lease;
+pub mod lost;
 pub mod lsn;
 pub mod member;
 pub mod objectives;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Lsn;
 use crate::failover::Process;
+use crate::lost::{LostRows, Tail};
 
 /// What the files of a server say, whether it runs or not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,11 +78,14 @@ pub enum Work {
         timeline: Option<u64>,
         hba_file: Option<PathBuf>,
         is_kept: bool,
+        /// Rows that only it has are kept beside its log. Then answered by [`Done::Rejoined`], if that could be tried.
+        #[serde(default)]
+        tail: Option<Tail>,
     },
     /// What the log of the server, which has ended, holds. Answered by [`Done::Tail`].
     ReadTail { timeline: u64, from: Lsn },
     /// Copies that for people, under a name. Answered by [`Done::Text`]: where.
-    KeepTail { timeline: u64, from: Lsn, name: String },
+    KeepTail(Tail),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +97,11 @@ pub enum Done {
     Flag(bool),
     Text(String),
     Tail(WalTail),
+    /// How, and what only it had, or why that is not known.
+    Rejoined {
+        how: String,
+        rows: Result<LostRows, String>,
+    },
     /// No pledge holds any more; the last one has ended so long ago.
     PledgesOver(std::time::Duration),
 }

@@ -157,8 +157,7 @@ mod tests {
         let mut lost = execution(Kind::Failover, &log);
         assert_eq!(lost.measure(), Measured::default(), "nobody knows since when");
         lost.heard_at_ms = Some(1_000);
-        let kept_in = String::new();
-        lost.lost = Some(LostTail { from: Lsn(100), to: Lsn(164), transactions: 1, kept_in });
+        lost.lost = Some(LostTail { from: Lsn(100), to: Lsn(164), ..LostTail::default() });
         assert_eq!(lost.measure(), Measured { without_ms: Some(2_500), lost_bytes: Some(64) });
         let reverted = [(Stage::Assess, Started, 0), (Stage::Revert, Done, 500)];
         assert_eq!(execution(Kind::Failover, &reverted).measure(), Measured::default());

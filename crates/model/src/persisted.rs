@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::{Asking, Draft};
 use crate::cell::{CellError, CellState, Epoch};
+use crate::lost::LostRows;
 use crate::objectives::{Measured, Objectives};
 use crate::switchover::{Ending, Kind, OnTimeout, Stage};
 
@@ -198,7 +199,7 @@ impl Execution {
 }
 
 /// What a server had written that no other has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LostTail {
     /// Where the histories part, and where the lost one ends.
     pub from: crate::Lsn,
@@ -207,6 +208,11 @@ pub struct LostTail {
     pub transactions: u64,
     /// Where it is kept: a directory with its WAL and what that says.
     pub kept_in: String,
+    #[serde(default)]
+    pub timeline: Option<u64>,
+    /// Row by row, once that was read.
+    #[serde(default)]
+    pub rows: Option<LostRows>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

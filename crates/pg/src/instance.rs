@@ -26,7 +26,7 @@ const FILE_LEN_MAX: u64 = 1024 * 1024;
 const OUTPUT_LEN_MAX: u64 = 8_000;
 /// How long a copy may stand still. One that goes on is as long as the server is large. It stands still while a checkpoint
 /// of the source is awaited, and while all that was written is flushed.
-const STALL_MAX: Duration = Duration::from_secs(30 * 60);
+pub(crate) const STALL_MAX: Duration = Duration::from_secs(30 * 60);
 /// The longest that it may take all the same.
 const COPY_MAX: Duration = Duration::from_secs(3 * 24 * 3_600);
 
@@ -169,7 +169,7 @@ impl Instance {
         args: &[&str],
         limit: Limit,
     ) -> Result<String, InstanceError> {
-        let (status, mut output) = self.run_into_file(program, args, limit).await?;
+        let (status, mut output) = self.run_into_file(program, args, None, limit).await?;
         let len = output.metadata().map_or(0, |file| file.len());
         let start = len.saturating_sub(OUTPUT_LEN_MAX);
         let mut text = Vec::new();
@@ -188,6 +188,7 @@ impl Instance {
         &self,
         program: &'static str,
         args: &[&str],
+        input: Option<&[u8]>,
         limit: Limit,
     ) -> Result<(ExitStatus, File), InstanceError> {
         let path = self.bin_dir.join(program);
@@ -196,7 +197,7 @@ impl Instance {
         }
         let shown = || format!("{program} {}", args.first().copied().unwrap_or_default());
         let mut command = Command::new(path);
-        command.args(args).stdin(Stdio::null()).kill_on_drop(true).current_dir("/");
+        command.args(args).kill_on_drop(true).current_dir("/");
         // libpq's variables of whoever started us have no business here.
         command.env_clear().env("PATH", "/usr/bin:/bin").env("LC_ALL", "C");
         if let Some(RunAs { uid, gid }) = self.run_as {
@@ -206,7 +207,12 @@ impl Instance {
         let run = |source| InstanceError::Run { program: shown(), source };
         let output = tempfile::tempfile().map_err(run)?;
         let (out, err) = (output.try_clone().map_err(run)?, output.try_clone().map_err(run)?);
-        command.stdout(out).stderr(err);
+        command.stdout(out).stderr(err).stdin(Stdio::null());
+        if let Some(input) = input {
+            let mut file = tempfile::tempfile().map_err(run)?;
+            file.write_all(input).and_then(|()| file.rewind()).map_err(run)?;
+            command.stdin(file);
+        }
         let mut child = command.spawn().map_err(run)?;
         let pid = child.id();
         tokio::select! {
@@ -466,14 +472,19 @@ impl Instance {
     /// # Errors
     /// It cannot be read.
     pub fn read_own(&self, path: &Path) -> Result<Vec<u8>, InstanceError> {
+        let mut bytes = Vec::new();
+        let read = self.open_own(path)?.take(FILE_LEN_MAX).read_to_end(&mut bytes);
+        read.map_err(|source| InstanceError::File { path: path.to_owned(), what: "read", source })?;
+        Ok(bytes)
+    }
+
+    pub(crate) fn open_own(&self, path: &Path) -> Result<File, InstanceError> {
         let error = |source| InstanceError::File { path: path.to_owned(), what: "read", source };
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::empty());
         let file = file.map_err(|source| error(source.into()))?;
         self.check_right(&file, 4).map_err(error)?;
-        let mut bytes = Vec::new();
-        File::from(file).take(FILE_LEN_MAX).read_to_end(&mut bytes).map_err(error)?;
-        Ok(bytes)
+        Ok(File::from(file))
     }
 
     /// Makes a directory of ours the server's user's.

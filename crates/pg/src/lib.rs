@@ -10,7 +10,7 @@
 //! - [`instance`]: a server's programs and its data directory on this machine.
 //! - [`member`]: what is asked of whoever has those at hand.
 //! - [`port`]: a port that is kept for a server that is started later.
-//! - [`wal`]: what a server that has ended has left in its log.
+//! - [`wal`]: what a server that has ended has left in its log; `touched`, `lost_rows`: and which rows those are.
 //!
 //! Every wait has a deadline that the caller gives. SQL of ours names everything in full or runs with
 //! `search_path = pg_catalog`.
@@ -23,12 +23,14 @@ pub mod clock;
 pub mod connect;
 pub mod connection;
 pub mod instance;
+mod lost_rows;
 pub mod member;
 pub mod port;
 mod processes;
 mod progress;
 mod rejoin;
 pub mod stream;
+mod touched;
 pub mod wal;
 
 pub use address::Address;

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use model::failover::Process;
+use model::lost::Tail;
 use model::member::{Condition, Done, Work};
 
 use crate::instance::{Instance, InstanceError};
-use crate::rejoin::{Aside, rejoin};
+use crate::rejoin::{Aside, Kept, rejoin};
 
 pub(crate) const KILL_MAX: Duration = Duration::from_secs(10);
 pub const START_MAX: Duration = Duration::from_secs(120);
@@ -70,7 +71,7 @@ impl Local {
                 self.open_logins(hba_file)?;
                 Done::Nothing
             }
-            Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept } => {
+            Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept, tail } => {
                 // Rewound in part, it would be taken for a server of the new history (`pg_rewind`, "Warnings").
                 if !Aside::of(instance).is_there() {
                     // It is no fence any more: whoever starts the server starts a standby.
@@ -80,12 +81,21 @@ impl Local {
                     self.open_logins(hba_file.as_deref().unwrap_or(&default))?;
                 }
                 let ways = (&**conninfo, &**standby_conninfo);
-                Done::Text(rejoin(instance, ways, *timeline, *is_kept).await?)
+                let kept = match tail {
+                    Some(tail) => Kept::WithRows(tail, self.lost_dir.join(&tail.name)),
+                    None if *is_kept => Kept::Enough,
+                    None => Kept::Nothing,
+                };
+                let (how, rows) = rejoin(instance, ways, *timeline, kept).await?;
+                match rows {
+                    Some(rows) => Done::Rejoined { how, rows },
+                    None => Done::Text(how),
+                }
             }
             Work::ReadTail { timeline, from } => {
                 Done::Tail(instance.wal_tail(*timeline, *from).await.map_err(chain)?.0)
             }
-            Work::KeepTail { timeline, from, name } => {
+            Work::KeepTail(Tail { timeline, from, name }) => {
                 let dir = self.lost_dir.join(name);
                 instance.keep_wal(*timeline, *from, &dir).await.map_err(chain)?;
                 Done::Text(dir.display().to_string())

@@ -7,7 +7,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use model::lost::{LostRows, Tail};
+
 use crate::instance::Instance;
+use crate::lost_rows;
 use crate::member::{KILL_MAX, START_MAX, chain};
 
 const STOP_MAX: Duration = Duration::from_secs(60);
@@ -79,8 +82,19 @@ impl<'a> Aside<'a> {
     }
 }
 
-/// Makes a server a standby of another, which is on `timeline`. What only it has may go if that `is_kept`. Gives how it was
-/// done.
+/// What of a server is in another place, so that it may go here.
+pub(crate) enum Kept<'a> {
+    Nothing,
+    /// All that it alone has, if that is anything.
+    Enough,
+    /// The log of this tail, in this directory. Its rows are wanted there, too.
+    WithRows(&'a Tail, PathBuf),
+}
+
+type Rows = Option<Result<LostRows, String>>;
+
+/// Makes a server a standby of another, which is on `timeline`. Gives how it was done, and the rows that only it had, if they were
+/// wanted and could be looked for.
 ///
 /// # Errors
 /// In words; asked again, it goes on.
@@ -88,8 +102,8 @@ pub(crate) async fn rejoin(
     instance: &Instance,
     (conninfo, standby_conninfo): (&str, &str),
     timeline: Option<u64>,
-    is_kept: bool,
-) -> Result<String, String> {
+    kept: Kept<'_>,
+) -> Result<(String, Rows), String> {
     let aside = Aside::of(instance);
     let names = Names::of(instance);
     if instance.data_dir.exists() {
@@ -103,23 +117,25 @@ pub(crate) async fn rejoin(
     if !is_broken {
         aside.put()?;
     }
+    let mut rows = None;
+    let kept = if is_broken { Kept::Nothing } else { kept };
     let how = match names.old.exists() && instance.data_dir.exists() {
         // The copy had taken its place already; the primary may be another by now.
         true => {
             instance.make_standby(standby_conninfo).map_err(chain)?;
-            names.end(is_kept && !is_broken)?
+            names.end(&kept)?
         }
         false => {
             let ready = |made: &Instance| -> Result<(), String> {
                 aside.put_back(made)?;
                 made.make_standby(standby_conninfo).map_err(chain)
             };
-            make(instance, &names, conninfo, timeline, is_kept && !is_broken, ready).await?
+            make(instance, &names, conninfo, timeline, (&kept, &mut rows), ready).await?
         }
     };
     aside.forget()?;
     instance.start(START_MAX).await.map_err(chain)?;
-    Ok(how)
+    Ok((how, rows))
 }
 
 /// Rewinds the server, or copies the other in its place; what was made is made `ready` before it gets its name.
@@ -128,16 +144,20 @@ async fn make(
     names: &Names,
     conninfo: &str,
     timeline: Option<u64>,
-    is_kept: bool,
+    (kept, rows): (&Kept<'_>, &mut Rows),
     ready: impl Fn(&Instance) -> Result<(), String>,
 ) -> Result<String, String> {
     // On the new history already, it has nothing to come back from, and would write to that what nobody else has.
     let follows = instance.last_timeline().ok() == timeline;
-    if is_kept && !follows && instance.data_dir.exists() {
+    if !matches!(kept, Kept::Nothing) && !follows && instance.data_dir.exists() {
         let rewound = names.rewound(instance);
         rename(&instance.data_dir, &rewound.data_dir)?;
         // It has to end as a primary first, if it has not (`ensureCleanShutdown`).
         rewound.may_be_primary().map_err(chain)?;
+        if let Kept::WithRows(tail, dir) = kept {
+            let made = beside(&instance.data_dir, "rows");
+            *rows = Some(lost_rows::keep(&rewound, tail, (&made, dir)).await);
+        }
         match rewound.rewind(conninfo).await {
             Ok(_) => {
                 ready(&rewound)?;
@@ -165,7 +185,7 @@ async fn make(
         rename(old, &names.old)?;
     }
     rename(&copied.data_dir, &instance.data_dir)?;
-    names.end(is_kept)
+    names.end(kept)
 }
 
 /// Places beside the data directory.
@@ -224,13 +244,13 @@ impl Names {
     }
 
     /// The copy is in its place: what was there before goes, or is kept if nobody knows what it alone has.
-    fn end(&self, is_kept: bool) -> Result<String, String> {
+    fn end(&self, enough: &Kept<'_>) -> Result<String, String> {
         let mut kept = Vec::new();
         for (number, old) in [&self.old, &self.rewinding].into_iter().enumerate() {
             if !old.exists() {
                 continue;
             }
-            if is_kept {
+            if !matches!(enough, Kept::Nothing) {
                 std::fs::remove_dir_all(old)
                     .map_err(|error| format!("`{}`: {error}", old.display()))?;
                 continue;

@@ -1,7 +1,8 @@
 //! What a server that has ended has left in its write-ahead log, as `pg_waldump` reads it.
 
 use std::io::{BufRead, BufReader, Seek};
-use std::path::Path;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use model::Lsn;
@@ -50,12 +51,12 @@ impl Instance {
     /// # Errors
     /// Its log cannot be read.
     pub fn last_timeline(&self) -> Result<u64, InstanceError> {
-        let dir = self.data_dir.join("pg_wal");
-        let error = |source| InstanceError::File { path: dir.clone(), what: "read", source };
-        let entries = std::fs::read_dir(&dir).map_err(error)?;
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let segments = names.filter(|name| segment_end(name, 1).is_some());
-        let timelines = segments.filter_map(|name| u64::from_str_radix(name.get(..8)?, 16).ok());
+        let error = |source| {
+            let path = self.data_dir.join("pg_wal");
+            InstanceError::File { path, what: "read", source }
+        };
+        let all = segments(&self.data_dir).map_err(error)?;
+        let timelines = all.iter().map(|one| one.timeline);
         timelines.max().ok_or_else(|| error(std::io::ErrorKind::NotFound.into()))
     }
 
@@ -73,7 +74,7 @@ impl Instance {
         let (timeline, start) = (timeline.to_string(), from.to_string());
         let args = ["-p", dir, "-t", &timeline, "-s", &start];
         let (status, mut output) =
-            self.run_into_file("pg_waldump", &args, Limit::Whole(READ_MAX)).await?;
+            self.run_into_file("pg_waldump", &args, None, Limit::Whole(READ_MAX)).await?;
         let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
         output.rewind().map_err(run)?;
         let (mut reading, mut is_understood, mut last) = (Reading::default(), false, String::new());
@@ -108,26 +109,45 @@ impl Instance {
             let path = path.to_owned();
             move |source| InstanceError::File { path, what: "kept", source }
         };
-        std::fs::create_dir_all(dir).map_err(error(dir))?;
-        let wal = self.data_dir.join("pg_wal");
-        let first = format!("{timeline:08X}");
-        for entry in std::fs::read_dir(&wal).map_err(error(&wal))?.flatten() {
-            let name = entry.file_name();
-            let Some(name) = name.to_str() else { continue };
-            // A segment's number grows with its position, whatever its size: the last one before `from` is wanted, too.
-            let is_needed = entry
-                .metadata()
-                .is_ok_and(|file| segment_end(name, file.len()).is_some_and(|end| end > from));
-            if name.starts_with(&first) && is_needed {
-                let to = dir.join(name);
-                std::fs::copy(entry.path(), &to).map_err(error(&to))?;
-            }
+        make_kept_dir(dir).map_err(error(dir))?;
+        let all = segments(&self.data_dir).map_err(error(&self.data_dir))?;
+        // The one that has `from` in it is wanted, too.
+        for one in all.iter().filter(|one| one.timeline == timeline && one.end > from) {
+            let to = dir.join(one.path.file_name().unwrap_or_default());
+            std::fs::copy(&one.path, &to).map_err(error(&to))?;
         }
         let (_, shown) = self.wal_tail(timeline, from).await?;
         let text = shown.join("\n") + "\n";
         let path = dir.join("transactions.txt");
         std::fs::write(&path, text).map_err(error(&path))
     }
+}
+
+/// A directory for what people are to look at. Nobody else is to read what they have in their tables.
+pub(crate) fn make_kept_dir(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// A file of a server's log.
+pub(crate) struct Segment {
+    path: PathBuf,
+    pub(crate) timeline: u64,
+    pub(crate) begin: Lsn,
+    end: Lsn,
+}
+
+/// The files of a server's log, those of all timelines.
+pub(crate) fn segments(data_dir: &Path) -> std::io::Result<Vec<Segment>> {
+    let entries = std::fs::read_dir(data_dir.join("pg_wal"))?.flatten();
+    Ok(entries
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let (name, len) = (name.to_str()?, entry.metadata().ok()?.len());
+            let end = segment_end(name, len)?;
+            let timeline = u64::from_str_radix(name.get(..8)?, 16).ok()?;
+            Some(Segment { path: entry.path(), timeline, begin: Lsn(end.0 - len), end })
+        })
+        .collect())
 }
 
 /// Where the segment with this name ends, if it is one of `len` bytes.

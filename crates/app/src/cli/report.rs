@@ -70,6 +70,9 @@ pub(super) fn of_cells(execution: &Execution) -> String {
     if let Some(lost) = execution.lost.as_ref().filter(|lost| !lost.kept_in.is_empty()) {
         let text = format!("{} commits, kept in {}", lost.transactions, lost.kept_in);
         facts.push(("on the lost server alone", text));
+        let rows = lost.rows.iter();
+        facts.extend(rows.clone().map(|rows| ("row by row", rows.says())));
+        facts.extend(rows.flat_map(|rows| &rows.tables).map(|table| ("", table.says())));
     }
     facts.extend(execution.reason.clone().map(|reason| ("reason", reason)));
     page(&title, &facts, ["stage", "", "took", ""], &stage_rows(execution))

@@ -187,8 +187,18 @@ async fn a_failover_by_hand_says_what_it_would_do() {
     assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "1");
 }
 
+/// Of the last cell in the configuration, the server's files are not here.
+pub(crate) fn files_elsewhere(installation: &mut Installation, cell: &str) {
+    let name = format!("name = \"{cell}\"");
+    installation.reconfigure(|text| {
+        let (before, after) = text.split_once(&name).unwrap();
+        let after = after.lines().filter(|line| !line.starts_with("data_dir"));
+        format!("{before}{name}{}", after.collect::<Vec<_>>().join("\n"))
+    });
+}
+
 /// The standby has stopped to receive some time before.
-async fn stop_receiving(installation: &Installation) {
+pub(crate) async fn stop_receiving(installation: &Installation) {
     let mut standby = installation.direct("b").await;
     run(&mut standby, "ALTER SYSTEM SET primary_conninfo = ''").await;
     run(&mut standby, "SELECT pg_reload_conf()").await;
@@ -222,12 +232,7 @@ async fn what_only_the_lost_servers_disk_has_is_read_from_there() {
 #[tokio::test]
 async fn what_is_lost_is_asked_for_and_kept() {
     let mut installation = Installation::start_pooled("failover-loses", 4);
-    // The other server is one whose files are elsewhere.
-    installation.reconfigure(|text| {
-        let (a, b) = text.split_once("name = \"b\"").unwrap();
-        let b = b.lines().filter(|line| !line.starts_with("data_dir"));
-        format!("{a}name = \"b\"{}", b.collect::<Vec<_>>().join("\n"))
-    });
+    files_elsewhere(&mut installation, "b");
     let mut client = named(&installation, "client").await;
     run(&mut client, "CREATE TABLE written (n int)").await;
     stop_receiving(&installation).await;

@@ -19,6 +19,7 @@ mod flood;
 mod hostile;
 mod kinds;
 mod login;
+mod lost;
 mod moves;
 mod nodes;
 mod outlive;

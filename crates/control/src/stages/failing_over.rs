@@ -13,6 +13,7 @@ use model::barrier::Order;
 use model::cell::CellState;
 use model::durability::Protection;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
+use model::lost::Tail;
 use model::member::WalTail;
 use model::persisted::{Execution, LostTail, Pleads};
 use model::region::Region;
@@ -622,6 +623,16 @@ pub(super) async fn revert(
     })
 }
 
+fn kept_name(execution: &Execution) -> String {
+    format!("{}-{}", execution.app, execution.id)
+}
+
+/// What of the lost server is kept, row by row as soon as it can be read, which is before it is rewound.
+pub(super) fn tail_of(execution: &Execution) -> Option<Tail> {
+    let lost = execution.lost.as_ref().filter(|lost| !lost.kept_in.is_empty())?;
+    Some(Tail { timeline: lost.timeline?, from: lost.from, name: kept_name(execution) })
+}
+
 /// Looks at what only the lost server had, before that is gone, and keeps it for people.
 pub(super) async fn keep_tail(
     control: &Control,
@@ -651,20 +662,20 @@ pub(super) async fn keep_tail(
         return Err(format!("it had {}, and its log ends before", strayed.unwrap_or_default()));
     }
     if last < fork {
-        let kept_in = String::new();
-        execution.lost = Some(LostTail { from: fork, to: fork, transactions: 0, kept_in });
+        execution.lost = Some(LostTail { from: fork, to: fork, ..LostTail::default() });
         return Ok(nothing());
     }
     let tail = lost.read_tail(timeline, fork).await?;
     let last = tail.last.ok_or("nothing of its log can be read there")?;
-    let Execution { app, id, .. } = &*execution;
-    let kept_in = lost.keep_tail(timeline, fork, format!("{app}-{id}")).await?;
+    let kept_in = lost.keep_tail(Tail { timeline, from: fork, name: kept_name(execution) }).await?;
     let text = format!(
         "{} commits, {} bytes from {fork} to {last}, were only on the lost server; kept in {kept_in}",
         tail.commits,
         last.bytes_since(fork)
     );
-    execution.lost = Some(LostTail { from: fork, to: last, transactions: tail.commits, kept_in });
+    let (transactions, timeline) = (tail.commits, Some(timeline));
+    execution.lost =
+        Some(LostTail { from: fork, to: last, transactions, kept_in, timeline, rows: None });
     control.save(execution).map_err(chain)?;
     Ok(text)
 }

@@ -111,7 +111,17 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
                 false => failing_over::keep_tail(control, execution, (from, to)).await,
             };
             let began = Instant::now();
-            let how = rejoin((&execution.from, from), to, kept.is_ok()).await?;
+            let tail = failing_over::tail_of(execution).filter(|_| kept.is_ok());
+            let (how, rows) = rejoin((&execution.from, from), to, (kept.is_ok(), tail)).await?;
+            let of_rows = match rows {
+                Some(Ok(ref rows)) => Some(rows.says()),
+                Some(Err(ref why)) => Some(format!("its rows cannot be read: {why}")),
+                None => None,
+            };
+            if let (Some(lost), Some(Ok(rows))) = (&mut execution.lost, rows) {
+                lost.rows = Some(rows);
+                control.save(execution).map_err(chain)?;
+            }
             if kept.is_err() {
                 // Done again, it would keep the copy as well.
                 execution.is_kept_whole = true;
@@ -120,7 +130,10 @@ pub(crate) async fn run(control: &Control, execution: &mut Execution, stage: Sta
             let rejoined = rejoining::wait_streaming((from, to), &how, began).await?;
             Ok(match kept {
                 Ok(_) if is_planned => rejoined,
-                Ok(kept) => format!("{rejoined}; {kept}"),
+                Ok(kept) => match of_rows {
+                    Some(rows) => format!("{rejoined}; {kept}; {rows}"),
+                    None => format!("{rejoined}; {kept}"),
+                },
                 Err(why) => format!("{rejoined}; what was lost is not known: {why}"),
             })
         }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use model::lost::{LostRows, Tail};
 use model::member::Work;
 
 use super::fencing::hba_file;
@@ -37,12 +38,13 @@ pub(crate) async fn follows_timeline(server: &CellServer, timeline: u64) -> bool
     is_standby && position(&mut standby).await.is_ok_and(|at| at.timeline == timeline)
 }
 
-/// Makes the old server a standby of the new one, and starts it. What only it has may go if that `is_kept`. Gives how.
+/// Makes the old server a standby of the new one, and starts it. What only it has may go if that `is_kept`, and of the `tail` that
+/// is, rows are kept as well. Gives how.
 pub(super) async fn rejoin(
     (cell, from): (&str, &CellServer),
     to: &CellServer,
-    is_kept: bool,
-) -> Done {
+    (is_kept, tail): (bool, Option<Tail>),
+) -> Result<(String, Option<Result<LostRows, String>>), String> {
     let Some(member) = &from.member else {
         return Err(format!(
             "`{}` is not managed (no data_dir); stop it and make it a standby of `{}`",
@@ -61,7 +63,7 @@ pub(super) async fn rejoin(
     let timeline = new.value("SELECT timeline_id::text FROM pg_control_checkpoint()").await;
     let timeline = timeline.map_err(chain)?.and_then(|text| text.parse().ok());
     let (conninfo, standby_conninfo) = (to.conninfo.clone(), named(&to.conninfo, cell));
-    let work = Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept };
+    let work = Work::Rejoin { conninfo, standby_conninfo, timeline, hba_file, is_kept, tail };
     member.rejoin(work).await
 }
 

@@ -1,0 +1,100 @@
+//! What a lost server alone had is told row by row.
+
+use std::os::unix::fs::PermissionsExt;
+
+use tls::{ClientTls, SslMode};
+
+use crate::failover::{files_elsewhere, stop_receiving, wait_active};
+use crate::support::{Installation, login, run, shown};
+
+/// Every way in which rows are written, in transactions that end in every way; also in one that began while the standby followed.
+#[tokio::test]
+async fn rows_that_only_a_lost_server_had_are_kept() {
+    let mut installation = Installation::start_pooled("lost-rows", 4);
+    files_elsewhere(&mut installation, "b");
+    let mut direct = installation.direct("a").await;
+    run(&mut direct, "CREATE DATABASE other").await;
+    run(&mut direct, "CREATE TABLE t (n int PRIMARY KEY, x text)").await;
+    run(&mut direct, "CREATE TABLE odd (n int)").await;
+    run(&mut direct, "ALTER TABLE odd RENAME TO \"odd \"\"\tname\"").await;
+    run(&mut direct, "CREATE TABLE gone (n int)").await;
+    run(&mut direct, "INSERT INTO t SELECT g, 'old' || g FROM generate_series(1, 10) g").await;
+    let other = async || {
+        let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
+        let port = installation.facts.servers["a"];
+        login(port, "postgres", None, tls, &[("database", "other")]).await.unwrap()
+    };
+    run(&mut other().await, "CREATE TABLE u (n int, x text)").await;
+    let mut early = installation.direct("a").await;
+    run(&mut early, "BEGIN").await;
+    run(&mut early, "INSERT INTO t VALUES (100, 'early')").await;
+    stop_receiving(&installation).await;
+    for sql in [
+        "INSERT INTO t SELECT g, 'new, \"quoted\"' || g FROM generate_series(11, 13) g",
+        "UPDATE t SET x = 'first' WHERE n = 3",
+        "UPDATE t SET x = 'last' WHERE n = 3",
+        "UPDATE t SET x = NULL WHERE n = 5",
+        "DELETE FROM t WHERE n IN (4, 11)",
+        "COPY t FROM PROGRAM 'printf \"21\\\\tcopied\\\\n22\\\\tcopied\\\\n\"'",
+        "BEGIN; SAVEPOINT a; INSERT INTO t VALUES (30, 'kept'); RELEASE a; SAVEPOINT b; INSERT INTO t VALUES (31, 'not'); ROLLBACK TO b; COMMIT",
+        "BEGIN; INSERT INTO t VALUES (32, 'not'); ROLLBACK",
+        "INSERT INTO t VALUES (40, repeat('long', 100000))",
+        "INSERT INTO \"odd \"\"\tname\" VALUES (1)",
+        "INSERT INTO gone VALUES (1)",
+        "DROP TABLE gone",
+    ] {
+        run(&mut direct, sql).await;
+    }
+    run(&mut other().await, "INSERT INTO u VALUES (7, 'there')").await;
+    run(&mut early, "INSERT INTO t VALUES (101, 'late')").await;
+    run(&mut early, "COMMIT").await;
+    // Never to be committed by anybody.
+    run(&mut early, "BEGIN").await;
+    run(&mut early, "INSERT INTO t VALUES (102, 'not')").await;
+    installation.signal_server("a", "KILL");
+    let lose = ["failover", "shop", "--to", "b", "--allow-data-loss"];
+    let text = shown(&installation.holdfast_in_background(&lose).await.unwrap());
+    wait_active(&installation, "b").await;
+    let kept = installation.dir.join("state/lost/shop-1");
+    let rows = std::fs::read_to_string(kept.join("rows.txt")).unwrap_or_else(|_| panic!("{text}"));
+    let csv = |table: &str| -> Vec<String> {
+        let line = rows.lines().find(|line| line.starts_with(table)).expect(&rows);
+        let path = kept.join(line.split_once(" rows in ").expect(line).1);
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut lines: Vec<String> =
+            text.lines().map(|line| line.chars().take(40).collect()).collect();
+        lines.get_mut(1..).unwrap().sort();
+        lines
+    };
+    let expected = [
+        "n,x",
+        "100,early",
+        "101,late",
+        "12,\"new, \"\"quoted\"\"12\"",
+        "13,\"new, \"\"quoted\"\"13\"",
+        "21,copied",
+        "22,copied",
+        "3,last",
+        "30,kept",
+        "40,longlonglonglonglonglonglonglonglongl",
+        "5,",
+    ];
+    assert_eq!(csv("public.t of postgres"), expected, "{rows}");
+    assert_eq!(csv("public.u of other"), ["n,x", "7,there"], "{rows}");
+    assert_eq!(csv("public.\"odd"), ["n", "1"], "{rows}");
+    assert!(rows.contains("9 inserted, 3 updated, 2 deleted; 10 rows"), "{rows}");
+    assert!(rows.contains("1 inserted, 0 updated, 0 deleted; not read: it is gone"), "{rows}");
+    assert!(rows.contains("changes of catalogs"), "{rows}");
+    assert_eq!(kept.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+    assert!(!installation.dir.join("a.holdfast-rows").exists());
+    // What was deleted there is here still, and can be looked at.
+    let deleted = std::fs::read_to_string(kept.join("deleted.sql")).unwrap();
+    let (_, sql) = deleted.trim_end().split_once('\n').expect(&deleted);
+    let mut new = installation.direct("b").await;
+    let found = new.query(sql).await.unwrap();
+    let found: Vec<_> = found.first().unwrap().rows.iter().map(|row| row[2].clone()).collect();
+    assert_eq!(found, [Some("4".to_owned())], "{deleted}");
+    let report = shown(&installation.holdfast(&["executions", "1", "--report"]));
+    assert!(report.contains("public.t of postgres: 9 inserted"), "{report}");
+}
