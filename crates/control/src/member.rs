@@ -2,14 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::Lsn;
 use model::agent::Task;
 use model::cell::Epoch;
 use model::failover::Process;
 use model::lost::{LostRows, Tail};
-use model::member::{Condition, Done, WalTail, Work};
+use model::member::{Condition, Done, LogFile, PIECE_LEN, Piece, WalTail, Work};
 use pg::member::Local;
 
 use crate::agents::Link;
@@ -246,5 +246,37 @@ impl Member {
     /// Gives where it is kept.
     pub(crate) async fn keep_tail(&self, tail: Tail) -> Result<String, String> {
         self.text(Work::KeepTail(tail)).await
+    }
+
+    /// Hands log over to the host of another, who has replayed up to `from`. Gives the directory that it is in there.
+    pub(crate) async fn hand_over(
+        &self,
+        to: &Member,
+        timeline: u64,
+        (from, end): (Lsn, Lsn),
+        deadline: Instant,
+    ) -> Result<String, String> {
+        to.unstage().await?;
+        let files = match self.ask(Work::ListLog { timeline, from, to: end }).await? {
+            Done::LogFiles(files) => files,
+            other => return unexpected(other),
+        };
+        let mut dir = None;
+        for LogFile { name, len, used } in files {
+            for offset in (0..used.min(len)).step_by(PIECE_LEN as usize) {
+                if Instant::now() > deadline {
+                    return Err("its log is not here in time".into());
+                }
+                let base64 = self.text(Work::ReadLog { name: name.clone(), offset }).await?;
+                let piece = Piece { name: name.clone(), offset, len, base64 };
+                dir = Some(to.text(Work::StageLog(piece)).await?);
+            }
+        }
+        dir.ok_or_else(|| "there is nothing of its log that is wanted".to_owned())
+    }
+
+    /// Removes what was handed over.
+    pub(crate) async fn unstage(&self) -> Result<(), String> {
+        self.nothing(Work::UnstageLog).await
     }
 }

@@ -51,6 +51,26 @@ impl WalTail {
     }
 }
 
+/// As many bytes of a log are handed over at once.
+pub const PIECE_LEN: u64 = 512 * 1024;
+
+/// A file of a server's log. What is not `used` of its bytes is nobody's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogFile {
+    pub name: String,
+    pub len: u64,
+    pub used: u64,
+}
+
+/// Bytes of such a file, which will be `len` bytes long.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    pub name: String,
+    pub offset: u64,
+    pub len: u64,
+    pub base64: String,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Work {
@@ -63,11 +83,18 @@ pub enum Work {
     /// Starts the server as a standby, if it does not run.
     StartStandby,
     /// Whether `pg_hba.conf` was replaced. Answered by [`Done::Flag`].
-    AreLoginsClosed { hba_file: PathBuf },
+    AreLoginsClosed {
+        hba_file: PathBuf,
+    },
     /// Replaces `pg_hba.conf`, and keeps what it was.
-    CloseLogins { hba_file: PathBuf, rules: String },
+    CloseLogins {
+        hba_file: PathBuf,
+        rules: String,
+    },
     /// Puts `pg_hba.conf` back, if it was replaced.
-    OpenLogins { hba_file: PathBuf },
+    OpenLogins {
+        hba_file: PathBuf,
+    },
     /// Makes the server a standby of another, which is on `timeline`. What only it has may go if that `is_kept`. Answered by
     /// [`Done::Text`].
     ///
@@ -83,9 +110,27 @@ pub enum Work {
         tail: Option<Tail>,
     },
     /// What the log of the server, which has ended, holds. Answered by [`Done::Tail`].
-    ReadTail { timeline: u64, from: Lsn },
+    ReadTail {
+        timeline: u64,
+        from: Lsn,
+    },
     /// Copies that for people, under a name. Answered by [`Done::Text`]: where.
     KeepTail(Tail),
+    /// Which files of its log a standby needs that has replayed up to `from`, and is to replay up to `to`. Answered by
+    /// [`Done::LogFiles`].
+    ListLog {
+        timeline: u64,
+        from: Lsn,
+        to: Lsn,
+    },
+    /// [`PIECE_LEN`] bytes of one. Answered by [`Done::Text`], in base64.
+    ReadLog {
+        name: String,
+        offset: u64,
+    },
+    /// Puts them where this server can read them. Answered by [`Done::Text`]: the directory.
+    StageLog(Piece),
+    UnstageLog,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +142,7 @@ pub enum Done {
     Flag(bool),
     Text(String),
     Tail(WalTail),
+    LogFiles(Vec<LogFile>),
     /// How, and what only it had, or why that is not known.
     Rejoined {
         how: String,

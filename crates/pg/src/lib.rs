@@ -10,7 +10,7 @@
 //! - [`instance`]: a server's programs and its data directory on this machine.
 //! - [`member`]: what is asked of whoever has those at hand.
 //! - [`port`]: a port that is kept for a server that is started later.
-//! - [`wal`]: what a server that has ended has left in its log; `touched`, `lost_rows`: and which rows those are.
+//! - [`wal`]: what a server that has ended has left in its log; `handover`: how another host gets that; `touched`, `lost_rows`: and which rows those are.
 //!
 //! Every wait has a deadline that the caller gives. SQL of ours names everything in full or runs with
 //! `search_path = pg_catalog`.
@@ -22,6 +22,7 @@ pub mod admin;
 pub mod clock;
 pub mod connect;
 pub mod connection;
+mod handover;
 pub mod instance;
 mod lost_rows;
 pub mod member;

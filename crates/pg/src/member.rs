@@ -100,6 +100,15 @@ impl Local {
                 instance.keep_wal(*timeline, *from, &dir).await.map_err(chain)?;
                 Done::Text(dir.display().to_string())
             }
+            Work::ListLog { timeline, from, to } => {
+                Done::LogFiles(instance.list_log(*timeline, *from, *to)?)
+            }
+            Work::ReadLog { name, offset } => Done::Text(instance.read_log(name, *offset)?),
+            Work::StageLog(piece) => Done::Text(instance.stage_log(piece)?.display().to_string()),
+            Work::UnstageLog => {
+                instance.unstage_log()?;
+                Done::Nothing
+            }
         })
     }
 

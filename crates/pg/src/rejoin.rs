@@ -25,7 +25,7 @@ pub(crate) fn what_is_left(data_dir: &Path) -> Option<std::fs::Metadata> {
 }
 
 /// A place beside the data directory.
-fn beside(data_dir: &Path, what: &str) -> PathBuf {
+pub(crate) fn beside(data_dir: &Path, what: &str) -> PathBuf {
     let mut name = data_dir.as_os_str().to_owned();
     name.push(format!(".holdfast-{what}"));
     name.into()

@@ -113,7 +113,7 @@ impl Instance {
         let all = segments(&self.data_dir).map_err(error(&self.data_dir))?;
         // The one that has `from` in it is wanted, too.
         for one in all.iter().filter(|one| one.timeline == timeline && one.end > from) {
-            let to = dir.join(one.path.file_name().unwrap_or_default());
+            let to = dir.join(one.name());
             std::fs::copy(&one.path, &to).map_err(error(&to))?;
         }
         let (_, shown) = self.wal_tail(timeline, from).await?;
@@ -133,7 +133,13 @@ pub(crate) struct Segment {
     path: PathBuf,
     pub(crate) timeline: u64,
     pub(crate) begin: Lsn,
-    end: Lsn,
+    pub(crate) end: Lsn,
+}
+
+impl Segment {
+    pub(crate) fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
 }
 
 /// The files of a server's log, those of all timelines.

@@ -4,8 +4,9 @@ use std::os::unix::fs::PermissionsExt;
 
 use tls::{ClientTls, SslMode};
 
+use crate::agents::wait_until;
 use crate::failover::{files_elsewhere, stop_receiving, wait_active};
-use crate::support::{Installation, login, run, shown};
+use crate::support::{Installation, login, run, shown, value};
 
 /// Every way in which rows are written, in transactions that end in every way; also in one that began while the standby followed.
 #[tokio::test]
@@ -97,4 +98,28 @@ async fn rows_that_only_a_lost_server_had_are_kept() {
     assert_eq!(found, [Some("4".to_owned())], "{deleted}");
     let report = shown(&installation.holdfast(&["executions", "1", "--report"]));
     assert!(report.contains("public.t of postgres: 9 inserted"), "{report}");
+}
+
+/// A server that has crashed on a host that lives loses nothing, whether commits waited for others or not: its agent has the log.
+#[tokio::test]
+async fn what_a_lost_servers_host_has_is_handed_over() {
+    let installation = Installation::start_with_agents("lost-handed");
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE written (n int, x text)").await;
+    stop_receiving(&installation).await;
+    // More than one file of it.
+    run(
+        &mut client,
+        "INSERT INTO written SELECT g, repeat('x', 1000) FROM generate_series(1, 30000) g",
+    )
+    .await;
+    run(&mut client, "INSERT INTO written VALUES (0)").await;
+    installation.signal_server("a", "KILL");
+    wait_until("the failover", async || installation.active() == "b").await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "30001");
+    let text = shown(&installation.holdfast(&["executions", "1"]));
+    assert!(text.contains("were read from the lost server's disk"), "{text}");
+    assert_eq!(value(&mut client, "SHOW restore_command").await, "");
+    assert!(!installation.dir.join("b.holdfast-wal").exists());
+    wait_active(&installation, "b").await;
 }

@@ -191,14 +191,32 @@ fn or_allow(execution: &Execution, reason: &str) -> String {
     )
 }
 
-/// Both servers' files are here, so the one can read what the other has left.
-fn can_salvage<'a>(from: &'a CellServer, to: &CellServer) -> Option<(&'a Member, &'a Path)> {
-    match (&from.member, &to.member) {
-        (Some(member @ Member::Here(lost)), Some(Member::Here(_))) => {
-            lost.instance.has("pg_waldump").then_some((member, &lost.instance.data_dir))
+/// How a standby can read what a lost server has left.
+struct Salvage<'a> {
+    lost: &'a Member,
+    way: Way<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    /// Both servers' files are here: the data directory of the lost one.
+    Disk(&'a Path),
+    /// Whoever is beside it hands its log over to this one.
+    Handed(&'a Member),
+}
+
+fn can_salvage<'a>(from: &'a CellServer, to: &'a CellServer) -> Option<Salvage<'a>> {
+    let (lost, to) = (from.member.as_ref()?, to.member.as_ref()?);
+    let (can, way) = match (lost, to) {
+        (Member::Here(local), Member::Here(_)) => {
+            (local.instance.has("pg_waldump"), Way::Disk(&local.instance.data_dir))
         }
-        _ => None,
-    }
+        (Member::Here(local), Member::Agent(_)) => {
+            (local.instance.has("pg_waldump"), Way::Handed(to))
+        }
+        (Member::Agent(link), _) => (link.is_heard() && !lost.is_out_of_hand(), Way::Handed(to)),
+    };
+    can.then_some(Salvage { lost, way })
 }
 
 pub(super) async fn assess(
@@ -411,9 +429,15 @@ pub(super) async fn recruit(
 ) -> Done {
     let mut new = admin_at_once(to).await?;
     let Position { received, .. } = position(&mut new).await?;
-    let salvaged = match can_salvage(from, to) {
-        Some((lost, dir)) => {
-            let salvaged = salvage(lost, dir, &mut new, received).await;
+    let mut salvage = can_salvage(from, to);
+    if matches!(salvage, Some(Salvage { way: Way::Handed(_), .. })) {
+        // It takes a while, and need not be where others prove that nothing is lacking.
+        let all = candidates(servers, &execution.from).await;
+        salvage = salvage.filter(|_| !matches!(covers(control, &execution.app, &all), Ok(Some(_))));
+    }
+    let salvaged = match salvage {
+        Some(salvage) => {
+            let salvaged = salvage.run(&mut new, received).await;
             // On a connection of its own: that one may have still to answer.
             let ended = match admin_at_once(to).await {
                 Ok(mut fresh) => end_salvage(&mut fresh).await,
@@ -425,6 +449,11 @@ pub(super) async fn recruit(
                     "`restore_command` of `{}` cannot be put back: {error}",
                     execution.to
                 ));
+            }
+            if let Way::Handed(member) = salvage.way
+                && let Err(error) = member.unstage().await
+            {
+                tracing::warn!(error, "what was handed over is not removed");
             }
             salvaged
         }
@@ -467,50 +496,55 @@ pub(super) async fn recruit(
     })
 }
 
-/// Has the standby replay what the lost server's disk has beyond `received`.
-async fn salvage(
-    lost: &Member,
-    data_dir: &Path,
-    new: &mut Admin,
-    received: Lsn,
-) -> Result<String, String> {
-    // What was received may end within a record, what is replayed does not.
-    let replayed = new.replayed_lsn().await.map_err(chain)?;
-    let timeline = lost.look().await?.timeline.ok_or("of its log nothing can be read")?;
-    let tail = tail_around(lost, timeline, replayed).await?;
-    let last = tail.last.ok_or("nothing of its log can be read there")?;
-    if let Some(end) = tail.end.filter(|end| *end < replayed) {
-        return Err(format!("it has {replayed}, and the lost server's log ends at {end}"));
-    }
-    if last < replayed {
-        return Ok("the lost server's disk has no more".into());
-    }
-    // Replay that somebody has stopped would be waited for.
-    new.rows("SELECT pg_wal_replay_resume()").await.map_err(chain)?;
-    let dir = data_dir.join("pg_wal");
-    let dir = dir.to_str().filter(|dir| !dir.contains(['\'', '"', '\\', '%', '$', '`']));
-    let dir = dir.ok_or("the name of its directory has letters that a command cannot have")?;
-    // Read by the standby itself, by the way it knows (manual, "Archive Recovery Settings").
-    let own = format!("cp \"{dir}/%f\" \"%p\"");
-    let before = new.value("SHOW restore_command").await.map_err(chain)?.unwrap_or_default();
-    let command = match before.as_str() {
-        "" => format!("{own} {MARK}"),
-        before => format!("{own} || {before} {MARK}"),
-    };
-    set_restore_command(new, &command).await?;
-    reload(new).await?;
-    let deadline = Instant::now() + SALVAGE_MAX;
-    // Behind the last whole record.
-    while new.replayed_lsn().await.map_err(chain)? <= last {
-        if Instant::now() > deadline {
-            return Err(format!("what is on its disk is not replayed after {SALVAGE_MAX:?}"));
+impl Salvage<'_> {
+    /// Has the standby replay what the lost server's disk has beyond `received`.
+    async fn run(&self, new: &mut Admin, received: Lsn) -> Result<String, String> {
+        let Salvage { lost, way } = *self;
+        // What was received may end within a record, what is replayed does not.
+        let replayed = new.replayed_lsn().await.map_err(chain)?;
+        let timeline = lost.look().await?.timeline.ok_or("of its log nothing can be read")?;
+        let tail = tail_around(lost, timeline, replayed).await?;
+        let last = tail.last.ok_or("nothing of its log can be read there")?;
+        if let Some(end) = tail.end.filter(|end| *end < replayed) {
+            return Err(format!("it has {replayed}, and the lost server's log ends at {end}"));
         }
-        tokio::time::sleep(POLL).await;
+        if last < replayed {
+            return Ok("the lost server's disk has no more".into());
+        }
+        // Replay that somebody has stopped would be waited for.
+        new.rows("SELECT pg_wal_replay_resume()").await.map_err(chain)?;
+        let deadline = Instant::now() + SALVAGE_MAX;
+        let dir = match way {
+            Way::Disk(data_dir) => data_dir.join("pg_wal"),
+            Way::Handed(to) => {
+                // Where it ends with a segment, nobody says where the next would begin.
+                let end = tail.end.unwrap_or(Lsn(u64::MAX));
+                lost.hand_over(to, timeline, (replayed, end), deadline).await?.into()
+            }
+        };
+        let dir = dir.to_str().filter(|dir| !dir.contains(['\'', '"', '\\', '%', '$', '`']));
+        let dir = dir.ok_or("the name of its directory has letters that a command cannot have")?;
+        // Read by the standby itself, by the way it knows (manual, "Archive Recovery Settings").
+        let own = format!("cp \"{dir}/%f\" \"%p\"");
+        let before = new.value("SHOW restore_command").await.map_err(chain)?.unwrap_or_default();
+        let command = match before.as_str() {
+            "" => format!("{own} {MARK}"),
+            before => format!("{own} || {before} {MARK}"),
+        };
+        set_restore_command(new, &command).await?;
+        reload(new).await?;
+        // Behind the last whole record.
+        while new.replayed_lsn().await.map_err(chain)? <= last {
+            if Instant::now() > deadline {
+                return Err(format!("what is on its disk is not replayed after {SALVAGE_MAX:?}"));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(match last.bytes_since(received) {
+            0 => "the lost server's disk has no more".into(),
+            bytes => format!("about {bytes} bytes were read from the lost server's disk"),
+        })
     }
-    Ok(match last.bytes_since(received) {
-        0 => "the lost server's disk has no more".into(),
-        bytes => format!("about {bytes} bytes were read from the lost server's disk"),
-    })
 }
 
 /// A file that was restored takes the name of the one before it, which is removed first (`KeepFileRestoredFromArchive`):
@@ -604,6 +638,9 @@ pub(super) async fn revert(
         && let Err(error) = end_salvage(&mut new).await
     {
         tracing::warn!(error, "`restore_command` cannot be put back");
+    }
+    if let Some(Salvage { way: Way::Handed(member), .. }) = can_salvage(from, to) {
+        let _ = member.unstage().await;
     }
     if super::is_fenced(control, execution)? {
         // A switchover that was cut off may have left it uncovered. One that does not run is covered once it does.
