@@ -1,5 +1,7 @@
 //! What each node of the tree means.
 
+use std::collections::BTreeSet;
+
 use model::policy::{Class, Command};
 
 use crate::tree::{Tree, Value};
@@ -70,7 +72,6 @@ const PLAIN: &[(&str, &str, Class)] = &[
     ("CreateStatsStmt", "CREATE STATISTICS", Class::Definition),
     ("CreateStmt", "CREATE TABLE", Class::Definition),
     ("CreateSubscriptionStmt", "CREATE SUBSCRIPTION", Class::Definition),
-    ("CreateTableAsStmt", "CREATE TABLE AS", Class::Definition),
     ("CreateTableSpaceStmt", "CREATE TABLESPACE", Class::Definition),
     ("CreateTransformStmt", "CREATE TRANSFORM", Class::Definition),
     ("CreateTrigStmt", "CREATE TRIGGER", Class::Definition),
@@ -111,6 +112,24 @@ const PLAIN: &[(&str, &str, Class)] = &[
     ("ViewStmt", "CREATE VIEW", Class::Definition),
 ];
 
+/// What has a syntax of its own since 16 or 17 (`gram.y`, "func_expr_common_subexpr"): the node, and a name by which an earlier
+/// server looks for a function.
+const SYNTAX: &[(&str, &str)] = &[
+    ("JsonArrayAgg", "json_arrayagg"),
+    ("JsonArrayConstructor", "json_array"),
+    ("JsonArrayQueryConstructor", "json_array"),
+    ("JsonFuncExpr", "json_exists"),
+    ("JsonFuncExpr", "json_query"),
+    ("JsonFuncExpr", "json_value"),
+    ("JsonObjectAgg", "json_objectagg"),
+    ("JsonObjectConstructor", "json_object"),
+    ("JsonParseExpr", "json"),
+    ("JsonScalarExpr", "json_scalar"),
+    ("JsonSerializeExpr", "json_serialize"),
+    ("JsonTable", "json_table"),
+    ("MergeSupportFunc", "merge_action"),
+];
+
 /// Settings that give leave to write.
 const READ_ONLY: [&str; 2] = ["transaction_read_only", "default_transaction_read_only"];
 
@@ -130,18 +149,22 @@ pub(crate) fn commands(tree: &Tree<'_>) -> Option<Vec<Command>> {
 
 fn command(tree: &Tree<'_>, at: usize, kind: &str) -> Command {
     let mut command = match kind {
-        "SelectStmt" => Command::new("SELECT", select(tree, at)),
-        "CopyStmt" => Command::new("COPY", copy(tree, at)),
+        "SelectStmt" => all_of("SELECT", &select(tree, at)),
+        "CopyStmt" => copy(tree, at),
         "ExplainStmt" => explain(tree, at),
-        "DeclareCursorStmt" => {
-            let class = inner(tree, at).map_or(Class::Unknown, |inner| inner.class);
-            Command::new("DECLARE", class)
+        "DeclareCursorStmt" => all_of("DECLARE", &inner_classes(tree, at)),
+        "CreateTableAsStmt" => {
+            let mut command = Command::new("CREATE TABLE AS", Class::Definition);
+            command.also = inner_classes(tree, at);
+            command.also.remove(&Class::Read);
+            // It may be EXECUTE of one.
+            command.prepared = inner(tree, at).and_then(|inner| inner.prepared);
+            command
         }
         "PrepareStmt" => {
-            let inner = inner(tree, at);
             let mut command = Command::new("PREPARE", Class::Session);
             command.prepared = tree.text(at, "name").map(unescaped);
-            command.prepares = Some(inner.map_or(Class::Unknown, |inner| inner.class));
+            command.prepares = Some(inner_classes(tree, at));
             command
         }
         "ExecuteStmt" => {
@@ -180,30 +203,41 @@ fn inner(tree: &Tree<'_>, at: usize) -> Option<Command> {
     })
 }
 
-/// What a SELECT does. Statements in WITH are in it as well.
-fn select(tree: &Tree<'_>, at: usize) -> Class {
-    let mut class = Class::Read;
-    for (_, entry) in tree.within(at) {
-        let found = match entry.key {
-            "intoClause" => Class::Definition,
-            "InsertStmt" | "UpdateStmt" | "DeleteStmt" | "MergeStmt" => Class::Write,
-            "LockingClause" => Class::RowLock,
-            _ => continue,
-        };
-        class = class.max(found);
-    }
-    class
+fn inner_classes(tree: &Tree<'_>, at: usize) -> BTreeSet<Class> {
+    inner(tree, at).map_or(BTreeSet::from([Class::Unknown]), |inner| inner.own_classes())
 }
 
-fn copy(tree: &Tree<'_>, at: usize) -> Class {
+/// A command that does all this, which is not nothing.
+fn all_of(name: &'static str, classes: &BTreeSet<Class>) -> Command {
+    let mut also = classes.clone();
+    let mut command = Command::new(name, also.pop_last().unwrap_or(Class::Unknown));
+    // Whatever else is done is read as well.
+    also.remove(&Class::Read);
+    command.also = also;
+    command
+}
+
+/// What a SELECT does. Statements in WITH are in it as well.
+fn select(tree: &Tree<'_>, at: usize) -> BTreeSet<Class> {
+    let found = tree.within(at).filter_map(|(_, entry)| match entry.key {
+        "intoClause" => Some(Class::Definition),
+        "InsertStmt" | "UpdateStmt" | "DeleteStmt" | "MergeStmt" => Some(Class::Write),
+        "LockingClause" => Some(Class::RowLock),
+        _ => None,
+    });
+    found.chain([Class::Read]).collect()
+}
+
+fn copy(tree: &Tree<'_>, at: usize) -> Command {
+    let of_rows = match tree.field(at, "is_from") {
+        Some(_) => BTreeSet::from([Class::Write]),
+        None => BTreeSet::from([Class::Read]),
+    };
+    let mut classes = inner(tree, at).map_or(of_rows, |inner| inner.own_classes());
     if tree.field(at, "filename").is_some() || tree.field(at, "is_program").is_some() {
-        return Class::Server;
+        classes.insert(Class::Server);
     }
-    match inner(tree, at) {
-        Some(inner) => inner.class,
-        None if tree.field(at, "is_from").is_some() => Class::Write,
-        None => Class::Read,
-    }
+    all_of("COPY", &classes)
 }
 
 /// Without ANALYZE nothing is run.
@@ -215,8 +249,10 @@ fn explain(tree: &Tree<'_>, at: usize) -> Command {
     });
     let Some(inner) = inner(tree, at) else { return Command::new("EXPLAIN", Class::Unknown) };
     // Whatever its value says: `ANALYZE off` is rare, and a write is not.
-    let class = if runs { inner.class } else { Class::Read };
-    let mut command = Command::new("EXPLAIN", class);
+    let mut command = match runs {
+        true => all_of("EXPLAIN", &inner.own_classes()),
+        false => Command::new("EXPLAIN", Class::Read),
+    };
     command.prepared = inner.prepared;
     command
 }
@@ -305,6 +341,10 @@ fn names(tree: &Tree<'_>, at: usize, command: &mut Command) {
             }
             ("relname", Value::Text(name)) => {
                 command.relations.insert(unescaped(name));
+            }
+            (node, Value::Object) => {
+                let of_node = SYNTAX.iter().filter(|(one, _)| *one == node);
+                command.syntax.extend(of_node.map(|(_, name)| (*name).to_owned()));
             }
             _ => (),
         }

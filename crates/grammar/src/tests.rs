@@ -44,8 +44,59 @@ fn writes_are_found_wherever_they_hide() {
     assert_eq!(classes("SELECT 1; DELETE FROM t;;"), [Class::Read, Class::Write]);
     assert_eq!(classes(" -- nothing"), []);
     let prepares = commands(b"PREPARE p AS DELETE FROM t", true).unwrap();
-    assert_eq!(prepares[0].prepares, Some(Class::Write));
+    assert_eq!(prepares[0].prepares, Some([Class::Write].into()));
     assert_eq!(prepares[0].prepared.as_deref(), Some("p"));
+}
+
+/// What a command does besides what it is called.
+#[test]
+fn a_command_may_do_several_things() {
+    use std::collections::BTreeSet;
+    let all = |sql: &str| {
+        let mut commands = commands(sql.as_bytes(), true).unwrap();
+        commands.remove(0).own_classes()
+    };
+    let writes = BTreeSet::from([Class::Definition, Class::Write]);
+    for sql in [
+        "CREATE TEMP TABLE z AS WITH d AS (DELETE FROM t RETURNING n) SELECT * FROM d",
+        "WITH d AS (DELETE FROM t RETURNING n) SELECT * INTO TEMP z FROM d",
+        "EXPLAIN ANALYZE CREATE TABLE z AS WITH d AS (DELETE FROM t RETURNING n) SELECT * FROM d",
+    ] {
+        assert_eq!(all(sql).intersection(&writes).count(), 2, "{sql}");
+    }
+    assert_eq!(all("CREATE TABLE z AS SELECT 1"), BTreeSet::from([Class::Definition]));
+    assert!(all("CREATE TABLE z AS SELECT 1 FROM t FOR UPDATE").contains(&Class::RowLock));
+    let executes = &commands(b"EXPLAIN ANALYZE CREATE TABLE z AS EXECUTE p", true).unwrap()[0];
+    assert!(executes.own_classes().contains(&Class::Execute));
+    assert_eq!(executes.prepared.as_deref(), Some("p"));
+    let prepares =
+        &commands(b"PREPARE p AS WITH d AS (DELETE FROM t) SELECT 1 FROM u FOR UPDATE", true)
+            .unwrap()[0];
+    assert_eq!(prepares.class, Class::Session);
+    assert!(prepares.also.is_empty());
+    let both = prepares.prepares.as_ref().unwrap();
+    assert!(both.contains(&Class::Write) && both.contains(&Class::RowLock), "{both:?}");
+}
+
+/// What is syntax here is a function to an earlier server.
+#[test]
+fn functions_of_earlier_servers_are_named() {
+    for (sql, name) in [
+        ("SELECT json_value('1', '$')", "json_value"),
+        ("SELECT json_exists('1', '$')", "json_exists"),
+        ("SELECT json_query('1', '$')", "json_query"),
+        ("SELECT json_scalar(1)", "json_scalar"),
+        ("SELECT json_serialize('1')", "json_serialize"),
+        ("SELECT json('1')", "json"),
+        ("SELECT json_object('a': 1)", "json_object"),
+        ("SELECT json_array(1)", "json_array"),
+        ("SELECT json_objectagg('a': 1)", "json_objectagg"),
+        ("SELECT json_arrayagg(1)", "json_arrayagg"),
+        ("SELECT merge_action()", "merge_action"),
+    ] {
+        let command = &commands(sql.as_bytes(), true).unwrap()[0];
+        assert!(command.syntax.contains(name) || command.functions.contains(name), "{sql}");
+    }
 }
 
 #[test]

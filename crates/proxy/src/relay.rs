@@ -375,7 +375,11 @@ impl Session {
                                 confined.on_prepared();
                             }
                             // Which name is gone is not known; nor what code has done.
-                            self.had_deallocated |= body.starts_with(b"DEALLOCATE\0");
+                            let is_own = self
+                                .sharing
+                                .as_ref()
+                                .is_some_and(|sharing| !sharing.deallocates.is_empty());
+                            self.had_deallocated |= body.starts_with(b"DEALLOCATE\0") && !is_own;
                             self.had_hidden_code |=
                                 body.starts_with(b"DO\0") || body.starts_with(b"CALL\0");
                             if body.starts_with(b"SAVEPOINT\0") {

@@ -469,6 +469,103 @@ async fn nothing_passes_a_fence_by_being_unreadable() {
     assert_eq!(value(&mut one, "SELECT count(*) FROM t").await, "0");
 }
 
+/// A rule holds for whatever a command does, whatever a name stands for, whichever way it was given.
+#[tokio::test]
+async fn no_rule_is_passed_by_a_name_or_by_another_command() {
+    const NO_WRITES: &str = "\n[app.policy]\nversion = 2\n\n[[app.policy.rule]]\nname = \"reads\"\n\
+        classes = [\"write\", \"code\"]\nroles = [\"app\"]\ndisposition = \"refuse\"\n";
+    for pool in [None, Some(2)] {
+        let mut installation = match pool {
+            None => Installation::start("cells-names"),
+            Some(size) => Installation::start_pooled("cells-names-pool", size),
+        };
+        let mut admin = installation.connect().await;
+        let set_up = "CREATE ROLE app LOGIN; CREATE TABLE t (n int); INSERT INTO t VALUES (1); \
+            GRANT ALL ON t TO app; GRANT CREATE ON SCHEMA public TO PUBLIC; \
+            CREATE FUNCTION json_value(int, int) RETURNS int LANGUAGE sql AS 'DELETE FROM t RETURNING n'; \
+            CREATE FUNCTION merge_action() RETURNS int LANGUAGE sql AS 'DELETE FROM t RETURNING n'";
+        run(&mut admin, set_up).await;
+        installation.reconfigure(|text| {
+            text.replacen("\n[[app.cell]]", &format!("{NO_WRITES}\n[[app.cell]]"), 1)
+        });
+        let app = async || connect(installation.facts.port, "app", None).await.unwrap();
+        let mut admin = installation.connect().await;
+        let several = |all: &[&str]| {
+            let mut out = Vec::new();
+            all.iter().for_each(|sql| frontend::query(&mut out, sql.as_bytes()));
+            out
+        };
+        // In one batch of messages, before anything is known of what the first ones have done.
+        for (first, then) in [
+            (
+                parse(b"x", "SELECT 1"),
+                several(&["DEALLOCATE x", "PREPARE x AS DELETE FROM t", "EXECUTE x"]),
+            ),
+            (
+                parse(b"x", "SELECT 1"),
+                several(&[
+                    "DEALLOCATE x",
+                    "PREPARE x AS DELETE FROM t",
+                    "EXPLAIN ANALYZE EXECUTE x",
+                ]),
+            ),
+        ] {
+            let mut session = app().await;
+            batch(&mut session, first).await;
+            session.send(&then).await.unwrap();
+            let (mut ready, mut refusals) = (0, 0);
+            while ready < 3 {
+                match session.receive().await.unwrap().view().unwrap() {
+                    Backend::Error(_) => refusals += 1,
+                    Backend::Ready(_) => ready += 1,
+                    _ => (),
+                }
+            }
+            assert!(refusals > 0);
+            assert_eq!(value(&mut admin, "SELECT count(*) FROM t").await, "1", "{pool:?}");
+        }
+        let mut session = app().await;
+        for sql in [
+            "CREATE TEMP TABLE z AS WITH d AS (DELETE FROM t RETURNING n) SELECT * FROM d",
+            "WITH d AS (DELETE FROM t RETURNING n) SELECT * INTO TEMP z FROM d",
+            "EXPLAIN ANALYZE CREATE TEMP TABLE z AS WITH d AS (DELETE FROM t RETURNING n) SELECT * FROM d",
+            "PREPARE w AS WITH d AS (DELETE FROM t RETURNING n) SELECT * FROM d; CREATE TEMP TABLE z AS EXECUTE w",
+            "SELECT json_value(1, 2)",
+            "SELECT merge_action()",
+        ] {
+            session.query(sql).await.map(drop).expect_err(sql);
+            let _ = session.query("ROLLBACK").await;
+            assert_eq!(value(&mut admin, "SELECT count(*) FROM t").await, "1", "{sql}");
+        }
+        run(&mut session, "CREATE TEMP TABLE harmless AS SELECT 1 AS n").await;
+        if pool.is_none() {
+            continue;
+        }
+        // The server has a name of ours for what a client has prepared, which anybody can read and give anew.
+        batch(&mut session, parse(b"mine", "SELECT 1")).await;
+        batch(&mut session, execute(b"mine")).await;
+        let ours = "SELECT name FROM pg_prepared_statements WHERE statement = 'SELECT 1'";
+        let ours = value(&mut session, ours).await;
+        assert!(ours.starts_with("holdfast_"), "{ours}");
+        let mut out = several(&[
+            &format!("DEALLOCATE \"{ours}\""),
+            &format!("PREPARE \"{ours}\" AS DELETE FROM t"),
+        ]);
+        out.extend(sync(execute(b"mine")));
+        session.send(&out).await.unwrap();
+        let mut ready = 0;
+        while ready < 3 {
+            ready += u8::from(matches!(
+                session.receive().await.unwrap().view().unwrap(),
+                Backend::Ready(_)
+            ));
+        }
+        assert_eq!(value(&mut admin, "SELECT count(*) FROM t").await, "1", "in one batch");
+        batch(&mut session, execute(b"mine")).await;
+        assert_eq!(value(&mut admin, "SELECT count(*) FROM t").await, "1", "later");
+    }
+}
+
 /// A transaction that has failed is at a safe point, and outlives a fence: what follows it goes by the fence, whatever rules
 /// are taken up.
 #[tokio::test]

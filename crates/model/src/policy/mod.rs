@@ -118,6 +118,8 @@ pub struct Command {
     /// As the manual names it, such as `SELECT`; several that are defined alike share one name.
     pub name: &'static str,
     pub class: Class,
+    /// What it does besides: a command may define and write in one.
+    pub also: BTreeSet<Class>,
     /// Functions that it calls, without their schemas.
     pub functions: BTreeSet<String>,
     pub operators: BTreeSet<String>,
@@ -127,10 +129,12 @@ pub struct Command {
     pub types: BTreeSet<String>,
     /// Names of columns, which may be functions of the row.
     pub columns: BTreeSet<String>,
+    /// What later versions have a syntax for, and an earlier server knows as functions, if anybody has made them.
+    pub syntax: BTreeSet<String>,
     /// The statement that `EXECUTE` runs, or that `PREPARE` prepares.
     pub prepared: Option<String>,
     /// What `PREPARE` prepares does this.
-    pub prepares: Option<Class>,
+    pub prepares: Option<BTreeSet<Class>>,
     /// The cursor, or portal, that `FETCH` or `MOVE` runs.
     pub cursor: Option<String>,
 }
@@ -140,11 +144,13 @@ impl Command {
         Command {
             name,
             class,
+            also: BTreeSet::new(),
             functions: BTreeSet::new(),
             operators: BTreeSet::new(),
             relations: BTreeSet::new(),
             types: BTreeSet::new(),
             columns: BTreeSet::new(),
+            syntax: BTreeSet::new(),
             prepared: None,
             prepares: None,
             cursor: None,
@@ -154,7 +160,8 @@ impl Command {
     /// It calls what may do more than read. Without a catalog nothing is known.
     pub fn calls(&self, catalog: Option<&Catalog>) -> bool {
         let Some(catalog) = catalog else {
-            let names = [&self.functions, &self.operators, &self.relations, &self.types];
+            let names =
+                [&self.functions, &self.operators, &self.relations, &self.types, &self.syntax];
             return names.iter().any(|names| !names.is_empty());
         };
         let named = |names: &BTreeSet<String>, of: &BTreeSet<String>| {
@@ -165,6 +172,7 @@ impl Command {
             || named(&self.relations, &catalog.views)
             || named(&self.types, &catalog.types)
             || named(&self.columns, &catalog.attributes)
+            || named(&self.syntax, &catalog.attributes)
     }
 
     /// What it does once it is known what it calls: each of these has to be accepted.
@@ -173,7 +181,12 @@ impl Command {
         // What only reads is code then, and nothing else.
         let own =
             (!calls || !matches!(self.class, Class::Read | Class::Session)).then_some(self.class);
-        own.into_iter().chain(calls.then_some(Class::Code))
+        own.into_iter().chain(self.also.iter().copied()).chain(calls.then_some(Class::Code))
+    }
+
+    /// All that it does by itself.
+    pub fn own_classes(&self) -> BTreeSet<Class> {
+        self.also.iter().copied().chain([self.class]).collect()
     }
 }
 

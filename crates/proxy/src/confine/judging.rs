@@ -10,6 +10,7 @@ use model::policy::{Asked, Catalog, Class, Command, Disposition, Refusal};
 use super::texts::Text;
 use super::{Kind, Regime};
 use crate::pool::sharing::cut;
+use crate::pool::statement::SERVER_NAME;
 use crate::session::Session;
 
 /// What is to be executed.
@@ -209,7 +210,7 @@ impl Session {
         for command in modes.iter().filter_map(|mode| text.commands(*mode)).flatten() {
             confined.has_ended |= tag == b'E' && ends_transaction(command);
             confined.has_set |= command.class == Class::Session;
-            match (&command.prepared, command.prepares) {
+            match (&command.prepared, &command.prepares) {
                 // Which of two it has prepared hangs on a setting.
                 (_, Some(_)) if modes.len() > 1 => {
                     confined.had_prepared = true;
@@ -226,14 +227,18 @@ impl Session {
         self.had_hidden_code || (self.had_deallocated && self.has_prepared_by_sql)
     }
 
-    /// The same of one name, with what is on its way.
+    /// The same of one name, with what is on its way. Where servers are shared the server knows it by one of ours, which SQL can
+    /// give as well.
     pub(super) fn may_be_another(&self, name: &[u8]) -> bool {
+        let is_given = |given: &str| match self.sharing {
+            None => cut(given.as_bytes()) == cut(name),
+            Some(_) => given.as_bytes().starts_with(SERVER_NAME),
+        };
         let by_sql = self.confined.as_ref().is_some_and(|confined| {
             let mut given = confined.prepares.iter().map(|(given, _)| given);
-            given.any(|given| cut(given.as_bytes()) == cut(name))
-                || confined.prepared.keys().any(|given| cut(given.as_bytes()) == cut(name))
+            given.any(|given| is_given(given)) || confined.prepared.keys().any(|one| is_given(one))
         });
-        self.sharing.is_none() && !name.is_empty() && (by_sql || self.may_be_replaced())
+        !name.is_empty() && (by_sql || self.may_be_replaced())
     }
 
     /// What EXECUTE of a name does. `here` was prepared by the same text.
@@ -254,9 +259,14 @@ impl Session {
         if confined.had_prepared || self.may_be_replaced() {
             classes.extend(PREPARED_BY_SQL);
         }
-        if let Some(text) = confined.prepared.get(name) {
+        // What is on its way may have the name by then, or not.
+        let pending = confined.prepares.iter().filter(|(given, _)| is_one_name(given, name));
+        let known = confined.prepared.get(name);
+        for text in pending.map(|(_, text)| text).chain(known) {
             let commands = text.modes().iter().filter_map(|mode| text.commands(*mode)).flatten();
-            let its = commands.filter(|command| command.prepared.as_deref() == Some(name));
+            let its = commands.filter(|command| {
+                command.prepared.as_deref().is_some_and(|given| is_one_name(given, name))
+            });
             classes.extend(its.flat_map(|command| prepares(command, catalog)));
         }
         let name = name.as_bytes();
@@ -287,6 +297,10 @@ impl Session {
     }
 }
 
+fn is_one_name(one: &str, other: &str) -> bool {
+    cut(one.as_bytes()) == cut(other.as_bytes())
+}
+
 /// What the one command of a text does, if that hangs on nothing else.
 fn classes_of(text: Option<&Text>, catalog: Option<&Catalog>) -> Classes {
     let commands = text.and_then(|text| match text.modes() {
@@ -294,7 +308,9 @@ fn classes_of(text: Option<&Text>, catalog: Option<&Catalog>) -> Classes {
         _ => None,
     });
     match commands {
-        Some([command]) if command.class != Class::Execute && command.cursor.is_none() => {
+        Some([command])
+            if !command.own_classes().contains(&Class::Execute) && command.cursor.is_none() =>
+        {
             command.classes_with(catalog).collect()
         }
         _ => Classes::from([Class::Unknown]),
@@ -303,7 +319,8 @@ fn classes_of(text: Option<&Text>, catalog: Option<&Catalog>) -> Classes {
 
 /// What PREPARE prepares does.
 fn prepares(command: &Command, catalog: Option<&Catalog>) -> impl Iterator<Item = Class> + use<> {
-    let prepared = command.prepares.map(|class| Command { class, ..command.clone() });
-    let classes = prepared.map(|prepared| prepared.classes_with(catalog).collect::<Vec<_>>());
-    classes.unwrap_or_default().into_iter()
+    let all = command.prepares.iter().flatten();
+    let each = all.map(|class| Command { class: *class, ..command.clone() });
+    let classes = each.map(|prepared| prepared.classes_with(catalog).collect::<Vec<_>>());
+    classes.collect::<Vec<_>>().into_iter().flatten()
 }

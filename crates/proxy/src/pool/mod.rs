@@ -35,7 +35,7 @@ pub(crate) mod keeper;
 mod losing;
 pub(crate) mod sharing;
 mod state;
-mod statement;
+pub(crate) mod statement;
 
 pub use database::Database;
 pub use losing::LostBlock;

@@ -27,7 +27,7 @@ pub(super) const STYLES: [&str; 5] =
     ["DateStyle", "TimeZone", "IntervalStyle", "standard_conforming_strings", "client_encoding"];
 
 /// What the names of statements on servers begin with.
-pub(super) const SERVER_NAME: &[u8] = b"holdfast_";
+pub(crate) const SERVER_NAME: &[u8] = b"holdfast_";
 
 /// A prepared statement that sessions of a pool share.
 #[derive(Debug)]
