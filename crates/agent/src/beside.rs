@@ -281,12 +281,17 @@ impl Beside {
         });
     }
 
+    fn check_epoch(&self, epoch: Epoch) -> Result<(), String> {
+        let seen = self.with_holder(|holder| holder.seen());
+        match epoch < seen {
+            true => Err(format!("epoch {epoch} is over, this host has seen {seen}")),
+            false => Ok(()),
+        }
+    }
+
     /// Remembers an epoch for ever, before anything is done by it.
     fn see(&self, epoch: Epoch) -> Result<(), String> {
-        let seen = self.with_holder(|holder| holder.seen());
-        if epoch < seen {
-            return Err(format!("epoch {epoch} is over, this host has seen {seen}"));
-        }
+        self.check_epoch(epoch)?;
         self.epochs.see(epoch)?;
         self.with_holder(|holder| holder.see(epoch))
             .map_err(|seen| format!("epoch {epoch} is over, this host has seen {seen}"))
@@ -438,6 +443,8 @@ impl Beside {
         self.instance().is_in_hand().map_err(|error| model::chain(&error))?;
         // Control and neighbours may prolong it at once, and there is one place for the note.
         let mut guard = self.guard.lock().await;
+        // Nothing is prolonged for one that is over.
+        self.check_epoch(epoch)?;
         self.note_lease(kill_at)?;
         guard.extend(kill_at).await?;
         self.see(epoch)

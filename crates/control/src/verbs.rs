@@ -135,12 +135,18 @@ impl Control {
     }
 
     /// The cell where an application is to go: the one that is named, or of a region the one that would be chosen.
-    async fn aim(&self, app: &str, to: &str) -> Result<String, ControlError> {
+    async fn aim(&self, app: &str, to: &str, kind: Kind) -> Result<String, ControlError> {
         let servers = self.servers(app)?;
         let Some(region) = servers.region(to) else { return Ok(to.to_owned()) };
         self.settle_followers(app).await?;
         let application = self.application(app)?;
-        if let Some(cell) = application.active().filter(|cell| servers.is_within(cell, &region)) {
+        let active = application.active().filter(|cell| servers.is_within(cell, &region));
+        // Of a region whose server is lost another cell is meant.
+        let stays = match active.and_then(|cell| servers.cells.get(cell)) {
+            Some(server) if kind == Kind::Failover => stages::is_primary(server).await,
+            _ => true,
+        };
+        if let Some(cell) = active.filter(|_| stays) {
             let (cell, epoch) = (cell.to_owned(), application.epoch.0);
             return Err(ControlError::AlreadyActive { cell, epoch });
         }
@@ -189,7 +195,7 @@ impl Control {
         request: &SwitchoverRequest,
     ) -> Result<DryRun, ControlError> {
         let application = self.application(app)?;
-        let to = self.aim(app, &request.to).await?;
+        let to = self.aim(app, &request.to, Kind::Switchover).await?;
         let request = &SwitchoverRequest { to, ..request.clone() };
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
@@ -241,7 +247,7 @@ impl Control {
     ) -> Result<Execution, ControlError> {
         self.give_up_rejoin_of_standby(app).await?;
         let _taken = self.take_in_turn(app).await?;
-        let to = self.aim(app, &request.to).await?;
+        let to = self.aim(app, &request.to, Kind::Switchover).await?;
         let seen = records::application(&*self.store, app)?;
         let from = self.check(app, &seen.application, &to)?;
         let SwitchoverRequest { deadline_ms, on_timeout, .. } = request;
@@ -259,7 +265,7 @@ impl Control {
         request: &FailoverRequest,
     ) -> Result<DryRun, ControlError> {
         let application = self.application(app)?;
-        let to = self.aim(app, &request.to).await?;
+        let to = self.aim(app, &request.to, Kind::Failover).await?;
         let request = &FailoverRequest { to, ..request.clone() };
         let from = self.check(app, &application, &request.to)?;
         let servers = self.servers(app)?;
@@ -295,7 +301,7 @@ impl Control {
         asking: Asking,
     ) -> Result<Execution, ControlError> {
         let FailoverRequest { to, allow_data_loss, .. } = request;
-        let to = self.aim(app, &to).await?;
+        let to = self.aim(app, &to, Kind::Failover).await?;
         let application = self.application(app)?;
         if self.rejoining(app, &application).is_some() {
             // A copy of hours is given up only for one that would come about.

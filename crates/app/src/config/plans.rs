@@ -264,7 +264,11 @@ fn read_leave(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, own_app: &str)
     let action = read_activate(table, mistakes, app, to_text);
     let tries = table.number(mistakes, "tries", 1..1_001).unwrap_or(1);
     let pause = table.duration(mistakes, "pause").unwrap_or(PAUSE);
+    let span = table.span_of("undo");
     let undo = read_undo(table, mistakes, own_app, &action);
+    if matches!(undo, Some(Undo::Do(_))) {
+        mistakes.add(span, "`leave` is done for each application, so it is undone by `back` alone");
+    }
     let each = Step {
         name,
         what: What::Do(action),
@@ -279,6 +283,10 @@ fn read_leave(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, own_app: &str)
     let (region, to) = (region?, to?);
     if region.holds(&to) {
         let text = format!("`{to}` is in `{region}`, which is to be left");
+        mistakes.add(table.span_of("to"), text);
+    } else if to.holds(&region) {
+        let text =
+            format!("`{region}`, which is to be left, is in `{to}`: name a region beside it");
         mistakes.add(table.span_of("to"), text);
     }
     Some(Inner::Leave { region, to, each: each.into() })

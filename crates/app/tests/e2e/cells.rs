@@ -664,3 +664,35 @@ async fn a_fenced_cell_hands_over_to_another() {
         }
     }
 }
+
+/// A connection for replication runs SQL like any other, and a subscription writes whatever the server says of transactions.
+#[tokio::test]
+async fn what_replicates_writes_nothing_past_a_fence() {
+    let installation = Installation::start("cells-replication");
+    let set_up =
+        "CREATE ROLE streams LOGIN REPLICATION; CREATE TABLE t (n int); GRANT ALL ON t TO streams";
+    run(&mut installation.connect().await, set_up).await;
+    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
+    let port = installation.facts.servers["a"];
+    let sql = [("replication", "database")];
+    let mut outsider = login(port, "streams", None, tls, &sql).await.unwrap();
+    run(&mut outsider, "BEGIN").await;
+    run(&mut outsider, "INSERT INTO t VALUES (1)").await;
+    installation.switch_to("b");
+    outsider.query("COMMIT").await.map(drop).expect_err("its transaction is over");
+    assert_eq!(value(&mut installation.connect().await, "SELECT count(*) FROM t").await, "0");
+    let subscribe = "CREATE SUBSCRIPTION takes CONNECTION 'host=127.0.0.1 port=1' PUBLICATION p \
+        WITH (connect = false, slot_name = 'takes')";
+    run(&mut installation.connect().await, subscribe).await;
+    run(&mut installation.connect().await, "ALTER SUBSCRIPTION takes ENABLE").await;
+    for verb in [["switchover", "shop", "--to", "a"].as_slice(), &["fence", "shop", "b"]] {
+        let output = installation.holdfast(verb);
+        let text = shown(&output);
+        assert!(
+            !output.status.success() && text.contains("ALTER SUBSCRIPTION takes DISABLE"),
+            "{text}"
+        );
+    }
+    run(&mut installation.connect().await, "ALTER SUBSCRIPTION takes DISABLE").await;
+    installation.switch_to("a");
+}

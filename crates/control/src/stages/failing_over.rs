@@ -57,6 +57,11 @@ pub(crate) async fn probe(server: &CellServer) -> (Answer, Option<Admin>) {
 }
 
 /// What became of a server's process, where Holdfast can see that.
+/// It answers as a primary.
+pub(crate) async fn is_primary(server: &CellServer) -> bool {
+    matches!(probe(server).await, (Answer::Primary, _))
+}
+
 pub(crate) async fn process_of(server: &CellServer) -> Option<Process> {
     server.member.as_ref()?.process().await
 }
@@ -470,7 +475,7 @@ pub(super) async fn recruit(
         match checked {
             Ok(chosen) => break (all, chosen),
             Err(why) if salvaged.is_err() || Instant::now() > deadline => return Err(why),
-            Err(_) => tokio::time::sleep(POLL).await,
+            Err(_) => tokio::time::sleep(RENAMED_PAUSE).await,
         }
     };
     let (known, how) = match (salvaged, covers(control, &execution.app, &all)?) {
@@ -550,6 +555,7 @@ impl Salvage<'_> {
 /// A file that was restored takes the name of the one before it, which is removed first (`KeepFileRestoredFromArchive`):
 /// for as long as that takes, the newest file of a log is not there.
 const RENAMED_MAX: Duration = Duration::from_secs(2);
+const RENAMED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Ends a `restore_command` of ours; what it was before stands before it.
 const MARK: &str = "# holdfast";

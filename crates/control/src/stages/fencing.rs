@@ -59,6 +59,7 @@ pub(super) async fn fence(
     logins: Logins,
 ) -> Done {
     let mut old = admin_at_once(from).await?;
+    check_subscribes_to_nothing(&mut old, &execution.from).await?;
     let report = reported(control.order(Order::Backends { app: execution.app.clone() }).await)?;
     taken_part(&report, execution.on_timeout)?;
     let own = own_of(&report);
@@ -101,6 +102,26 @@ pub(super) async fn fence(
     let lsn = lsn.as_deref().and_then(Lsn::read).ok_or("the server gives no position")?;
     execution.lsn = Some(lsn);
     Ok(format!("read-only at {lsn}, {login}, {ended} other connections ended{waited}"))
+}
+
+/// What a subscription brings is written past every fence (`apply_handle_insert` asks nobody), and acknowledged to where it comes
+/// from: what came after the position that the target waits for would be lost.
+///
+/// # Errors
+/// One is enabled, in words.
+pub(super) async fn check_subscribes_to_nothing(
+    admin: &mut Admin,
+    cell: &str,
+) -> Result<(), String> {
+    let enabled = "SELECT quote_ident(s.subname), d.datname FROM pg_subscription s \
+        JOIN pg_database d ON d.oid = s.subdbid WHERE s.subenabled LIMIT 1";
+    let rows = admin.rows(enabled).await.map_err(chain)?;
+    let Some(row) = rows.first() else { return Ok(()) };
+    let value = |at: usize| row.get(at).and_then(Option::as_deref).unwrap_or_default();
+    let (name, database) = (value(0), value(1));
+    Err(format!(
+        "subscription `{name}` in database `{database}` of `{cell}` writes whatever the state of the cell; `ALTER SUBSCRIPTION {name} DISABLE` there first, and ENABLE where it is active then"
+    ))
 }
 
 /// A statement of an earlier way back, whose connection was given up, may have reached the server before that connection was
@@ -153,28 +174,34 @@ pub(super) async fn cover(
     from: &CellServer,
 ) -> Result<(), String> {
     let mut old = admin_at_once(from).await?;
+    let own =
+        own_of(&reported(control.order(Order::Backends { app: execution.app.clone() }).await)?);
+    let proxies = proxies_of(control, execution, &mut old, &own).await?;
     // Whatever of it an earlier try has done.
     old.rows("ALTER SYSTEM SET default_transaction_read_only = on").await.map_err(chain)?;
     crash_point_named("cover:set");
-    reload(&mut old).await?;
+    let mut was_uncovered = false;
     if let Some(member) = &from.member {
         let path = hba_file(&mut old).await?;
         let nobody = BTreeSet::new();
         let closed = hba::Admitted { admin: &from.admin.user, proxies: &nobody };
         let is_open = !member.are_logins_closed(&path).await?;
         if is_open || hba::is_fenced(&hba_rules(&mut old).await?, &closed) {
-            // Proxies were left out meanwhile. The server reads the file once it is closed again; if somebody has it do so before,
-            // whoever comes reads.
+            // Proxies were left out meanwhile. Only from the whole file the server says what rules there are, so it stands there
+            // for a moment, and is not loaded by us.
+            was_uncovered = true;
             member.open_logins(&path).await?;
             crash_point_named("cover:opened");
-            let order = Order::Backends { app: execution.app.clone() };
-            let own = own_of(&reported(control.order(order).await)?);
-            let proxies = proxies_of(control, execution, &mut old, &own).await?;
             close_hba(&mut old, member, &hba::Admitted { proxies: &proxies, ..closed }).await?;
-            reload(&mut old).await?;
         }
     }
+    // Both at once, and only now: an open file of an earlier try is never loaded.
+    reload(&mut old).await?;
     crash_point_named("cover:narrowed");
+    if was_uncovered {
+        // The server may have been started meanwhile, or somebody has had the open file loaded.
+        end_outsiders(&mut old, &own, true).await?;
+    }
     check_kept(&mut old).await
 }
 
@@ -200,9 +227,11 @@ async fn proxies_of(
 async fn end_outsiders(old: &mut Admin, own: &str, may_come: bool) -> Result<usize, String> {
     // Backends of held sessions stay: their state is still to be read, and they can go back to work. Sessions
     // that were ended for being busy are outsiders now, so nothing of theirs can be acknowledged after this.
+    // Whoever replicates logically is in a database, and may run any SQL; what replicates the log alone is in none.
     let outsiders = format!(
-        "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
-         AND NOT pid = ANY ('{{{own}}}'::int4[])"
+        "FROM pg_stat_activity WHERE (backend_type = 'client backend' \
+         OR backend_type = 'walsender' AND datid <> 0 OR backend_type LIKE 'logical replication %worker') \
+         AND pid <> pg_backend_pid() AND NOT pid = ANY ('{{{own}}}'::int4[])"
     );
     let ended = old
         .rows(&format!("SELECT pid::text, pg_terminate_backend(pid)::text {outsiders}"))

@@ -33,11 +33,14 @@ mod failing_over;
 mod fencing;
 mod rejoining;
 
-use fencing::{Logins, cover, fence, hba_rules, regrant, uncover, unfence_in_time};
+use fencing::{
+    Logins, check_subscribes_to_nothing, cover, fence, hba_rules, regrant, uncover, unfence_in_time,
+};
 use rejoining::rejoin;
 
 pub(crate) use failing_over::{
-    Position, check_is_newest, choose, describe as describe_failover, position, probe, process_of,
+    Position, check_is_newest, choose, describe as describe_failover, is_primary, position, probe,
+    process_of,
 };
 pub(crate) use fencing::{check_alone, check_closes, reload};
 pub(crate) use rejoining::follows_timeline;
@@ -257,6 +260,7 @@ pub(crate) async fn check_servers(
     if !b.streaming {
         return Err(format!("`{to}` does not stream from `{from}`"));
     }
+    check_subscribes_to_nothing(&mut old, from).await?;
     if server(from)?.member.is_some() {
         hba_rules(&mut old).await.map_err(|error| format!("`{from}` cannot be fenced: {error}"))?;
     }
