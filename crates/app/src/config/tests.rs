@@ -261,6 +261,14 @@ fn mistakes_about_regions_are_named() {
             "`eu/1/b` is in `eu/1`, which is to be left",
         ),
         (
+            shop(&["eu/1", "us"], "") + &LEAVE.replace("\"eu/2\"", "\"eu\""),
+            "`eu/1`, which is to be left, is in `eu`: name a region beside it",
+        ),
+        (
+            shop(&["eu/1", "eu/2"], "") + &LEAVE.replace("back = true", "activate = \"c0\""),
+            "it is undone by `back` alone",
+        ),
+        (
             shop(&["eu/1", "us"], "") + &LEAVE.replace("to = \"eu/2\"\n", ""),
             "`app.plan.step.to` is missing",
         ),

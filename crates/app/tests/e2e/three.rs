@@ -72,6 +72,25 @@ fn place(installation: &mut Installation, regions: &[(&str, &str)]) {
     });
 }
 
+/// Of a region whose active cell is lost another cell is meant, not the lost one.
+#[tokio::test]
+async fn a_region_takes_the_place_of_its_own_lost_cell() {
+    let mut installation = Installation::start_of_three("three-within", &[]);
+    place(&mut installation, &[("a", "eu/1"), ("b", "us"), ("c", "eu/2")]);
+    installation.reconfigure(|text| text.replacen("automatic = true", "automatic = false", 1));
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE t (n int)").await;
+    wait_protected(&installation).await;
+    let failover = ["failover", "shop", "--to", "eu"];
+    let already = installation.holdfast(&failover);
+    assert!(shown(&already).contains("`a` is active already"), "{}", shown(&already));
+    installation.signal_server("a", "KILL");
+    let output = installation.holdfast_in_background(&failover).await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert_eq!(installation.active(), "c");
+    run(&mut client, "INSERT INTO t VALUES (1)").await;
+}
+
 #[tokio::test]
 async fn a_region_is_gone_to_and_left() {
     let mut installation = Installation::start_of_three("three-regions", &[]);

@@ -271,8 +271,14 @@ pub(super) async fn assess(
     let chosen = check_chosen(&electable(control, execution, &all)?, to_name)
         .map_err(|why| format!("`{to_name}` cannot take its place: {why}"))?;
     let last_seen = control.last_seen(app);
-    // What can be read from its disk is looked at once it has been.
-    if can_salvage(from, to).is_none() {
+    // What can be read from its disk is looked at once it has been. Where its host lives, its agent starts it again in place of
+    // that, unless somebody asks, or what may be lost is little enough.
+    let is_looked_at = match can_salvage(from, to).map(|salvage| salvage.way) {
+        Some(Way::Disk(_)) => true,
+        Some(Way::Handed(_)) => !execution.is_automatic,
+        None => false,
+    };
+    if !is_looked_at {
         check_history(control, execution, from, &chosen).await?;
         let known = match covers(control, app, &all)? {
             Some(_) => Known::All,
