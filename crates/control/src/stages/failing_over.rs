@@ -56,12 +56,12 @@ pub(crate) async fn probe(server: &CellServer) -> (Answer, Option<Admin>) {
     timeout(PROBE_MAX, ask).await.unwrap_or((Answer::Nothing, None))
 }
 
-/// What became of a server's process, where Holdfast can see that.
 /// It answers as a primary.
 pub(crate) async fn is_primary(server: &CellServer) -> bool {
     matches!(probe(server).await, (Answer::Primary, _))
 }
 
+/// What became of a server's process, where Holdfast can see that.
 pub(crate) async fn process_of(server: &CellServer) -> Option<Process> {
     server.member.as_ref()?.process().await
 }
