@@ -64,9 +64,12 @@ pub(crate) async fn keep(
             continue;
         }
         tables.sort_by_key(|(_, changes)| std::cmp::Reverse(changes.count()));
-        let said = match names.get(&database).filter(|_| count < DATABASES_MAX) {
+        let said = match names.get(&database) {
+            Some(_) if count >= DATABASES_MAX => {
+                Err(format!("no more than {DATABASES_MAX} databases are looked at"))
+            }
             Some(name) => read_tables(instance, &made, name, (&tables, &committed)).await,
-            None => Err("its database is gone".to_owned()),
+            None => Err("its database is gone, or has a name that cannot be given".to_owned()),
         };
         let name = names.get(&database).cloned().unwrap_or_else(|| database.to_string());
         for (number, (file, changes)) in tables.iter().enumerate() {

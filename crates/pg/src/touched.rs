@@ -75,7 +75,7 @@ pub(crate) struct Touched {
     in_mind: usize,
     /// Too many writes by these.
     beyond: HashMap<u32, u64>,
-    /// Transactions that have written and committed.
+    /// Transactions that have written what is kept in mind, and committed.
     pub(crate) committed: HashSet<u32>,
     lost: Vec<Write>,
     pub(crate) lost_beyond: u64,
@@ -171,7 +171,10 @@ impl Touched {
             }
             has_written |= !writes.is_empty() || beyond > 0;
             is_old |= self.next.is_none_or(|next| precedes(xid, next));
-            self.committed.insert(xid);
+            // Of the others nothing is looked for, and there may be any number of them.
+            if !writes.is_empty() {
+                self.committed.insert(xid);
+            }
             self.lost.extend(writes);
             self.lost_beyond += beyond;
         }
@@ -341,7 +344,11 @@ mod tests {
         ]);
         let changes = touched.changes().into_values().next().unwrap();
         assert_eq!(changes.written, BTreeSet::from([(0, 1), (0, 4), (0, 5)]));
-        assert_eq!(touched.committed, HashSet::from([726, 731, 732, 733]));
+        assert_eq!(
+            touched.committed,
+            HashSet::from([726, 732, 733]),
+            "731 has written nothing itself"
+        );
         assert_eq!(touched.cut, 1, "726 began before");
     }
 
