@@ -1,12 +1,14 @@
-//! The way to control: one connection, one request at a time, each with its deadline.
+//! The way to control: one connection for all who ask where it speaks HTTP/2, else one for each, and a deadline for each question.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use model::seat::Tenure;
 use pg::Address;
 use serde::Serialize;
@@ -17,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::TENURE_HEADER;
-use crate::transport::connect;
+use crate::transport::{Protocol, connect};
 
 /// Longest answer.
 const ANSWER_LEN_MAX: usize = 4 * 1024 * 1024;
@@ -49,6 +51,78 @@ pub struct Controls {
     tls: Option<Mutual>,
     at: watch::Sender<usize>,
     heard: Mutex<Tenure>,
+    /// The connection that all share.
+    shared: Mutex<Option<Shared>>,
+}
+
+/// A connection to one of the nodes.
+#[derive(Debug, Clone)]
+struct Shared {
+    at: usize,
+    sender: http2::SendRequest<Full<Bytes>>,
+    /// All that use this connection have this one.
+    mark: Arc<()>,
+}
+
+enum Sender {
+    Own(http1::SendRequest<Full<Bytes>>),
+    Shared(Shared),
+}
+
+impl Sender {
+    fn is_closed(&self) -> bool {
+        match self {
+            Sender::Own(sender) => sender.is_closed(),
+            Sender::Shared(shared) => shared.sender.is_closed(),
+        }
+    }
+
+    fn mark(&self) -> Option<Arc<()>> {
+        match self {
+            Sender::Own(_) => None,
+            Sender::Shared(shared) => Some(shared.mark.clone()),
+        }
+    }
+
+    async fn send(
+        &mut self,
+        address: &Address,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let request = Request::post(match self {
+            Sender::Own(_) => path.to_owned(),
+            // Whom it is for is in a field of its own there, which is taken from here (RFC 9113, 8.3.1).
+            Sender::Shared(_) => format!("https://{address}{path}"),
+        });
+        let request = request.header("content-type", "application/json");
+        let request = match self {
+            Sender::Own(_) => request.header("host", address.to_string()),
+            Sender::Shared(_) => request,
+        };
+        let request = request.body(Full::new(Bytes::from(body)));
+        let request = request.map_err(|error| ClientError::Unreadable(error.to_string()))?;
+        Ok(match self {
+            Sender::Own(sender) => sender.send_request(request).await?,
+            Sender::Shared(shared) => shared.sender.send_request(request).await?,
+        })
+    }
+}
+
+/// A question without an answer. If it stays so, nobody else asks on that connection.
+struct Unanswered<'a> {
+    controls: &'a Controls,
+    mark: Option<Arc<()>>,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        let Some(mark) = &self.mark else { return };
+        let mut shared = self.controls.shared();
+        if shared.as_ref().is_some_and(|shared| Arc::ptr_eq(&shared.mark, mark)) {
+            *shared = None;
+        }
+    }
 }
 
 impl Controls {
@@ -58,6 +132,7 @@ impl Controls {
             tls,
             at: watch::Sender::new(0),
             heard: Mutex::new(Tenure::default()),
+            shared: Mutex::new(None),
         })
     }
 
@@ -68,12 +143,17 @@ impl Controls {
     /// Whoever asks next asks the next node.
     pub fn turn(&self) {
         if self.addresses.len() > 1 {
+            self.shared().take();
             self.at.send_modify(|at| *at = at.wrapping_add(1));
         }
     }
 
     fn heard(&self) -> MutexGuard<'_, Tenure> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Option<Shared>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// No later control was heard than the one of this tenure.
@@ -98,7 +178,7 @@ impl std::fmt::Display for Controls {
 pub struct Client {
     controls: Arc<Controls>,
     at: usize,
-    sender: Option<SendRequest<Full<Bytes>>>,
+    sender: Option<Sender>,
     tenure: Tenure,
 }
 
@@ -108,14 +188,32 @@ impl Client {
         self.tenure
     }
 
-    async fn connect(&self, address: &Address) -> Result<SendRequest<Full<Bytes>>, ClientError> {
+    async fn connect(&self, address: &Address) -> Result<Sender, ClientError> {
+        if let Some(shared) = &*self.controls.shared()
+            && shared.at == self.at
+            && !shared.sender.is_closed()
+        {
+            return Ok(Sender::Shared(shared.clone()));
+        }
         let stream = connect(address, self.controls.tls.as_ref()).await;
-        let stream =
+        let (stream, protocol) =
             stream.map_err(|source| ClientError::Connect { address: address.clone(), source })?;
-        let (sender, connection) = handshake(TokioIo::new(stream)).await?;
-        // It ends when the sender is dropped.
-        tokio::spawn(connection);
-        Ok(sender)
+        // A connection ends when its senders are dropped.
+        match protocol {
+            Protocol::Http1 => {
+                let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+                tokio::spawn(connection);
+                Ok(Sender::Own(sender))
+            }
+            Protocol::Http2 => {
+                let executor = TokioExecutor::new();
+                let (sender, connection) = http2::handshake(executor, TokioIo::new(stream)).await?;
+                tokio::spawn(connection);
+                let shared = Shared { at: self.at, sender, mark: Arc::new(()) };
+                *self.controls.shared() = Some(shared.clone());
+                Ok(Sender::Shared(shared))
+            }
+        }
     }
 
     async fn post_at_leisure<Q: Serialize, A: DeserializeOwned>(
@@ -128,19 +226,17 @@ impl Client {
             Some(sender) if !sender.is_closed() => sender,
             _ => self.connect(address).await?,
         };
+        let controls = self.controls.clone();
+        let mut unanswered = Unanswered { controls: &controls, mark: sender.mark() };
         let unreadable = |error: &dyn std::fmt::Display| ClientError::Unreadable(error.to_string());
         let body = serde_json::to_vec(question).map_err(|error| unreadable(&error))?;
-        let request = hyper::Request::post(path)
-            .header("host", address.to_string())
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|error| unreadable(&error))?;
-        let answer = sender.send_request(request).await?;
+        let answer = sender.send(address, path, body).await?;
         let status = answer.status();
         let tenure = answer.headers().get(TENURE_HEADER).and_then(|value| value.to_str().ok());
         let tenure = Tenure(tenure.and_then(|value| value.parse().ok()).unwrap_or(0));
         let body = Limited::new(answer.into_body(), ANSWER_LEN_MAX).collect().await;
         let body = body.map_err(|error| ClientError::Unreadable(error.to_string()))?.to_bytes();
+        unanswered.mark = None;
         self.sender = Some(sender);
         if !status.is_success() {
             return Err(ClientError::Refused(String::from_utf8_lossy(&body).into_owned()));

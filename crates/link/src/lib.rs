@@ -11,11 +11,13 @@
 
 pub mod client;
 pub mod server;
+#[cfg(test)]
+mod tests;
 pub mod transport;
 
 pub use client::{Client, ClientError, Controls};
 pub use server::Who;
-pub use transport::{Peer, Stream};
+pub use transport::{Peer, Protocol, Stream};
 
 /// Which control an answer is of: the number of its tenure (`model::seat`).
 pub const TENURE_HEADER: &str = "holdfast-tenure";

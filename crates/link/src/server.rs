@@ -9,16 +9,16 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full, Limited};
 pub use hyper::body::Bytes;
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tls::mutual::Mutual;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 
-use crate::transport::{Peer, Stream, accept};
+use crate::transport::{Peer, Protocol, Stream, accept};
 
 /// Handshakes that may be under way, and connections that may wait to be taken.
 const HANDSHAKES_MAX: usize = 256;
@@ -30,12 +30,15 @@ const HEAD_MAX: Duration = Duration::from_secs(10);
 const QUESTION_LEN_MAX: usize = 64 * 1024;
 /// Connections of those.
 const CONNECTIONS_MAX: usize = 64;
+/// Questions that one connection may ask at a time.
+const STREAMS_MAX: u32 = 16;
 
 /// Whoever has connected.
 #[derive(Debug, Clone)]
 pub struct Who {
     pub peer: Peer,
     pub address: SocketAddr,
+    pub protocol: Protocol,
 }
 
 impl Who {
@@ -78,9 +81,9 @@ async fn run(listener: TcpListener, tls: Option<Mutual>, taken: mpsc::Sender<(St
         let (tls, taken) = (tls.clone(), taken.clone());
         let handshake = tokio::spawn(async move {
             // Whoever shows no certificate of ours is nobody.
-            if let Ok((stream, peer)) = accept(socket, tls.as_ref()).await {
+            if let Ok((stream, protocol, peer)) = accept(socket, tls.as_ref()).await {
                 // The receiver takes all that come.
-                let _ = taken.send((stream, Who { peer, address })).await;
+                let _ = taken.send((stream, Who { peer, address, protocol })).await;
             }
         });
         handshakes.push_back(handshake.abort_handle());
@@ -101,13 +104,25 @@ where
         let answer = answer.clone();
         tokio::spawn(async move {
             let _place = place;
+            let (stream, protocol) = (TokioIo::new(stream), who.protocol);
             let service = service_fn(move |request: Request<Incoming>| {
                 let (answer, who) = (answer.clone(), who.clone());
                 async move { Ok::<_, Infallible>(respond(request, path, who, &*answer).await) }
             });
-            let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(HEAD_MAX);
-            let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+            let _ = match protocol {
+                Protocol::Http1 => {
+                    let mut builder = http1::Builder::new();
+                    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_MAX);
+                    builder.serve_connection(stream, service).await
+                }
+                Protocol::Http2 => {
+                    let mut builder = http2::Builder::new(TokioExecutor::new());
+                    builder.timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX);
+                    // One that is gone without a word has its place no longer.
+                    builder.keep_alive_interval(HEAD_MAX).keep_alive_timeout(HEAD_MAX);
+                    builder.serve_connection(stream, service).await
+                }
+            };
         });
     }
 }

@@ -11,6 +11,10 @@ use rustls::{ClientConfig, ServerConfig};
 
 use crate::config::{TlsConfigError, certificates, private_key, provider, roots};
 
+/// What is spoken on a connection, by its name in ALPN (RFC 7301): HTTP/2 where both sides can.
+pub const H2: &[u8] = b"h2";
+const PROTOCOLS: [&[u8]; 2] = [H2, b"http/1.1"];
+
 /// What a part of Holdfast shows to others, and by what it knows them.
 #[derive(Debug, Clone)]
 pub struct Mutual {
@@ -31,7 +35,8 @@ impl Mutual {
         };
         let verifier =
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots(ca)?), provider());
-        let server = ServerConfig::builder_with_provider(provider())
+        let protocols: Vec<Vec<u8>> = PROTOCOLS.iter().map(|name| name.to_vec()).collect();
+        let mut server = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
             .map_err(TlsConfigError::Setup)?
             .with_client_cert_verifier(verifier.build().map_err(authority)?)
@@ -44,6 +49,8 @@ impl Mutual {
             .with_client_auth_cert(certificates(cert)?, private_key(key)?)
             .map_err(identity)?;
         client.resumption = Resumption::disabled();
+        server.alpn_protocols.clone_from(&protocols);
+        client.alpn_protocols = protocols;
         Ok(Mutual { server: Arc::new(server), client: Arc::new(client) })
     }
 }

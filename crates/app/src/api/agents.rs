@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::serve::IncomingStream;
 use control::Control;
-use link::{Peer, Stream};
+use link::{Peer, Protocol, Stream};
 use model::agent::{Fetch, Fetched, Finished, Renew, Renewed, Sender};
 use serde_json::json;
 use tls::mutual::Mutual;
@@ -73,7 +73,8 @@ impl axum::serve::Listener for Accepted {
 
     fn local_addr(&self) -> std::io::Result<Who> {
         let address = self.address;
-        Ok(Who(link::Who { peer: Peer::Named(address.to_string()), address }))
+        let peer = Peer::Named(address.to_string());
+        Ok(Who(link::Who { peer, address, protocol: Protocol::Http1 }))
     }
 }
 
