@@ -18,6 +18,9 @@ use crate::instance::{Instance, InstanceError};
 
 /// Between two looks whether a process has ended.
 const LOOK: Duration = Duration::from_millis(2);
+/// How often whoever serves unseen is looked for, and how long after another: longer than a process takes to end.
+const UNSEEN_LOOKS: usize = 4;
+const UNSEEN_PAUSE: Duration = Duration::from_millis(10);
 /// On this machine whoever listens is reached at once.
 const REACH_MAX: Duration = Duration::from_millis(50);
 
@@ -114,10 +117,23 @@ impl Instance {
         }
     }
 
-    /// Somebody serves as the lock file says, although there is no such process here.
+    /// Somebody serves as the lock file says, although there is no such process here. A process that ends is seen no more a
+    /// moment before its sockets and its shared memory are let go of (`do_exit` in Linux), so it must be so for longer.
     fn serves_unseen(&self, lock: &LockFile) -> bool {
-        self.is_reached(lock)
-            || (is_attached(lock) && self.processes().is_ok_and(|seen| seen.own.is_empty()))
+        self.serves_unseen_through(lock, || std::thread::sleep(UNSEEN_PAUSE))
+    }
+
+    fn serves_unseen_through(&self, lock: &LockFile, mut pause: impl FnMut()) -> bool {
+        let serves = || {
+            self.is_reached(lock)
+                || (is_attached(lock) && self.processes().is_ok_and(|seen| seen.own.is_empty()))
+        };
+        (0..UNSEEN_LOOKS).all(|look| {
+            if look > 0 {
+                pause();
+            }
+            serves()
+        })
     }
 
     fn is_reached(&self, lock: &LockFile) -> bool {
@@ -412,6 +428,17 @@ mod tests {
         instance.is_in_hand().unwrap();
         assert_eq!(instance.kill(Duration::from_secs(1)).await.unwrap(), 0);
         assert!(!dir.path().join("postmaster.pid").exists());
+    }
+
+    #[test]
+    fn a_server_that_is_ending_is_not_taken_for_one_of_another_namespace() {
+        let dir = tempfile::tempdir().unwrap();
+        let instance = instance(dir.path(), NOBODY, 0);
+        let lock = instance.lock_file().unwrap();
+        // Its process is seen no more, and its socket is closed a moment later.
+        let mut listener = UnixListener::bind(dir.path().join(".s.PGSQL.5432")).ok();
+        assert!(instance.serves_unseen_through(&lock, || ()));
+        assert!(!instance.serves_unseen_through(&lock, || drop(listener.take())));
     }
 
     #[test]
