@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pg::Port;
-use store::etcd::{EtcdConfig, EtcdLogin, EtcdStore};
+use store::etcd::{EtcdConfig, EtcdLogin, EtcdStore, EtcdTls};
 use store::{Store, StoreError, Txn};
 
 use crate::{Dir, conforms};
@@ -18,25 +18,47 @@ struct Etcd {
     dirs: Vec<Dir>,
     ports: Vec<[Port; 2]>,
     members: Vec<Child>,
+    /// Where the certificates are by which it and its clients know each other.
+    certificates: Option<Dir>,
 }
 
 impl Etcd {
     fn start(name: &str, count: usize) -> Etcd {
+        Etcd::start_by(name, count, None)
+    }
+
+    fn start_by(name: &str, count: usize, certificates: Option<Dir>) -> Etcd {
         let dirs = (0..count).map(|n| Dir::new(&format!("{name}-{n}"))).collect();
         let ports = (0..count).map(|_| [Port::reserve().unwrap(), Port::reserve().unwrap()]);
-        let mut etcd = Etcd { dirs, ports: ports.collect(), members: Vec::new() };
+        let mut etcd = Etcd { dirs, ports: ports.collect(), members: Vec::new(), certificates };
         etcd.members = (0..count).map(|at| etcd.spawn(at)).collect();
         etcd.wait();
         etcd
     }
 
+    fn url(&self, client: &Port) -> String {
+        let scheme = if self.certificates.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", client.number())
+    }
+
     fn spawn(&self, at: usize) -> Child {
         let url = |port: &Port| format!("http://127.0.0.1:{}", port.number());
         let [client, peer] = &self.ports[at];
+        let clients = self.url(client);
+        let certificates = self.certificates.iter().flat_map(|Dir(dir)| {
+            [
+                ("--cert-file", "member.crt"),
+                ("--key-file", "member.key"),
+                ("--trusted-ca-file", "ca.crt"),
+            ]
+            .map(|(flag, file)| format!("{flag}={}", dir.join(file).display()))
+        });
         let all = self.ports.iter().enumerate().map(|(n, [_, peer])| format!("m{n}={}", url(peer)));
         Command::new("etcd")
             .args(["--name", &format!("m{at}"), "--data-dir", &self.dirs[at].0.to_string_lossy()])
-            .args(["--listen-client-urls", &url(client), "--advertise-client-urls", &url(client)])
+            .args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients])
+            .args(certificates)
+            .args(self.certificates.iter().map(|_| "--client-cert-auth"))
             .args(["--listen-peer-urls", &url(peer), "--initial-advertise-peer-urls", &url(peer)])
             .args(["--initial-cluster", &all.collect::<Vec<_>>().join(",")])
             .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
@@ -54,12 +76,15 @@ impl Etcd {
     }
 
     fn config(&self, node: &str) -> EtcdConfig {
-        let url = |[client, _]: &[Port; 2]| format!("http://127.0.0.1:{}", client.number());
+        let tls = self.certificates.as_ref().map(|Dir(dir)| EtcdTls {
+            ca: dir.join("ca.crt"),
+            identity: Some((dir.join("node.crt"), dir.join("node.key"))),
+        });
         EtcdConfig {
-            endpoints: self.ports.iter().map(url).collect(),
+            endpoints: self.ports.iter().map(|[client, _]| self.url(client)).collect(),
             prefix: "/holdfast/".into(),
             node: node.into(),
-            tls: None,
+            tls,
             login: None,
             attempt_max: Duration::from_secs(2),
             total_max: Duration::from_secs(20),
@@ -74,6 +99,26 @@ impl Drop for Etcd {
             let _ = member.wait();
         }
     }
+}
+
+/// An authority, and a certificate and key of it for each of these names.
+fn certify(name: &str, names: &[&str]) -> Dir {
+    let dir = Dir::new(name);
+    std::fs::create_dir_all(&dir.0).unwrap();
+    let write = |file: String, text: String| std::fs::write(dir.0.join(file), text).unwrap();
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    write("ca.crt".into(), params.self_signed(&key).unwrap().pem());
+    let authority = rcgen::Issuer::new(params, key);
+    for name in names {
+        let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, *name);
+        let key = rcgen::KeyPair::generate().unwrap();
+        write(format!("{name}.crt"), params.signed_by(&key, &authority).unwrap().pem());
+        write(format!("{name}.key"), key.serialize_pem());
+    }
+    dir
 }
 
 /// A way to a member, on which every so many answers are lost, before or after the member has got the request.
@@ -281,4 +326,26 @@ fn a_password_is_shown_and_asked_for_again() {
     assert!(!format!("{refused:?} {:?}", config("wrong")).contains("wrong"));
     let store = EtcdStore::open(config("secret"), 1).unwrap();
     store.commit(&Txn::default().put("k", vec![1])).unwrap();
+}
+
+#[test]
+fn both_sides_are_known_by_their_certificates() {
+    let certificates = certify("etcd-certificates", &["member", "node"]);
+    let etcd = Etcd::start_by("etcd-tls", 1, Some(certificates));
+    let store = EtcdStore::open(etcd.config("a"), 1).unwrap();
+    conforms(&store);
+    let other = certify("etcd-other", &["node"]);
+    let short = EtcdConfig { total_max: Duration::from_secs(1), ..etcd.config("b") };
+    let with = |ca: &Dir, identity: Option<&Dir>| {
+        let identity = identity.map(|Dir(dir)| (dir.join("node.crt"), dir.join("node.key")));
+        let tls = Some(EtcdTls { ca: ca.0.join("ca.crt"), identity });
+        EtcdStore::open(EtcdConfig { tls, ..short.clone() }, 1)
+    };
+    let own = etcd.certificates.as_ref().unwrap();
+    // Nothing is shown, or what another authority has signed; or etcd shows what ours has not.
+    for (ca, identity) in [(own, None), (own, Some(&other)), (&other, Some(own))] {
+        let refused = with(ca, identity).unwrap_err();
+        assert!(matches!(refused, StoreError::Unreachable(_)), "{refused}");
+    }
+    with(own, Some(own)).unwrap();
 }
