@@ -161,8 +161,22 @@ pub(crate) struct AppStatus {
     pub(crate) needs: Vec<Needed>,
     #[serde(default)]
     pub(crate) proxies: Vec<ProxyStatus>,
+    #[serde(default)]
+    pub(crate) alarms: Vec<AlarmStatus>,
     /// What is wrong, each with what to type next.
     pub(crate) problems: Vec<String>,
+}
+
+/// An alarm, as it was seen last.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct AlarmStatus {
+    pub(crate) name: String,
+    /// unknown, green or red
+    pub(crate) colour: String,
+    /// For how long it has been so.
+    pub(crate) held_s: u64,
+    /// What the last check has said.
+    pub(crate) said: String,
 }
 
 /// An application that another needs, and where it is.
@@ -314,6 +328,10 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
     if let Some(seen) = state.control.seen(name) {
         problems.extend(seen.held_back.into_iter().chain(seen.notices));
     }
+    let alarms: Vec<AlarmStatus> = alarms_of(&state.control, name).collect();
+    for AlarmStatus { name, held_s, said, .. } in alarms.iter().filter(|one| one.colour == "red") {
+        problems.push(format!("alarm `{name}` is red for {held_s} s: {said}"));
+    }
     let acks = state.control.config.apps[name].now().durability.acks;
     if acks > 0 && application.protected.is_none() && active.is_some() {
         problems.push(format!(
@@ -371,7 +389,17 @@ async fn app_status(state: &State, name: &str) -> Result<AppStatus, ApiError> {
         cells,
         needs: needs_of(&state.control, name)?,
         proxies,
+        alarms,
         problems,
+    })
+}
+
+fn alarms_of(control: &Control, app: &str) -> impl Iterator<Item = AlarmStatus> {
+    control.alarms(app).into_iter().map(|(name, seen)| AlarmStatus {
+        name,
+        colour: seen.colour().name().into(),
+        held_s: seen.held().as_secs(),
+        said: seen.said().into(),
     })
 }
 
@@ -621,6 +649,17 @@ async fn metrics(Extract(state): Extract<State>) -> Response {
         }
     }
     write_costs(&state, &mut out);
+    let apps = state.control.config.apps.keys();
+    let alarms: Vec<(String, u64)> = apps
+        .flat_map(|app| {
+            let line = |AlarmStatus { name, colour, .. }| {
+                (format!("{{app=\"{app}\",alarm=\"{name}\",colour=\"{colour}\"}}"), 1)
+            };
+            alarms_of(&state.control, app).map(line).collect::<Vec<_>>()
+        })
+        .collect();
+    let help = "Alarms, each with what it is now.";
+    proxy::metrics::write_metric(&mut out, "holdfast_alarm", "gauge", help, &alarms);
     let counts = state.control.safety_counts();
     let lines = |which: &dyn Fn(&(u64, u64)) -> u64| -> Vec<(String, u64)> {
         let line = |((app, rule), counts): (&(String, String), &(u64, u64))| {

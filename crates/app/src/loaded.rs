@@ -25,7 +25,7 @@ const LIVE: [&str; 5] = ["failover", "durability", "objectives", "slots", "safet
 /// As well, once sessions are at a safe point.
 const RULES: &str = "policy";
 /// As well, but somebody else's passwords may be in it.
-const LIVE_PLANS: &str = "plan";
+const LIVE_PLANS: [&str; 2] = ["plan", "alarm"];
 
 /// What is different in the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -335,7 +335,9 @@ enum Kind<'a> {
 fn kind_of(way: &Way) -> Kind<'_> {
     let names: Vec<&str> = way.iter().map(String::as_str).collect();
     match names.as_slice() {
-        ["app", app, what, ..] if LIVE.contains(what) || [LIVE_PLANS, RULES].contains(what) => {
+        ["app", app, what, ..]
+            if LIVE.contains(what) || LIVE_PLANS.contains(what) || *what == RULES =>
+        {
             Kind::OfApp(app)
         }
         ["control", "token" | "token_file", ..] => Kind::Token,
@@ -367,7 +369,8 @@ fn compare(before: &BTreeMap<Way, String>, after: &BTreeMap<Way, String>) -> Dif
     let all = before.keys().chain(after.keys()).filter(|way| of(way, "app"));
     let all: BTreeSet<&String> = all.filter_map(|way| way.get(1)).collect();
     let named = |(way, value): (&Way, &String)| -> Vec<(String, String)> {
-        let is_plan = of(&way, "app") && way.get(2).is_some_and(|name| name == LIVE_PLANS);
+        let is_plan =
+            of(&way, "app") && way.get(2).is_some_and(|name| LIVE_PLANS.contains(&&**name));
         let Some(app) = way.get(1).filter(|_| is_plan && way.len() > 4) else { return Vec::new() };
         match way.last().map(String::as_str) {
             Some("app") => vec![(app.clone(), value.clone())],

@@ -134,6 +134,7 @@ pub(crate) fn watch(control: &Arc<Control>, tasks: &mut JoinSet<()>) {
     for app in control.config.apps.keys() {
         tasks.spawn(control::watch::run(control.clone(), app.clone()));
         tasks.spawn(control::plans::run(control.clone(), app.clone()));
+        tasks.spawn(control::alarms::run(control.clone(), app.clone()));
     }
 }
 

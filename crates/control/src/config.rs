@@ -9,6 +9,7 @@ use model::durability::Durability;
 use model::lease::Terms;
 use model::objectives::Objectives;
 use model::plan::Plan;
+use model::plan::alarm::Alarm;
 use model::region::Region;
 use model::safety::Rule;
 use pg::Target;
@@ -92,6 +93,8 @@ pub struct AppSettings {
     pub slots: bool,
     /// By name.
     pub plans: BTreeMap<String, Plan>,
+    /// By name.
+    pub alarms: BTreeMap<String, Alarm>,
     pub rules: Vec<Rule>,
 }
 

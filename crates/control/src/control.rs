@@ -43,6 +43,8 @@ pub struct Control {
     pub(crate) running: BTreeMap<String, Mutex<()>>,
     /// What was seen last of active cells, by application.
     pub(crate) seen: std::sync::Mutex<BTreeMap<String, Seen>>,
+    /// Of applications and names.
+    pub(crate) alarms: std::sync::Mutex<BTreeMap<(String, String), crate::alarms::Seen>>,
     /// Whoever reads an application to write it holds this, never across a wait: an execution is not to meet a conflict.
     pub(crate) writing: std::sync::Mutex<()>,
     /// How often each rule, of each application, was in the way of a change, and how often one was made in spite of it.
@@ -124,6 +126,7 @@ impl Control {
             changing,
             running,
             seen,
+            alarms: std::sync::Mutex::default(),
             writing,
             refusals: std::sync::Mutex::default(),
             rejoins_given_up,

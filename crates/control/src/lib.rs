@@ -14,6 +14,7 @@
 //! - `runner`: one execution, stage by stage, as `model::switchover` says.
 //! - `stages`: what each stage does to real servers.
 //! - [`plans`]: executions of plans. `actions`: what their steps do elsewhere.
+//! - [`alarms`]: what is looked at, besides servers, so that a plan may begin by it.
 //! - [`safety`]: rules that are in the way of changes, and gates.
 //! - [`watch`]: looks at the active cells, and fails over.
 //! - `following`: has standbys follow the active cell's server.
@@ -29,6 +30,7 @@ use tokio::sync::{mpsc, oneshot};
 
 mod actions;
 pub mod agents;
+pub mod alarms;
 pub mod audit;
 pub mod config;
 pub mod control;

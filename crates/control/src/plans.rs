@@ -345,7 +345,8 @@ impl Control {
     ) -> Result<(), ControlError> {
         let analysis = seen.analysis;
         let held_ms = u64::try_from(seen.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        if trigger.fires(analysis, held_ms, &[], now_ms()) == Fires::No {
+        let held_ms = trigger.held_ms((analysis, held_ms), |alarm| self.red_ms(app, alarm));
+        if trigger.fires(held_ms, &[], now_ms()) == Fires::No {
             return Ok(());
         }
         if self.application(app)?.plan.is_some() {
@@ -356,7 +357,7 @@ impl Control {
             .filter(|one| one.plan.name == plan.name && one.is_triggered)
             .map(|one| one.started_at_ms)
             .collect();
-        match trigger.fires(analysis, held_ms, &begun, now_ms()) {
+        match trigger.fires(held_ms, &begun, now_ms()) {
             Fires::No => Ok(()),
             Fires::HeldBack(why) => {
                 let text = format!("plan `{}` does not begin by itself: {why}", plan.name);
@@ -369,10 +370,13 @@ impl Control {
                 Ok(())
             }
             Fires::Yes => {
-                let says = analysis.says();
-                tracing::error!(app, plan = plan.name, %analysis, "a plan begins by itself: {says}");
+                let matter =
+                    (!trigger.on.is_empty()).then(|| format!("{} ({analysis})", analysis.says()));
+                let red = trigger.alarms.iter().map(|alarm| format!("alarm `{alarm}` is red"));
+                let says = matter.into_iter().chain(red).collect::<Vec<_>>().join(", ");
+                tracing::error!(app, plan = plan.name, "a plan begins by itself: {says}");
                 let request = PlanRequest { mode: trigger.mode, ..PlanRequest::default() };
-                let asking = Asking::own(&format!("{says} ({analysis})"));
+                let asking = Asking::own(&says);
                 let mut execution = self.new_plan(app, &plan.name, &request, &asking)?;
                 execution.is_triggered = true;
                 self.record_new_plan(app, execution).map(drop)

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use super::plans::{Found, Which};
 use super::{Global, client, plans, report};
-use crate::api::{Audit, Needed, ProxyStatus, Status};
+use crate::api::{AlarmStatus, Audit, Needed, ProxyStatus, Status};
 use crate::loaded::{Changes, Takes};
 
 pub(super) type Done = Result<ExitCode, String>;
@@ -97,6 +97,18 @@ pub(super) fn status(global: &Global, app: Option<&str>) -> Done {
             let row = |p: &ProxyStatus| vec![own(&p.name), p.state.clone(), p.sessions.to_string()];
             let rows: Vec<Vec<String>> = app.proxies.iter().map(row).collect();
             table(&["proxy", "state", "sessions"], &rows);
+        }
+        if !app.alarms.is_empty() {
+            let row = |one: &AlarmStatus| {
+                vec![
+                    one.name.clone(),
+                    one.colour.clone(),
+                    format!("{} s", one.held_s),
+                    one.said.clone(),
+                ]
+            };
+            let rows: Vec<Vec<String>> = app.alarms.iter().map(row).collect();
+            table(&["alarm", "colour", "for", "said"], &rows);
         }
         for problem in &app.problems {
             say!("! {problem}");

@@ -31,6 +31,7 @@ use toml::de::DeTable;
 use wire::scram::{Credential, Secret};
 
 mod agents;
+mod alarms;
 mod node;
 mod plans;
 mod policy;
@@ -612,8 +613,9 @@ fn read_app(
         let text = format!("`app.durability.acks` is {acks}, and there are {others} other cells");
         mistakes.add(table.span_of("durability"), text);
     }
+    let alarms = alarms::read(table, mistakes, &app.name, &cells);
     let plans = BTreeMap::new();
-    let settings = AppSettings { failover, durability, objectives, slots, plans, rules };
+    let settings = AppSettings { failover, durability, objectives, slots, plans, alarms, rules };
     let depends_on = needs.iter().map(|(app, _)| app.clone()).collect();
     let settings = Live::new(settings);
     Some((app, AppServers { first_active, cells, depends_on, settings }, needs))

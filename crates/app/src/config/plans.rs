@@ -123,9 +123,13 @@ fn read_triggers(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Vec<Trig
                 }
             }
         }
-        if on.is_empty() {
-            mistakes
-                .add(table.span(), "a trigger needs `on`: what is the matter with the active cell");
+        let alarms = table.texts(mistakes, "alarms").unwrap_or_default();
+        let alarms: BTreeSet<String> = alarms.into_iter().map(|(name, _)| name).collect();
+        if on.is_empty() && alarms.is_empty() {
+            mistakes.add(
+                table.span(),
+                "a trigger needs `on`, what is the matter with the active cell, or `alarms` that are red",
+            );
         }
         let after = table.duration(mistakes, "after").unwrap_or_default();
         let mode = read_mode(&mut table, mistakes).unwrap_or(Mode::Ungraceful);
@@ -134,7 +138,7 @@ fn read_triggers(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Vec<Trig
         table.end(mistakes);
         let (after_ms, min_delay_ms) = (ms(after), ms(min_delay));
         let per_day = u32::try_from(per_day).unwrap_or(1);
-        triggers.push(Trigger { on, after_ms, mode, min_delay_ms, per_day });
+        triggers.push(Trigger { on, alarms, after_ms, mode, min_delay_ms, per_day });
     }
     triggers
 }
@@ -220,7 +224,7 @@ fn read_step(
             inner = read_leave(table, mistakes, own_app)?;
             What::Sequence(Vec::new())
         }
-        _ => What::Do(read_action(table, mistakes, own_app, kind)?),
+        _ => What::Do(read_action(table, mistakes, own_app, kind, "POST")?),
     };
     let only_if = read_conditions(table, mistakes, own_app);
     let mode = read_mode(table, mistakes);
@@ -320,11 +324,13 @@ fn read_app(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, own: &str) -> St
     table.text(mistakes, "app").unwrap_or_else(|| own.to_owned())
 }
 
-fn read_action(
+/// `method`: of an HTTP call that names none.
+pub(super) fn read_action(
     table: &mut Table<'_>,
     mistakes: &mut Mistakes<'_>,
     own_app: &str,
     kind: &str,
+    method: &str,
 ) -> Option<Action> {
     Some(match kind {
         "activate" => {
@@ -345,7 +351,7 @@ fn read_action(
         }
         "http" => {
             let mut table = table.table(mistakes, "http")?;
-            let http = read_http(&mut table, mistakes);
+            let http = read_http(&mut table, mistakes, method);
             table.end(mistakes);
             Action::Http(http)
         }
@@ -425,7 +431,7 @@ fn read_dns(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Dns {
     Dns { server, zone, name, kind, values, ttl_s, key_file }
 }
 
-fn read_http(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Http {
+fn read_http(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>, default: &str) -> Http {
     let method = table.choice(mistakes, "method", &METHODS, |text| {
         METHODS.contains(&text).then(|| text.to_owned())
     });
@@ -447,7 +453,8 @@ fn read_http(table: &mut Table<'_>, mistakes: &mut Mistakes<'_>) -> Http {
     }
     let body = table.text(mistakes, "body");
     let token_file = table.text(mistakes, "token_file");
-    Http { method: method.unwrap_or_else(|| "POST".into()), url, body, token_file }
+    let method = method.unwrap_or_else(|| default.to_owned());
+    Http { method, url, body, token_file }
 }
 
 fn read_undo(
@@ -471,7 +478,7 @@ fn read_undo(
             }
             goes_back.then_some(Undo::Back)
         }
-        ([kind], false) => read_action(&mut undo, mistakes, own_app, kind).map(Undo::Do),
+        ([kind], false) => read_action(&mut undo, mistakes, own_app, kind, "POST").map(Undo::Do),
         _ => {
             let known = KINDS[..ACTIONS].join(", ");
             mistakes.add(span, format!("`undo` must have exactly one of back, {known}"));
@@ -537,8 +544,16 @@ pub(super) fn settle(
             let text = format!("application `{app}` has two plans of one name");
             mistakes.add(plans.last().map_or(0..0, |plan| plan.span.clone()), text);
         }
+        let alarms = apps.get(app).map(|servers| servers.now().alarms.clone()).unwrap_or_default();
         let mut all = BTreeMap::new();
         for plan in plans {
+            let named = plan.triggers.iter().flat_map(|trigger| &trigger.alarms);
+            for name in named.filter(|name| !alarms.contains_key(*name)) {
+                let plan_name = &plan.name;
+                let text =
+                    format!("plan `{plan_name}` begins by an alarm `{name}` that is not there");
+                mistakes.add(plan.span.clone(), text);
+            }
             let path = vec![plan.name.as_str()];
             let mut settling = Settling { plans: &by_name, apps, path, count: 0 };
             let steps = settling.steps(&plan.steps, "", mistakes);

@@ -359,3 +359,43 @@ undo = { back = true }
     }
     assert!(!shown.iter().any(|line| line.contains("secret")), "{shown:#?}");
 }
+
+#[test]
+fn alarms_are_read_and_their_mistakes_named() {
+    let text = with_plans(
+        "[[app.alarm]]\nname = \"health\"\nhttp = { url = \"http://127.0.0.1:1/health\" }\n\
+         every = \"2s\"\nred_after = 5\nunanswered = \"red\"\n\
+         [[app.alarm]]\nname = \"rows\"\nsql = \"SELECT true\"\ndatabase = \"shop\"\n\
+         [[app.plan]]\nname = \"p\"\n[[app.plan.trigger]]\nalarms = [\"health\", \"rows\"]\n\
+         [[app.plan.step]]\nname = \"s\"\nexec = [\"/bin/true\"]\n",
+    );
+    let Roles::Here(config) = Roles::read(&text).unwrap() else { panic!() };
+    let settings = config.control.apps["shop"].now();
+    let alarm = &settings.alarms["health"];
+    assert_eq!((alarm.every_ms, alarm.red_after, alarm.green_after), (2_000, 5, 2));
+    assert!(alarm.is_red_unanswered && !settings.alarms["rows"].is_red_unanswered);
+    assert!(matches!(&alarm.check, model::plan::Action::Http(http) if http.method == "GET"));
+    assert_eq!(settings.plans["p"].triggers[0].alarms.len(), 2);
+
+    let text = with_plans(
+        "[[app.alarm]]\nname = \"x\"\nhttp = { url = \"http://127.0.0.1:1/\" }\nexec = [\"/bin/true\"]\n\
+         [[app.alarm]]\nname = \"y\"\nsql = \"SELECT true\"\ncell = \"nowhere\"\nevery = \"1ms\"\n\
+         [[app.alarm]]\nname = \"y\"\nsql = \"SELECT true\"\napp = \"other\"\nred_after = 0\n\
+         [[app.plan]]\nname = \"p\"\n[[app.plan.trigger]]\nalarms = [\"z\"]\n\
+         [[app.plan.trigger]]\nafter = \"1s\"\n\
+         [[app.plan.step]]\nname = \"s\"\nexec = [\"/bin/true\"]\n",
+    );
+    let mistakes = Roles::read(&text).unwrap_err();
+    let shown: Vec<String> = mistakes.iter().map(|m| format!("{}: {}", m.line, m.text)).collect();
+    for mistake in [
+        "alarm `x` asks one of http, exec, sql; found http, exec",
+        "alarm `y` names a cell `nowhere` that is not there",
+        "`every` is at least 100ms, it is 1ms",
+        "alarm `y` of `shop` cannot ask a server of `other`",
+        "alarm `y` is there twice",
+        "plan `p` begins by an alarm `z` that is not there",
+        "or `alarms` that are red",
+    ] {
+        assert!(shown.iter().any(|line| line.contains(mistake)), "{mistake}: {shown:#?}");
+    }
+}

@@ -346,6 +346,61 @@ async fn a_plan_begins_by_itself_when_its_server_dies_and_not_too_often() {
 }
 
 #[tokio::test]
+async fn a_plan_begins_by_an_alarm_that_is_red() {
+    let mut installation = Installation::start("plan-alarm");
+    let bad = installation.dir.join("bad");
+    let text = [
+        format!(
+            "[[app.alarm]]\nname = \"file\"\nexec = [\"/bin/sh\", \"-c\", \"[ $HOLDFAST_STEP = file ] && [ ! -e {} ]\"]\n",
+            bad.display()
+        ),
+        "every = \"200ms\"\nred_after = 2\n".into(),
+        "[[app.alarm]]\nname = \"rows\"\nsql = \"SELECT count(*) > 0 FROM public.t\"\n".into(),
+        "every = \"200ms\"\n".into(),
+        "[[app.plan]]\nname = \"away\"\n[[app.plan.trigger]]\nalarms = [\"file\"]\n".into(),
+        "mode = \"graceful\"\n".into(),
+        activate("b", ""),
+    ];
+    plan(&mut installation, &text.concat());
+    let status = || shown(&installation.holdfast(&["status", "shop"]));
+    let wait = |words: &[&str]| {
+        let deadline = Instant::now() + WAIT_MAX;
+        loop {
+            let status = status();
+            if status.lines().any(|line| words.iter().all(|word| line.contains(word))) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{words:?} is not in:\n{status}");
+            std::thread::sleep(POLL);
+        }
+    };
+    wait(&["file", "green"]);
+    // There is no such table.
+    wait(&["rows", "unknown", "does not exist"]);
+    run(&mut installation.connect().await, "CREATE TABLE t (n int)").await;
+    wait(&["! alarm `rows` is red", "f"]);
+    run(&mut installation.connect().await, "INSERT INTO t VALUES (7)").await;
+    wait(&["rows", "green"]);
+    assert_eq!(installation.active(), "a");
+    std::fs::write(&bad, "").unwrap();
+    let text = wait_for(&installation, "1", "\ncompleted, ");
+    assert!(text.contains("graceful") && text.contains("switchover from `a` to `b`"), "{text}");
+    let audit = shown(&installation.holdfast(&["audit"]));
+    assert!(audit.contains("alarm `file` is red"), "{audit}");
+    // It is red still, and the plan does not begin again.
+    wait(&["plan `away` does not begin by itself"]);
+    // What is taken up anew is not known at first.
+    std::fs::remove_file(&bad).unwrap();
+    let path = installation.config();
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("name = \"rows\"", "name = \"other\"")).unwrap();
+    let applied = shown(&installation.holdfast(&["apply"]));
+    assert!(applied.contains("alarm"), "{applied}");
+    wait(&["other", "green"]);
+    assert!(!status().contains("rows"));
+}
+
+#[tokio::test]
 async fn people_stop_a_plan_and_have_it_go_on_or_back() {
     let mut installation = Installation::start("plan-people");
     let text = [

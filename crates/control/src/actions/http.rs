@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use model::plan::Http;
+use model::plan::alarm::Checked;
 use model::plan::run::Outcome;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
@@ -21,18 +22,52 @@ fn tls_config() -> TlsConfig {
 }
 
 pub(super) async fn call(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
-    let (doing, http) = (doing.clone(), http.clone());
-    let called = tokio::task::spawn_blocking(move || call_now(&doing, &http, limit));
-    called.await.unwrap_or_else(|error| Outcome::Unknown(error.to_string()))
+    let Answer { status, text } = match send(doing, http, limit).await {
+        Ok(answer) => answer,
+        Err(outcome) => return outcome,
+    };
+    match status {
+        200..=299 => Outcome::Done(text),
+        // Somebody between, or nobody, knows what became of it (RFC 9110, 15.5.9 and 15.6).
+        408 | 425 | 500..=599 => Outcome::Unknown(text),
+        _ => Outcome::Failed(text),
+    }
 }
 
-fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
-    let token = match http.token_file.as_deref().map(secret_of).transpose() {
-        Ok(token) => token,
-        Err(why) => return Outcome::NotDone(why),
-    };
+/// Whoever answers anything but that all is well says that it is not.
+pub(super) async fn check(doing: &Doing, http: &Http, limit: Duration) -> (Checked, String) {
+    match send(doing, http, limit).await {
+        Ok(Answer { status: 200..=299, text }) => (Checked::Good, text),
+        Ok(Answer { text, .. }) => (Checked::Bad, text),
+        Err(
+            Outcome::Done(why)
+            | Outcome::Already(why)
+            | Outcome::NotDone(why)
+            | Outcome::Failed(why)
+            | Outcome::Unknown(why),
+        ) => (Checked::Unanswered, why),
+    }
+}
+
+struct Answer {
+    status: u16,
+    text: String,
+}
+
+/// # Errors
+/// There is no answer.
+async fn send(doing: &Doing, http: &Http, limit: Duration) -> Result<Answer, Outcome> {
+    let (doing, http) = (doing.clone(), http.clone());
+    let sent = tokio::task::spawn_blocking(move || send_now(&doing, &http, limit));
+    sent.await.unwrap_or_else(|error| Err(Outcome::Unknown(error.to_string())))
+}
+
+fn send_now(doing: &Doing, http: &Http, limit: Duration) -> Result<Answer, Outcome> {
+    let token = http.token_file.as_deref().map(secret_of).transpose().map_err(Outcome::NotDone)?;
     let body = match &http.body {
         Some(body) => body.clone(),
+        // Who only asks says nothing (RFC 9110, 9.3.1).
+        None if http.method == "GET" => String::new(),
         None => serde_json::to_string(doing).unwrap_or_default(),
     };
     let mut agent = ureq::Agent::config_builder()
@@ -53,7 +88,7 @@ fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
     }
     let request = match request.body(body) {
         Ok(request) => request,
-        Err(error) => return Outcome::NotDone(format!("no request can be made: {error}")),
+        Err(error) => return Err(Outcome::NotDone(format!("no request can be made: {error}"))),
     };
     let mut response = match agent.run(request) {
         Ok(response) => response,
@@ -66,7 +101,7 @@ fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
                     | ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect)
             ) && !matches!(&error, ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused);
             let text = format!("`{}` does not answer: {error}", http.shown_url());
-            return if is_sent { Outcome::Unknown(text) } else { Outcome::NotDone(text) };
+            return Err(if is_sent { Outcome::Unknown(text) } else { Outcome::NotDone(text) });
         }
     };
     let status = response.status();
@@ -83,18 +118,44 @@ fn call_now(doing: &Doing, http: &Http, limit: Duration) -> Outcome {
         None => text,
     };
     let text = format!("{status} {}", said(&text)).trim().to_owned();
-    match status.as_u16() {
-        200..=299 => Outcome::Done(text),
-        // Somebody between, or nobody, knows what became of it (RFC 9110, 15.5.9 and 15.6).
-        408 | 425 | 500..=599 => Outcome::Unknown(text),
-        _ => Outcome::Failed(text),
-    }
+    Ok(Answer { status: status.as_u16(), text })
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::doing;
     use super::*;
+
+    #[tokio::test]
+    async fn an_answer_but_a_good_one_is_a_bad_one() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let serve = std::thread::spawn(move || {
+            ["200 OK", "503 Service Unavailable", "302 Found"].map(|status| {
+                let (mut socket, _) = listener.accept().unwrap();
+                let mut request = [0; 4096];
+                let len = std::io::Read::read(&mut socket, &mut request).unwrap();
+                let answer = format!(
+                    "HTTP/1.1 {status}\r\ncontent-length: 2\r\nconnection: close\r\n\r\nhm"
+                );
+                std::io::Write::write_all(&mut socket, answer.as_bytes()).unwrap();
+                String::from_utf8_lossy(&request[..len]).into_owned()
+            })
+        });
+        let url = format!("http://127.0.0.1:{port}/health");
+        let http = Http { method: "GET".into(), url, body: None, token_file: None };
+        let long = Duration::from_secs(20);
+        assert_eq!(check(&doing(), &http, long).await, (Checked::Good, "200 OK hm".into()));
+        for _ in 0..2 {
+            let (checked, text) = check(&doing(), &http, long).await;
+            assert_eq!(checked, Checked::Bad, "{text}");
+        }
+        let [request, ..] = serve.join().unwrap();
+        assert!(request.starts_with("GET /health ") && request.ends_with("\r\n\r\n"), "{request}");
+        // Nobody listens any more.
+        let (checked, text) = check(&doing(), &http, long).await;
+        assert_eq!(checked, Checked::Unanswered, "{text}");
+    }
 
     #[tokio::test]
     async fn what_was_not_sent_is_known_not_to_be_done() {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use model::audit::Asking;
 use model::cell::CellState;
 use model::persisted::Execution;
+use model::plan::alarm::Checked;
 use model::plan::run::Outcome;
 use model::plan::{Action, Mode};
 use model::switchover::{Ending, Kind};
@@ -67,6 +68,31 @@ pub(crate) async fn perform(
         Action::Haproxy { address, command } => haproxy::tell(address, command, limit).await,
         Action::Dns(update) => dns::update(update, limit).await,
         Action::Wait { .. } => Outcome::NotDone("the plan itself waits".into()),
+    }
+}
+
+/// Asks what an alarm asks. Gives what was said, for people.
+pub(crate) async fn check(
+    control: &Control,
+    doing: &Doing,
+    action: &Action,
+    limit: Duration,
+) -> (Checked, String) {
+    if let Action::Http(http) = action {
+        return http::check(doing, http, limit).await;
+    }
+    match (perform(control, doing, action, limit).await, action) {
+        // What a boolean is to PostgreSQL's clients.
+        (Outcome::Done(text), Action::Sql { .. }) => match text.as_str() {
+            "t" => (Checked::Good, text),
+            "f" => (Checked::Bad, text),
+            _ => (Checked::Unanswered, format!("it says `{text}`, not true or false")),
+        },
+        (Outcome::Done(text) | Outcome::Already(text), _) => (Checked::Good, text),
+        (Outcome::Failed(text), Action::Exec { .. }) => (Checked::Bad, text),
+        (Outcome::Failed(text) | Outcome::NotDone(text) | Outcome::Unknown(text), _) => {
+            (Checked::Unanswered, text)
+        }
     }
 }
 

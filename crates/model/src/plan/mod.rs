@@ -2,6 +2,7 @@
 //!
 //! - here: what a plan is.
 //! - [`trigger`]: when one begins by itself.
+//! - [`alarm`]: what is looked at for that, besides servers.
 //! - [`run`]: one execution of a plan, and what is to be done next in it.
 //!
 //! A plan is copied into each execution of it, so that what runs is what was there when it began.
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::cell::{Application, CellState};
 use crate::switchover::OnTimeout;
 
+pub mod alarm;
 pub mod run;
 pub mod trigger;
 

@@ -11,9 +11,12 @@ const DAY_MS: u64 = 24 * 3_600 * 1_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trigger {
-    /// What is the matter with the active cell: one of these.
+    /// What is the matter with the active cell: one of these, unless there are none.
     pub on: BTreeSet<Analysis>,
-    /// It has been so for this long.
+    /// Alarms that are red, all of them.
+    #[serde(default)]
+    pub alarms: BTreeSet<String>,
+    /// All of it has been so for this long.
     pub after_ms: u64,
     pub mode: Mode,
     /// Since the plan began by itself last.
@@ -33,9 +36,25 @@ pub enum Fires {
 }
 
 impl Trigger {
-    /// `held_ms`: for how long `analysis` has been so. `begun_ms`: when the plan began by itself before, by the wall clock.
-    pub fn fires(&self, analysis: Analysis, held_ms: u64, begun_ms: &[u64], now_ms: u64) -> Fires {
-        if !self.on.contains(&analysis) || held_ms < self.after_ms {
+    /// For how long all has been so that it is for. `held_ms`: for how long `analysis` has been so; `red_ms`: for how long an
+    /// alarm has been red, if it is.
+    pub fn held_ms(
+        &self,
+        (analysis, held_ms): (Analysis, u64),
+        red_ms: impl Fn(&str) -> Option<u64>,
+    ) -> Option<u64> {
+        let seen = match self.on.is_empty() {
+            true => None,
+            false => Some(self.on.contains(&analysis).then_some(held_ms)),
+        };
+        let all: Option<Vec<u64>> =
+            seen.into_iter().chain(self.alarms.iter().map(|alarm| red_ms(alarm))).collect();
+        all?.into_iter().min()
+    }
+
+    /// `held_ms`: as [`Trigger::held_ms`] says. `begun_ms`: when the plan began by itself before, by the wall clock.
+    pub fn fires(&self, held_ms: Option<u64>, begun_ms: &[u64], now_ms: u64) -> Fires {
+        if held_ms.is_none_or(|held| held < self.after_ms) {
             return Fires::No;
         }
         // What began in the future, by a clock that was put back, began just now.
@@ -66,6 +85,7 @@ mod tests {
     fn trigger() -> Trigger {
         Trigger {
             on: [Analysis::DeadPrimary, Analysis::PrimaryHung].into(),
+            alarms: BTreeSet::new(),
             after_ms: 2_000,
             mode: Mode::Ungraceful,
             min_delay_ms: 60_000,
@@ -75,7 +95,10 @@ mod tests {
 
     #[test]
     fn it_fires_once_what_it_is_for_has_been_so_for_a_while() {
-        let fires = |analysis, held| trigger().fires(analysis, held, &[], NOW);
+        let fires = |analysis, held| {
+            let held = trigger().held_ms((analysis, held), |_| None);
+            trigger().fires(held, &[], NOW)
+        };
         assert_eq!(fires(Analysis::DeadPrimary, 1_999), Fires::No);
         assert_eq!(fires(Analysis::DeadPrimary, 2_000), Fires::Yes);
         assert_eq!(fires(Analysis::NoProblem, 60_000), Fires::No);
@@ -83,8 +106,24 @@ mod tests {
     }
 
     #[test]
+    fn all_that_it_is_for_must_be_so() {
+        let alarms = BTreeSet::from(["x".to_owned(), "y".into()]);
+        let both = Trigger { alarms: alarms.clone(), ..trigger() };
+        let alone = Trigger { alarms, on: BTreeSet::new(), ..trigger() };
+        let red = |name: &str| Some(if name == "x" { 500 } else { 700 });
+        let not_y = |name: &str| (name == "x").then_some(500);
+        let dead = (Analysis::DeadPrimary, 600);
+        assert_eq!(both.held_ms(dead, red), Some(500));
+        assert_eq!(both.held_ms(dead, not_y), None);
+        assert_eq!(both.held_ms((Analysis::NoProblem, 600), red), None);
+        assert_eq!(alone.held_ms((Analysis::NoProblem, 600), red), Some(500));
+        let nothing = Trigger { on: BTreeSet::new(), ..trigger() };
+        assert_eq!(nothing.held_ms(dead, red), None);
+    }
+
+    #[test]
     fn it_does_not_fire_again_and_again() {
-        let fires = |begun: &[u64]| trigger().fires(Analysis::DeadPrimary, 9_000, begun, NOW);
+        let fires = |begun: &[u64]| trigger().fires(Some(9_000), begun, NOW);
         assert_eq!(fires(&[NOW - 60_000]), Fires::Yes);
         assert!(matches!(fires(&[NOW - 59_999]), Fires::HeldBack(why) if why.contains("59 s ago")));
         assert!(matches!(fires(&[NOW + 5]), Fires::HeldBack(_)), "the clock was put back");
