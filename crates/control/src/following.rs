@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use model::Lsn;
 use model::cell::CellState;
 use model::durability::standby_name;
-use model::following::{Followers, History, Position, Standby, is_same_place};
+use model::following::{Astray, Followers, History, Position, Standby, is_same_place};
 use model::settings::{self, ASKED, Setting};
 use model::slots::slot_name;
 use pg::admin::Admin;
@@ -91,10 +91,19 @@ pub(crate) async fn follow(
                     .is_ok_and(|at| at_primary.history.check(at).is_err());
             if !turns
                 && may_have_strayed
-                && let Some((position, why)) = has_strayed(&mut standby, primary).await?
+                && let Some((position, Astray { why, is_ahead })) =
+                    has_strayed(&mut standby, primary).await?
             {
-                notices.push(format!("cell `{cell}` will not follow: {why}"));
-                followers.note_strayed(Instant::now(), cell, position);
+                let next = match is_ahead {
+                    true => {
+                        ": that one has lost log, of which this may be the only copy; look at it, and make it a standby by hand"
+                    }
+                    false => "",
+                };
+                notices.push(format!("cell `{cell}` will not follow: {why}{next}"));
+                if !is_ahead {
+                    followers.note_strayed(Instant::now(), cell, position);
+                }
             }
             let is_there = is_listed || is_same_place(conninfo, &wanted);
             if !(turns || (other_slot.is_some() && is_there)) {
@@ -269,18 +278,18 @@ async fn position(standby: &mut Admin) -> Result<Position, String> {
 async fn has_strayed(
     standby: &mut Admin,
     primary: &CellServer,
-) -> Result<Option<(Position, String)>, String> {
+) -> Result<Option<(Position, Astray)>, String> {
     // In this order: what it has was written before.
     let position = position(standby).await?;
     let history = history(&mut admin(primary).await?).await?;
-    Ok(history.check(position).err().map(|why| (position, why)))
+    Ok(history.check(position).err().map(|astray| (position, astray)))
 }
 
 /// Why the standby of a cell will not follow the active one's server, if so.
 pub(crate) async fn strayed(
     servers: &AppServers,
     (cell, active): (&str, &str),
-) -> Result<Option<(Position, String)>, String> {
+) -> Result<Option<(Position, Astray)>, String> {
     let server = servers.cells.get(cell).zip(servers.cells.get(active));
     let (standby, primary) = server.ok_or_else(|| format!("cell `{cell}` is not configured"))?;
     has_strayed(&mut admin(standby).await?, primary).await

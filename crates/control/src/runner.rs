@@ -14,6 +14,9 @@ use crate::requests::ControlError;
 use crate::stages;
 use crate::verbs::Asked;
 
+/// Whoever looks for what took long finds it.
+const LONG: Duration = Duration::from_secs(5);
+
 impl Control {
     /// Records a new execution and runs it to its end.
     pub(crate) async fn execute(
@@ -209,7 +212,14 @@ impl Control {
                 application
                     .leave(stage, &execution.from, &execution.to)
                     .map_err(RecordError::Cell)?;
-                tracing::info!(app, execution = id, %stage, took_ms, text, "stage is done");
+                match took > LONG {
+                    true => {
+                        tracing::warn!(app, execution = id, %stage, took_ms, text, "stage took long");
+                    }
+                    false => {
+                        tracing::info!(app, execution = id, %stage, took_ms, text, "stage is done");
+                    }
+                }
                 LogEvent::Done
             }
             Outcome::Failed | Outcome::Refused => {

@@ -6,6 +6,7 @@ use model::Lsn;
 use model::audit::{Asking, Draft};
 use model::barrier::{Order, Report};
 use model::cell::{Application, CellState};
+use model::following::Astray;
 use model::objectives::{Measured, Objectives};
 use model::persisted::Execution;
 use model::switchover::{Ending, Kind, OnTimeout, Stage, resume};
@@ -490,7 +491,11 @@ impl Control {
         let servers = self.servers(app)?;
         let strayed = following::strayed(servers, (cell, &active)).await;
         let strayed = strayed.map_err(ControlError::Refused)?;
-        let (position, why) = strayed.ok_or_else(|| refused("has not gone another way"))?;
+        let (position, Astray { why, is_ahead }) =
+            strayed.ok_or_else(|| refused("has not gone another way"))?;
+        if is_ahead {
+            return Err(refused(&format!("has what only it may have: {why}")));
+        }
         tracing::warn!(app, cell, active, why, "the standby has gone another way");
         let member = servers.cells.get(cell).and_then(|server| server.member.as_ref());
         if !member.is_some_and(Member::is_attended) {

@@ -26,6 +26,15 @@ pub struct History {
     pub end: Lsn,
 }
 
+/// Why a standby will not follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Astray {
+    /// In words.
+    pub why: String,
+    /// It has more of the primary's own timeline than that has: the primary has lost log, of which this may be the only copy.
+    pub is_ahead: bool,
+}
+
 impl History {
     /// What is in a history file; lines that are none of it are passed over, as the server does.
     pub fn read(text: &str, timeline: u64, end: Lsn) -> History {
@@ -41,23 +50,23 @@ impl History {
     }
 
     /// # Errors
-    /// A standby that was there before this was read has what is no part of it, and will not follow; in words.
-    pub fn check(&self, Position { timeline, has }: Position) -> Result<(), String> {
+    /// A standby that was there before this was read has what is no part of it, and will not follow.
+    pub fn check(&self, Position { timeline, has }: Position) -> Result<(), Astray> {
+        let astray = |why: String| Err(Astray { why, is_ahead: false });
         if timeline > self.timeline {
-            return Err(format!(
-                "it is on timeline {timeline}, the active one on {}",
-                self.timeline
-            ));
+            let now = self.timeline;
+            return astray(format!("it is on timeline {timeline}, the active one on {now}"));
         }
         if timeline == self.timeline && has > self.end {
-            return Err(format!(
-                "it has {has} of timeline {timeline}, of which the active one has written {}",
-                self.end
-            ));
+            let end = self.end;
+            let why = format!(
+                "it has {has} of timeline {timeline}, of which the active one has written {end}"
+            );
+            return Err(Astray { why, is_ahead: true });
         }
         match self.left(timeline) {
             Some(at) if has > at => {
-                Err(format!("it has {has} of timeline {timeline}, which was left at {at}"))
+                astray(format!("it has {has} of timeline {timeline}, which was left at {at}"))
             }
             _ => Ok(()),
         }
@@ -202,14 +211,13 @@ mod tests {
             "1\t0/40803C8\tno recovery target specified\n\n2\t0/5000000\tbefore 2026\n# 3 0/6\n";
         let history = History::read(text, 3, Lsn(0x0900_0000));
         let at = |timeline, has| history.check(Position { timeline, has: Lsn(has) });
-        assert_eq!(
-            at(1, 0x0408_0440),
-            Err("it has 0/4080440 of timeline 1, which was left at 0/40803C8".to_owned())
-        );
+        let why = "it has 0/4080440 of timeline 1, which was left at 0/40803C8".to_owned();
+        assert_eq!(at(1, 0x0408_0440), Err(Astray { why, is_ahead: false }));
         assert_eq!((at(1, 0x0408_03C8), at(2, 0x0480_0000)), (Ok(()), Ok(())));
         assert!(at(2, 0x0500_0001).is_err() && at(3, 0x0900_0000).is_ok());
-        assert!(at(3, 0x0900_0001).is_err(), "more than the active one has written");
-        assert!(at(4, 0x0500_0000).is_err(), "a timeline of its own");
+        let is_ahead = |at: Result<(), Astray>| at.unwrap_err().is_ahead;
+        assert!(is_ahead(at(3, 0x0900_0001)), "more than the active one has written");
+        assert!(!is_ahead(at(4, 0x0500_0000)), "a timeline of its own");
     }
 
     #[test]

@@ -79,8 +79,20 @@ impl LostTable {
             (None, Some(reason)) => format!("not read: {reason}"),
             (None, None) => "not read".into(),
         };
-        format!("{table} of {database}: {changes}; {kept}")
+        format!("{} of {}: {changes}; {}", plain(table), plain(database), plain(&kept))
     }
+}
+
+/// Names may have letters in them that a terminal obeys.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => plain.extend(c.escape_default()),
+            false => plain.push(c),
+        }
+    }
+    plain
 }
 
 #[cfg(test)]
@@ -99,6 +111,8 @@ mod tests {
             reason: Some("it is gone".into()),
         };
         let read = table(Some((4, "rows-1.csv".into())));
+        let named = LostTable { table: "\"a\u{1b}[31m\"".into(), ..read.clone() };
+        assert!(named.says().starts_with("\"a\\u{1b}[31m\" of shop: "), "{}", named.says());
         assert_eq!(
             read.says(),
             "public.t of shop: 3 inserted, 1 updated, 2 deleted; 4 rows in rows-1.csv"

@@ -133,7 +133,7 @@ impl Admin {
     /// As [`Admin::rows`].
     pub async fn status(&mut self) -> Result<ServerStatus, QueryError> {
         let sql = "SELECT pg_is_in_recovery(), \
-            CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, \
+            CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END, \
             current_setting('server_version_num'), (SELECT system_identifier FROM pg_control_system()), \
             EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')";
         let rows = self.rows(sql).await?;

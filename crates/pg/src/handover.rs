@@ -23,6 +23,8 @@ use crate::wal::segments;
 const FILE_LEN_MAX: u64 = 1 << 30;
 /// Files that are handed over: an hour of log on most servers.
 const FILES_MAX: usize = 1024;
+/// What the disk of a server that takes files keeps free.
+const FREE_MIN: u64 = 256 << 20;
 /// What stands behind the last record on its page is not written out alone.
 const PAGE: u64 = 8 * 1024;
 /// Longest history of timelines.
@@ -111,6 +113,15 @@ impl Instance {
         let file = File::from(file.map_err(|error| io(error.into()))?);
         self.lend(&file).map_err(io)?;
         if file.metadata().map_err(io)?.len() != *len {
+            // A disk that is full would end the server that is to take the place.
+            let disk = rustix::fs::fstatvfs(&dir).map_err(|error| io(error.into()))?;
+            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+            if free.saturating_sub(*len) < FREE_MIN {
+                return Err(format!(
+                    "`{}` has {free} bytes free, and `{name}` of {len} would leave less than {FREE_MIN}",
+                    path.display()
+                ));
+            }
             // What no piece is of, is zeros: behind the last record.
             file.set_len(*len).map_err(io)?;
         }

@@ -65,7 +65,7 @@ pub struct RunAs {
     pub gid: u32,
 }
 
-/// What `pg_controldata` says.
+/// What the control file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlData {
     pub system_identifier: String,
@@ -73,7 +73,10 @@ pub struct ControlData {
     pub is_shut_down: bool,
 }
 
+/// A disk that answers does so at once.
+const CONTROL_DATA_MAX: Duration = Duration::from_secs(2);
 /// States of a control file (`DBState`).
+const SHUT_DOWN: u32 = 1;
 const SHUT_DOWN_IN_RECOVERY: u32 = 2;
 const IN_ARCHIVE_RECOVERY: u32 = 5;
 
@@ -298,13 +301,19 @@ impl Instance {
         is_told && self.data_dir.join("backup_label").exists()
     }
 
-    /// What the control file says, whose beginning is the same from 15 to 18 (`ControlFileData`, `DBState`).
+    /// The system's identifier and the state of the server, as the control file says, whose beginning is the same from 15 to 18
+    /// (`ControlFileData`, `DBState`).
+    fn control_file(&self) -> std::io::Result<(u64, u32)> {
+        let (mut system, mut versions, mut state) = ([0; 8], [0; 8], [0; 4]);
+        let mut control = File::open(self.data_dir.join("global/pg_control"))?;
+        control.read_exact(&mut system)?;
+        control.read_exact(&mut versions)?;
+        control.read_exact(&mut state)?;
+        Ok((u64::from_ne_bytes(system), u32::from_ne_bytes(state)))
+    }
+
     fn state(&self) -> Option<u32> {
-        let mut begin = [0; 20];
-        let mut control = File::open(self.data_dir.join("global/pg_control")).ok()?;
-        control.read_exact(&mut begin).ok()?;
-        let [.., a, b, c, d] = begin;
-        Some(u32::from_ne_bytes([a, b, c, d]))
+        self.control_file().ok().map(|(_, state)| state)
     }
 
     /// Whether what runs here, if anything does, may take writes: only what is known to be a standby does not. As the control
@@ -312,6 +321,9 @@ impl Instance {
     pub fn may_take_writes(&self) -> bool {
         /// A standby that was copied from a primary, or was one, says so for a moment after its start.
         const STANDBY_START_MAX: Duration = Duration::from_secs(5);
+        /// How long a server that has no `postmaster.pid` may take to write it.
+        const BEGIN_LOOKS: usize = 5;
+        const BEGIN_PAUSE: Duration = Duration::from_millis(20);
         if self.data_dir.metadata().is_err() {
             // Moved away for a rejoin; else nobody knows what has become of it, and its server works on.
             return crate::rejoin::what_is_left(&self.data_dir).is_none() && self.is_at_work();
@@ -328,8 +340,17 @@ impl Instance {
         if started.is_some_and(|started| signal < started) {
             return false;
         }
-        let age = changed("postmaster.pid").and_then(|written| written.elapsed().ok());
-        age.is_none_or(|age| age >= STANDBY_START_MAX)
+        // One that has not come to write that yet finds the other (`PostmasterMain` changes directory first).
+        let is_beginning = (0..BEGIN_LOOKS).any(|look| {
+            if look > 0 {
+                std::thread::sleep(BEGIN_PAUSE);
+            }
+            changed("postmaster.pid").is_some() || !self.is_at_work()
+        });
+        match changed("postmaster.pid") {
+            Some(written) => written.elapsed().ok().is_none_or(|age| age >= STANDBY_START_MAX),
+            None => !is_beginning,
+        }
     }
 
     /// Makes a new data directory.
@@ -399,18 +420,20 @@ impl Instance {
     /// What the control file of the server says, whether it runs or not.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// It cannot be read, or not in time.
     pub async fn control_data(&self) -> Result<ControlData, InstanceError> {
-        let text =
-            self.run("pg_controldata", &["-D", self.data()], Duration::from_secs(10)).await?;
-        let value = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.map(str::trim).unwrap_or_default().to_owned()
+        let instance = self.clone();
+        let read = tokio::task::spawn_blocking(move || instance.control_file());
+        let error = |source| InstanceError::File {
+            path: self.data_dir.join("global/pg_control"),
+            what: "read",
+            source,
         };
-        Ok(ControlData {
-            system_identifier: value("Database system identifier"),
-            is_shut_down: value("Database cluster state") == "shut down",
-        })
+        let late = |_| error(std::io::ErrorKind::TimedOut.into());
+        let read = timeout(CONTROL_DATA_MAX, read).await.map_err(late)?;
+        let read = read.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+        let (system, state) = read.map_err(error)?;
+        Ok(ControlData { system_identifier: system.to_string(), is_shut_down: state == SHUT_DOWN })
     }
 
     /// Tells the server to be a standby of `primary_conninfo` from its next start.

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Seek};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use model::lost::{LostRows, LostTable, TABLES_MAX, Tail};
 
 use crate::instance::{Instance, InstanceError, Limit, STALL_MAX};
 use crate::touched::{Changes, File, Touched};
-use crate::wal::{make_kept_dir, segments};
+use crate::wal::{create_kept, make_kept_dir, segments, write_kept};
 
 /// Before the tail, log is read for what transactions had done that committed in it.
 const BEFORE_MAX: u64 = 64 << 20;
@@ -96,9 +95,13 @@ pub(crate) async fn keep(
     rows.tables.sort_by_key(|one| std::cmp::Reverse(one.inserted + one.updated + one.deleted));
     let mut text = rows.says() + "\n";
     rows.tables.iter().for_each(|table| text.extend([table.says(), "\n".into()]));
-    write_kept(&dir.join("rows.txt"), text.as_bytes())?;
+    let write = |name: &str, text: &str| {
+        let path = dir.join(name);
+        write_kept(&path, text).map_err(|error| format!("`{}`: {error}", path.display()))
+    };
+    write("rows.txt", &text)?;
     if !deleted.is_empty() {
-        write_kept(&dir.join("deleted.sql"), deleted.as_bytes())?;
+        write("deleted.sql", &deleted)?;
     }
     rows.tables.truncate(TABLES_MAX);
     Ok(rows)
@@ -143,7 +146,7 @@ impl Made {
     fn take(&self, instance: &Instance, name: &str, to: &Path) -> Result<(), String> {
         let mut from = instance.open_own(&self.0.join(name)).map_err(chain)?;
         let io = |error: std::io::Error| format!("`{}`: {error}", to.display());
-        let mut kept = create_kept(to)?;
+        let mut kept = create_kept(to).map_err(io)?;
         std::io::copy(&mut from, &mut kept).map_err(io)?;
         kept.sync_all().map_err(io)
     }
@@ -153,18 +156,6 @@ impl Drop for Made {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
-}
-
-fn create_kept(path: &Path) -> Result<std::fs::File, String> {
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    options.open(path).map_err(|error| format!("`{}`: {error}", path.display()))
-}
-
-fn write_kept(path: &Path, bytes: &[u8]) -> Result<(), String> {
-    let mut file = create_kept(path)?;
-    let written = std::io::Write::write_all(&mut file, bytes).and_then(|()| file.sync_all());
-    written.map_err(|error| format!("`{}`: {error}", path.display()))
 }
 
 fn chain(error: InstanceError) -> String {
@@ -345,8 +336,16 @@ fn places(all: &BTreeSet<(u32, u64)>) -> String {
 
 /// For people to run on the active server, where a row that the lost one had deleted stands still, unless it was changed.
 fn asks_for_deleted(database: &str, table: &str, changes: &Changes) -> String {
-    if changes.gone.is_empty() || table.contains(['\\', '\n']) {
+    if changes.gone.is_empty() {
         return String::new();
+    }
+    // As COPY has escaped it, or as it would be told to a terminal.
+    if table.contains(|c: char| c == '\\' || c.is_control()) {
+        return format!(
+            "-- Rows of database {} were deleted in a table whose name cannot stand here: {}\n",
+            database.escape_default(),
+            table.escape_default()
+        );
     }
     let gone = places(&changes.gone);
     format!(

@@ -114,7 +114,11 @@ impl Local {
 
     async fn condition(&self) -> Condition {
         let instance = &self.instance;
-        let control = instance.control_data().await.ok();
+        let control = instance.control_data().await;
+        if let Err(error) = &control {
+            tracing::warn!(error = model::chain(error), "the control file says nothing");
+        }
+        let control = control.ok();
         let process = match &control {
             _ if instance.is_running() => Process::Lives,
             Some(control) if control.is_shut_down => Process::ShutDown,

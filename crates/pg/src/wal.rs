@@ -1,7 +1,7 @@
 //! What a server that has ended has left in its write-ahead log, as `pg_waldump` reads it.
 
 use std::io::{BufRead, BufReader, Seek};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ const LINES_MAX: usize = 10_000;
 #[derive(Debug, Default)]
 struct Reading {
     tail: WalTail,
+    /// The record that was shown last: where it begins, its length, and whether the rest of its segment is left out.
+    record: Option<(Lsn, u64, bool)>,
     /// Ends of transactions, the first of them.
     shown: Vec<String>,
 }
@@ -29,6 +31,9 @@ impl Reading {
         if let Some((_, rest)) = line.split_once(" lsn: ") {
             let lsn = rest.split(',').next().and_then(Lsn::read);
             tail.last = lsn.max(tail.last);
+            let len = line.split_once("len (rec/tot):").and_then(|(_, len)| len.split_once('/'));
+            let len = len.and_then(|(_, len)| len.split(',').next()?.trim().parse().ok());
+            self.record = lsn.zip(len).map(|(lsn, len)| (lsn, len, rest.contains("desc: SWITCH")));
             if line.contains("rmgr: Transaction") && rest.contains("desc: COMMIT") {
                 tail.commits += 1;
             }
@@ -42,6 +47,22 @@ impl Reading {
             let end = rest.split_once("invalid record length at ").map(|(_, end)| end);
             tail.end = end.and_then(|end| end.split(':').next()).and_then(Lsn::read);
         }
+    }
+}
+
+/// Where a record ends: it may go on on further pages, each with its header (`xlog_internal.h`, `xlogrecord.h`).
+fn record_end(begin: Lsn, len: u64, segment: u64) -> Lsn {
+    const PAGE: u64 = 8 * 1024;
+    let (mut at, mut left) = (begin.0, len);
+    loop {
+        let room = PAGE - at % PAGE;
+        if left <= room {
+            return Lsn((at + left).next_multiple_of(8));
+        }
+        at = at.saturating_add(room);
+        // That of the first page of a segment is longer.
+        at = at.saturating_add(if at.is_multiple_of(segment) { 40 } else { 24 });
+        left -= room;
     }
 }
 
@@ -89,6 +110,20 @@ impl Instance {
         }
         // It always ends with an error: where no more can be read.
         if is_understood {
+            let segment = segments(&self.data_dir).ok().and_then(|all| {
+                let of =
+                    all.into_iter().find(|one| reading.tail.last.is_some_and(|at| one.holds(at)));
+                of.map(|one| one.end.0 - one.begin.0)
+            });
+            // Nobody says where a record would begin in a file that is not there, or is another's.
+            if let (None, Some((begin, len, is_switch)), Some(segment)) =
+                (reading.tail.end, reading.record, segment)
+                && reading.tail.last == Some(begin)
+            {
+                let end = record_end(begin, len, segment);
+                let end = if is_switch { end.0.next_multiple_of(segment) } else { end.0 };
+                reading.tail.end = Some(Lsn(end));
+            }
             return Ok((reading.tail, reading.shown));
         }
         let (program, status) = ("pg_waldump".into(), status.to_string());
@@ -111,21 +146,35 @@ impl Instance {
         };
         make_kept_dir(dir).map_err(error(dir))?;
         let all = segments(&self.data_dir).map_err(error(&self.data_dir))?;
-        // The one that has `from` in it is wanted, too.
-        for one in all.iter().filter(|one| one.timeline == timeline && one.end > from) {
+        let (tail, shown) = self.wal_tail(timeline, from).await?;
+        let end = tail.end.max(tail.last).unwrap_or(from);
+        // The one that has `from` in it is wanted, too. Files behind the end are there to be written later.
+        let wanted =
+            |one: &&Segment| one.timeline == timeline && one.end > from && one.begin <= end;
+        for one in all.iter().filter(wanted) {
             let to = dir.join(one.name());
             std::fs::copy(&one.path, &to).map_err(error(&to))?;
         }
-        let (_, shown) = self.wal_tail(timeline, from).await?;
         let text = shown.join("\n") + "\n";
         let path = dir.join("transactions.txt");
-        std::fs::write(&path, text).map_err(error(&path))
+        write_kept(&path, &text).map_err(error(&path))
     }
 }
 
 /// A directory for what people are to look at. Nobody else is to read what they have in their tables.
 pub(crate) fn make_kept_dir(path: &Path) -> std::io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+pub(crate) fn create_kept(path: &Path) -> std::io::Result<std::fs::File> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+pub(crate) fn write_kept(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = create_kept(path)?;
+    std::io::Write::write_all(&mut file, text.as_bytes())?;
+    file.sync_all()
 }
 
 /// A file of a server's log.
@@ -137,6 +186,10 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
+    fn holds(&self, at: Lsn) -> bool {
+        (self.begin..self.end).contains(&at)
+    }
+
     pub(crate) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
@@ -180,10 +233,25 @@ mod tests {
         ] {
             reading.read(line);
         }
-        let Reading { tail, shown } = reading;
+        let Reading { tail, record, shown } = reading;
+        assert_eq!(record, Some((Lsn::read("0/05000250").unwrap(), 34, false)));
         assert_eq!((tail.commits, tail.last), (1, Lsn::read("0/5000288")));
         assert_eq!(tail.end, Lsn::read("0/50002C0"));
         assert_eq!(shown.len(), 2);
+    }
+
+    /// As a server of 15 has written them.
+    #[test]
+    fn a_record_ends_behind_the_headers_of_its_pages() {
+        const SEGMENT: u64 = 16 << 20;
+        let end = |begin, len| record_end(Lsn(begin), len, SEGMENT).0;
+        assert_eq!(end(0x0500_01f0, 34), 0x0500_0218);
+        // It fills its page, or begins on one and goes on on the next two.
+        assert_eq!(end(0x0500_1fd0, 48), 0x0500_2000);
+        assert_eq!(end(0x0500_1fd0, 56), 0x0500_2000 + 24 + 8);
+        assert_eq!(end(0x0500_1ff0, 16 + 8168 + 5), 0x0500_4000 + 24 + 8);
+        // The next page is the first of a segment.
+        assert_eq!(end(0x05ff_fff0, 24), 0x0600_0000 + 40 + 8);
     }
 
     #[test]

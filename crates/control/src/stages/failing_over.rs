@@ -4,7 +4,6 @@
 //! person has said so. What only its disk has is read from there, if the disk can be read: then nothing is lost at all.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,8 +22,8 @@ use pg::admin::Admin;
 use tokio::time::timeout;
 use wire::sqlstate::SqlState;
 
-use super::fencing::reload;
-use super::{Done, POLL, admin, admin_at_once, chain, release, reported};
+use super::salvage::{Salvage, Way, can_salvage, end_salvage, tail_around};
+use super::{Done, admin, admin_at_once, chain, release, reported};
 use crate::config::{AppServers, CellServer};
 use crate::control::Control;
 use crate::following;
@@ -33,8 +32,6 @@ use crate::records;
 
 /// A server that answers does so at once.
 const PROBE_MAX: Duration = Duration::from_secs(1);
-/// How long what was read from the lost server's disk may take to be replayed.
-const SALVAGE_MAX: Duration = Duration::from_secs(60);
 
 /// Asks a server what it is.
 pub(crate) async fn probe(server: &CellServer) -> (Answer, Option<Admin>) {
@@ -194,34 +191,6 @@ fn or_allow(execution: &Execution, reason: &str) -> String {
     format!(
         "{reason}; `holdfast failover {app} --to {to} --allow-data-loss` gives up what it lacks"
     )
-}
-
-/// How a standby can read what a lost server has left.
-struct Salvage<'a> {
-    lost: &'a Member,
-    way: Way<'a>,
-}
-
-#[derive(Clone, Copy)]
-enum Way<'a> {
-    /// Both servers' files are here: the data directory of the lost one.
-    Disk(&'a Path),
-    /// Whoever is beside it hands its log over to this one.
-    Handed(&'a Member),
-}
-
-fn can_salvage<'a>(from: &'a CellServer, to: &'a CellServer) -> Option<Salvage<'a>> {
-    let (lost, to) = (from.member.as_ref()?, to.member.as_ref()?);
-    let (can, way) = match (lost, to) {
-        (Member::Here(local), Member::Here(_)) => {
-            (local.instance.has("pg_waldump"), Way::Disk(&local.instance.data_dir))
-        }
-        (Member::Here(local), Member::Agent(_)) => {
-            (local.instance.has("pg_waldump"), Way::Handed(to))
-        }
-        (Member::Agent(link), _) => (link.is_heard() && !lost.is_out_of_hand(), Way::Handed(to)),
-    };
-    can.then_some(Salvage { lost, way })
 }
 
 pub(super) async fn assess(
@@ -448,7 +417,7 @@ pub(super) async fn recruit(
     }
     let salvaged = match salvage {
         Some(salvage) => {
-            let salvaged = salvage.run(&mut new, received).await;
+            let salvaged = salvage.run(control, &execution.app, (&mut new, received)).await;
             // On a connection of its own: that one may have still to answer.
             let ended = match admin_at_once(to).await {
                 Ok(mut fresh) => end_salvage(&mut fresh).await,
@@ -507,84 +476,11 @@ pub(super) async fn recruit(
     })
 }
 
-impl Salvage<'_> {
-    /// Has the standby replay what the lost server's disk has beyond `received`.
-    async fn run(&self, new: &mut Admin, received: Lsn) -> Result<String, String> {
-        let Salvage { lost, way } = *self;
-        // What was received may end within a record, what is replayed does not.
-        let replayed = new.replayed_lsn().await.map_err(chain)?;
-        let timeline = lost.look().await?.timeline.ok_or("of its log nothing can be read")?;
-        let tail = tail_around(lost, timeline, replayed).await?;
-        let last = tail.last.ok_or("nothing of its log can be read there")?;
-        if let Some(end) = tail.end.filter(|end| *end < replayed) {
-            return Err(format!("it has {replayed}, and the lost server's log ends at {end}"));
-        }
-        if last < replayed {
-            return Ok("the lost server's disk has no more".into());
-        }
-        // Replay that somebody has stopped would be waited for.
-        new.rows("SELECT pg_wal_replay_resume()").await.map_err(chain)?;
-        let deadline = Instant::now() + SALVAGE_MAX;
-        let dir = match way {
-            Way::Disk(data_dir) => data_dir.join("pg_wal"),
-            Way::Handed(to) => {
-                // Where it ends with a segment, nobody says where the next would begin.
-                let end = tail.end.unwrap_or(Lsn(u64::MAX));
-                lost.hand_over(to, timeline, (replayed, end), deadline).await?.into()
-            }
-        };
-        let dir = dir.to_str().filter(|dir| !dir.contains(['\'', '"', '\\', '%', '$', '`']));
-        let dir = dir.ok_or("the name of its directory has letters that a command cannot have")?;
-        // Read by the standby itself, by the way it knows (manual, "Archive Recovery Settings").
-        let own = format!("cp \"{dir}/%f\" \"%p\"");
-        let before = new.value("SHOW restore_command").await.map_err(chain)?.unwrap_or_default();
-        let command = match before.as_str() {
-            "" => format!("{own} {MARK}"),
-            before => format!("{own} || {before} {MARK}"),
-        };
-        set_restore_command(new, &command).await?;
-        reload(new).await?;
-        // Behind the last whole record.
-        while new.replayed_lsn().await.map_err(chain)? <= last {
-            if Instant::now() > deadline {
-                return Err(format!("what is on its disk is not replayed after {SALVAGE_MAX:?}"));
-            }
-            tokio::time::sleep(POLL).await;
-        }
-        Ok(match last.bytes_since(received) {
-            0 => "the lost server's disk has no more".into(),
-            bytes => format!("about {bytes} bytes were read from the lost server's disk"),
-        })
-    }
-}
-
 /// A file that was restored takes the name of the one before it, which is removed first (`KeepFileRestoredFromArchive`):
 /// for as long as that takes, the newest file of a log is not there.
 const RENAMED_MAX: Duration = Duration::from_secs(2);
 const RENAMED_PAUSE: Duration = Duration::from_millis(50);
 
-/// Ends a `restore_command` of ours; what it was before stands before it.
-const MARK: &str = "# holdfast";
-
-async fn set_restore_command(new: &mut Admin, command: &str) -> Result<(), String> {
-    let literal = command.replace('\'', "''");
-    let set = format!("ALTER SYSTEM SET restore_command = '{literal}'");
-    new.rows(&set).await.map_err(chain).map(drop)
-}
-
-/// Puts the `restore_command` of before back, if there is one of ours.
-async fn end_salvage(new: &mut Admin) -> Result<(), String> {
-    let now = new.value("SHOW restore_command").await.map_err(chain)?.unwrap_or_default();
-    let Some(now) = now.strip_suffix(MARK) else { return Ok(()) };
-    match now.split_once(" || ") {
-        Some((_, before)) => set_restore_command(new, before.trim()).await?,
-        None => drop(new.rows("ALTER SYSTEM RESET restore_command").await.map_err(chain)?),
-    }
-    reload(new).await
-}
-
-/// What a lost server has around a position, of which some records before it are read as well: where none can be, the
-/// position is of another history, or beyond the end.
 /// What a server that has ended has on its disk is as much as was seen of it, and as others have: not that of a machine
 /// that was made from an older copy.
 pub(crate) async fn check_is_newest(
@@ -623,27 +519,22 @@ pub(crate) async fn check_is_newest(
     ))
 }
 
-async fn tail_around(lost: &Member, timeline: u64, position: Lsn) -> Result<WalTail, String> {
-    const BEFORE: u64 = 64 * 1024;
-    // No segment is smaller; the one before may be gone.
-    const SEGMENT_MIN: u64 = 1024 * 1024;
-    let far = position.0.saturating_sub(BEFORE);
-    let near = far.max(position.0 / SEGMENT_MIN * SEGMENT_MIN);
-    let tail = lost.read_tail(timeline, Lsn(near)).await;
-    match tail {
-        Ok(tail) if tail.last.is_some() => Ok(tail),
-        _ => lost.read_tail(timeline, Lsn(far)).await,
-    }
-}
-
 /// The lost server takes up its work again, if it can; whoever waits for it goes on waiting.
 pub(super) async fn revert(
     control: &Control,
     execution: &Execution,
     (from, to): (&CellServer, &CellServer),
 ) -> Done {
+    // What it was to lose may be lost there already, by its disk.
     let started = match &from.member {
-        Some(member) => member.start_again(execution.epoch).await,
+        Some(member) => {
+            let servers = control.servers(&execution.app).map_err(chain)?;
+            let at = (&*execution.app, &*execution.from);
+            match check_is_newest(control, servers, at, member).await {
+                Ok(()) => member.start_again(execution.epoch).await,
+                Err(why) => Err(why),
+            }
+        }
         None => Ok(()),
     };
     if let Ok(mut new) = admin_at_once(to).await

@@ -96,6 +96,8 @@ pub(super) async fn fence(
     } else {
         control.note_late(&execution.app);
     }
+    // Somebody who is gone by now may have enabled one since.
+    check_subscribes_to_nothing(&mut old, &execution.from).await?;
     // A record that is written and flushed: whatever was written before it is flushed, too.
     old.rows("SELECT pg_logical_emit_message(true, 'holdfast', 'fenced')").await.map_err(chain)?;
     let lsn = old.value("SELECT pg_current_wal_flush_lsn()").await.map_err(chain)?;

@@ -32,6 +32,7 @@ const POLL: Duration = Duration::from_millis(2);
 mod failing_over;
 mod fencing;
 mod rejoining;
+mod salvage;
 
 use fencing::{
     Logins, check_subscribes_to_nothing, cover, fence, hba_rules, regrant, uncover, unfence_in_time,
