@@ -1,7 +1,10 @@
 //! What a lost server alone had is told row by row.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
+use pg::connection::Connection;
 use tls::{ClientTls, SslMode};
 
 use crate::failover::{files_elsewhere, stop_receiving, wait_active};
@@ -114,6 +117,8 @@ async fn what_a_lost_servers_host_has_is_handed_over() {
     )
     .await;
     run(&mut client, "INSERT INTO written VALUES (0)").await;
+    // No record is behind its end, and none says where that is.
+    run(&mut client, "SELECT pg_switch_wal()").await;
     installation.signal_server("a", "KILL");
     let failover = ["failover", "shop", "--to", "b"];
     let output = installation.holdfast_in_background(&failover).await.unwrap();
@@ -124,4 +129,92 @@ async fn what_a_lost_servers_host_has_is_handed_over() {
     assert_eq!(value(&mut client, "SHOW restore_command").await, "");
     assert!(!installation.dir.join("b.holdfast-wal").exists());
     wait_active(&installation, "b").await;
+}
+
+/// Where a server is in its log: the file, and how far into that.
+async fn log_position(server: &mut Connection) -> (String, u64) {
+    let sql = "SELECT file_name || ' ' || file_offset FROM pg_walfile_name_offset(pg_current_wal_flush_lsn())";
+    let said = value(server, sql).await;
+    let (file, offset) = said.split_once(' ').unwrap();
+    (file.to_owned(), offset.parse().unwrap())
+}
+
+/// As a disk that has said that it has written what it has not.
+fn lose_log(installation: &Installation, cell: &str, (file, from): (&str, u64), len: u64) {
+    let path = installation.dir.join(cell).join("pg_wal").join(file);
+    let log = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    let len = len.min(log.metadata().unwrap().len() - from);
+    log.write_all_at(&vec![0; usize::try_from(len).unwrap()], from).unwrap();
+}
+
+/// Waits until the standby has all that the active server has written.
+async fn wait_received(installation: &Installation) {
+    let at = value(&mut installation.direct("a").await, "SELECT pg_current_wal_flush_lsn()").await;
+    let sql = format!("SELECT pg_last_wal_receive_lsn() >= '{at}'");
+    let mut standby = installation.direct("b").await;
+    while value(&mut standby, &sql).await != "t" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A server whose disk has lost what was acknowledged does not come back, and the standby that has it is left as it is.
+#[tokio::test]
+async fn a_disk_that_has_lost_log_is_not_taken_for_the_newest() {
+    let installation = Installation::start("lost-by-disk");
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    run(&mut client, "INSERT INTO written VALUES (1)").await;
+    let mut direct = installation.direct("a").await;
+    let (file, from) = log_position(&mut direct).await;
+    run(&mut client, "INSERT INTO written VALUES (2)").await;
+    wait_received(&installation).await;
+    installation.signal_server("a", "KILL");
+    lose_log(&installation, "a", (&file, from), u64::MAX);
+    let failover = installation.holdfast_in_background(&["failover", "shop", "--to", "b"]);
+    let output = failover.await.unwrap();
+    let text = shown(&output);
+    assert!(!output.status.success(), "nobody can say that nothing is lost: {text}");
+    assert!(text.contains("the lost server does not start: "), "{text}");
+    assert!(text.contains("was seen, and its log ends at"), "{text}");
+    let running = Command::new("pgrep")
+        .args(["-f", &format!("postgres -D {}", installation.dir.join("a").display())])
+        .output()
+        .unwrap();
+    assert!(running.stdout.is_empty(), "{}", String::from_utf8_lossy(&running.stdout));
+    let lose = ["failover", "shop", "--to", "b", "--allow-data-loss"];
+    let output = installation.holdfast_in_background(&lose).await.unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    let mut client = installation.connect().await;
+    let all = "SELECT string_agg(n::text, ',' ORDER BY n) FROM written";
+    assert_eq!(value(&mut client, all).await, "1,2");
+}
+
+/// Of what a standby has received nothing is replaced by what a bad disk has.
+#[tokio::test]
+async fn what_was_received_is_replayed_before_a_disk_is_read() {
+    let installation = Installation::start("lost-received");
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE written (n int, x text)").await;
+    let mut standby = installation.direct("b").await;
+    wait_received(&installation).await;
+    run(&mut standby, "SELECT pg_wal_replay_pause()").await;
+    let fill = "INSERT INTO written SELECT g, repeat('x', 1000) FROM generate_series(1, 20000) g";
+    run(&mut client, fill).await;
+    let mut direct = installation.direct("a").await;
+    let (file, from) = log_position(&mut direct).await;
+    run(&mut client, fill).await;
+    wait_received(&installation).await;
+    installation.signal_server("a", "KILL");
+    lose_log(&installation, "a", (&file, from), 8192);
+    // Its log is not whole any more, so it cannot be made a standby by itself, and nobody waits for that here.
+    let failover = installation.holdfast_in_background(&["failover", "shop", "--to", "b"]);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let is_there = || shown(&installation.holdfast(&["status", "shop"])).contains("active cell b");
+    while !is_there() && !failover.is_finished() {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut client = installation.connect().await;
+    assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "40000");
+    drop(failover);
 }
