@@ -92,8 +92,15 @@ impl Instance {
     ) -> Result<(WalTail, Vec<String>), InstanceError> {
         let dir = self.data_dir.join("pg_wal");
         let dir = dir.to_str().unwrap_or_default();
+        let Some(end) = end_of_files(&self.data_dir, timeline, from) else {
+            let source = std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                format!("no file of timeline {timeline} has {from}"),
+            );
+            return Err(InstanceError::File { path: dir.into(), what: "read", source });
+        };
         let (timeline, start) = (timeline.to_string(), from.to_string());
-        let args = ["-p", dir, "-t", &timeline, "-s", &start];
+        let args = ["-p", dir, "-t", &timeline, "-s", &start, "-e", &end];
         let (status, mut output) =
             self.run_into_file("pg_waldump", &args, None, Limit::Whole(READ_MAX)).await?;
         let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
@@ -108,8 +115,8 @@ impl Instance {
                 || (reading.tail.last.is_some() && line.contains("could not find file "));
             last = line;
         }
-        // It always ends with an error: where no more can be read.
-        if is_understood {
+        // It ends with an error, where no more can be read, or at the end of the files.
+        if is_understood || status.success() {
             let segment = segments(&self.data_dir).ok().and_then(|all| {
                 let of =
                     all.into_iter().find(|one| reading.tail.last.is_some_and(|at| one.holds(at)));
@@ -207,6 +214,23 @@ pub(crate) fn segments(data_dir: &Path) -> std::io::Result<Vec<Segment>> {
             Some(Segment { path: entry.path(), timeline, begin: Lsn(end.0 - len), end })
         })
         .collect())
+}
+
+/// Where the files of a timeline end that follow each other from a position on: for one that is not there, pg_waldump waits
+/// five seconds (`WALDumpOpenSegment`).
+pub(crate) fn end_of_files(data_dir: &Path, timeline: u64, from: Lsn) -> Option<String> {
+    let mut all = segments(data_dir).ok()?;
+    all.retain(|one| one.timeline == timeline);
+    all.sort_by_key(|one| one.begin);
+    let first = all.iter().position(|one| one.holds(from))?;
+    let mut end = all.get(first)?.end;
+    for one in all.get(first + 1..)? {
+        if one.begin != end {
+            break;
+        }
+        end = one.end;
+    }
+    Some(end.to_string())
 }
 
 /// Where the segment with this name ends, if it is one of `len` bytes.

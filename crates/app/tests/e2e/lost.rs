@@ -118,14 +118,18 @@ async fn what_a_lost_servers_host_has_is_handed_over() {
     .await;
     run(&mut client, "INSERT INTO written VALUES (0)").await;
     // No record is behind its end, and none says where that is.
-    run(&mut client, "SELECT pg_switch_wal()").await;
+    run(&mut installation.direct("a").await, "SELECT pg_switch_wal()").await;
     installation.signal_server("a", "KILL");
     let failover = ["failover", "shop", "--to", "b"];
     let output = installation.holdfast_in_background(&failover).await.unwrap();
     assert!(output.status.success(), "{}", shown(&output));
+    let mut client = installation.connect().await;
     assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "30001");
     let text = shown(&installation.holdfast(&["executions", "1"]));
     assert!(text.contains("were read from the lost server's disk"), "{text}");
+    assert!(text.contains("rewound, streams"), "{text}");
+    assert!(text.contains("were read from the lost server's disk"), "{text}");
+    assert!(text.contains("rewound, streams"), "{text}");
     assert_eq!(value(&mut client, "SHOW restore_command").await, "");
     assert!(!installation.dir.join("b.holdfast-wal").exists());
     wait_active(&installation, "b").await;

@@ -13,7 +13,6 @@ use model::cell::CellState;
 use model::durability::Protection;
 use model::failover::{Answer, Candidate, Known, LossPolicy, Process, check_chosen, most_advanced};
 use model::lost::Tail;
-use model::member::WalTail;
 use model::persisted::{Execution, LostTail, Pleads};
 use model::region::Region;
 use model::switchover::Kind;
@@ -501,13 +500,6 @@ pub(crate) async fn check_is_newest(
     let Some(seen) = seen.filter(|_| condition.reads_wal) else { return Ok(()) };
     let ends = match tail_around(member, timeline, seen).await {
         Ok(tail) if tail.reaches(seen) => return Ok(()),
-        // Of a segment that has hardly begun there is no record: the one before has to be there.
-        Ok(WalTail { last: None, end: None, .. }) if seen.is_at_begin_of_segment() => {
-            match member.read_tail(timeline, seen.before_segment()).await {
-                Ok(tail) if tail.last.is_some() => return Ok(()),
-                _ => "ends before".to_owned(),
-            }
-        }
         Ok(tail) => match tail.end.max(tail.last) {
             Some(end) => format!("ends at {end}"),
             None => "ends before".to_owned(),

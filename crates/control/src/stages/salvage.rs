@@ -183,9 +183,14 @@ pub(super) async fn tail_around(
     const SEGMENT_MIN: u64 = 1024 * 1024;
     let far = position.0.saturating_sub(BEFORE);
     let near = far.max(position.0 / SEGMENT_MIN * SEGMENT_MIN);
-    let tail = lost.read_tail(timeline, Lsn(near)).await;
-    match tail {
-        Ok(tail) if tail.last.is_some() => Ok(tail),
-        _ => lost.read_tail(timeline, Lsn(far)).await,
+    // The segment before may end with nothing, where somebody has switched to the next.
+    let before = position.is_at_begin_of_segment().then(|| position.before_segment());
+    let mut tail = lost.read_tail(timeline, Lsn(near)).await;
+    for from in [Some(Lsn(far)), before].into_iter().flatten() {
+        if tail.as_ref().is_ok_and(|tail| tail.last.is_some()) {
+            break;
+        }
+        tail = lost.read_tail(timeline, from).await;
     }
+    tail
 }
