@@ -130,6 +130,14 @@ const SYNTAX: &[(&str, &str)] = &[
     ("MergeSupportFunc", "merge_action"),
 ];
 
+/// Operators that are written as words (`transformAExprBetween`).
+const BETWEEN: [(&str, [&str; 2]); 4] = [
+    ("BETWEEN", [">=", "<="]),
+    ("BETWEEN SYMMETRIC", [">=", "<="]),
+    ("NOT BETWEEN", ["<", ">"]),
+    ("NOT BETWEEN SYMMETRIC", ["<", ">"]),
+];
+
 /// Settings that give leave to write.
 const READ_ONLY: [&str; 2] = ["transaction_read_only", "default_transaction_read_only"];
 
@@ -325,8 +333,28 @@ fn names(tree: &Tree<'_>, at: usize, command: &mut Command) {
     for (entry_at, entry) in tree.within(at) {
         match (entry.key, entry.value) {
             ("FuncCall", Value::Object) => command.functions.extend(last(entry_at, "funcname")),
-            ("A_Expr", Value::Object) => command.operators.extend(last(entry_at, "name")),
-            ("SubLink", Value::Object) => command.operators.extend(last(entry_at, "operName")),
+            ("A_Expr", Value::Object) => {
+                let name = last(entry_at, "name").unwrap_or_default();
+                let written = BETWEEN.iter().find(|(one, _)| *one == name).map(|(_, both)| *both);
+                command.operators.extend(written.into_iter().flatten().map(|one| one.to_string()));
+                command.operators.insert(name);
+            }
+            ("SubLink", Value::Object) => {
+                // Of IN the operator is not written.
+                let compares = tree.field(entry_at, "testexpr").is_some();
+                let operator = last(entry_at, "operName").or(compares.then(|| "=".into()));
+                command.operators.extend(operator);
+            }
+            ("SortBy", Value::Object) => command.operators.extend(last(entry_at, "useOp")),
+            ("CaseExpr", Value::Object) if tree.field(entry_at, "arg").is_some() => {
+                command.operators.insert("=".into());
+            }
+            ("JoinExpr", Value::Object) => {
+                let is_equal = |key| tree.field(entry_at, key).is_some();
+                if is_equal("usingClause") || is_equal("isNatural") {
+                    command.operators.insert("=".into());
+                }
+            }
             ("typeName" | "TypeName", Value::Object) => {
                 command.types.extend(last(entry_at, "names"));
             }

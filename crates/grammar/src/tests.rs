@@ -116,6 +116,21 @@ fn what_is_called_is_named() {
     assert_eq!(names(&command.functions), ["a.b"]);
     let fetch = &commands(b"FETCH ALL FROM \"X\"", true).unwrap()[0];
     assert_eq!(fetch.cursor.as_deref(), Some("X"));
+    for (sql, operators) in [
+        ("SELECT a BETWEEN b AND c FROM t", &["<=", ">=", "BETWEEN"][..]),
+        ("SELECT a NOT BETWEEN SYMMETRIC b AND c FROM t", &["<", ">", "NOT BETWEEN SYMMETRIC"]),
+        ("SELECT CASE a WHEN b THEN 1 END FROM t", &["="]),
+        ("SELECT CASE WHEN a THEN 1 END FROM t", &[]),
+        ("SELECT 1 FROM t JOIN u USING (a)", &["="]),
+        ("SELECT 1 FROM t NATURAL JOIN u", &["="]),
+        ("SELECT 1 FROM t CROSS JOIN u", &[]),
+        ("SELECT a IN (SELECT 1) FROM t", &["="]),
+        ("SELECT a IN (1, 2), NULLIF(a, b) FROM t", &["="]),
+        ("SELECT a FROM t ORDER BY a USING <~", &["<~"]),
+    ] {
+        let command = &commands(sql.as_bytes(), true).unwrap()[0];
+        assert_eq!(names(&command.operators), operators, "{sql}");
+    }
 }
 
 #[test]

@@ -296,10 +296,21 @@ impl App {
         if regime.catalogs.contains_key(database) || regime.catalogs.len() >= CATALOGS_MAX {
             return;
         }
-        let Some(catalog) = self.catalog(cell, database).await else { return };
+        self.learn_catalog_anew(&regime, cell, database).await;
+    }
+
+    /// Gives whether it was learned, and counts from now on.
+    pub(crate) async fn learn_catalog_anew(
+        &self,
+        regime: &Regime,
+        cell: &Cell,
+        database: &str,
+    ) -> bool {
+        let Some(catalog) = self.catalog(cell, database).await else { return false };
         let mut now = self.regime.lock().unwrap_or_else(PoisonError::into_inner);
         // The state may have changed meanwhile.
-        if now.number == regime.number {
+        let is_same = now.number == regime.number;
+        if is_same {
             let mut catalogs = now.catalogs.clone();
             catalogs.insert(database.to_owned(), Arc::new(catalog));
             let Regime { number, state, epoch, .. } = **now;
@@ -309,6 +320,7 @@ impl App {
             *now = Arc::new(Regime { number, version, cell, state, epoch, rules, catalogs, keys });
             self.judged_by.store(version, Ordering::Release);
         }
+        is_same
     }
 
     async fn catalog(&self, cell: &Cell, database: &str) -> Option<Catalog> {

@@ -18,6 +18,7 @@ use wire::sqlstate::SqlState;
 
 use crate::app::App;
 use crate::config::{PolicyConfig, ProxyConfig};
+use crate::confine::keeping;
 use crate::engine::{Clock, Command, EngineHandle, PoolView, Want};
 use crate::listener;
 use crate::metrics::{Metrics, write_metric};
@@ -262,6 +263,9 @@ impl Proxy {
         listeners.push(tokio::spawn(keeper::run(shared.clone(), incoming)));
         for app in shared.apps.iter().filter(|app| app.pool.is_some()) {
             listeners.push(tokio::spawn(keeper::watch(shared.clone(), app.clone())));
+        }
+        for app in &shared.apps {
+            listeners.push(tokio::spawn(keeping::watch(app.clone())));
         }
         let began = Instant::now();
         listeners.push(tokio::spawn(async move {

@@ -470,6 +470,70 @@ async fn nothing_passes_a_fence_by_being_unreadable() {
 }
 
 /// A rule holds for whatever a command does, whatever a name stands for, whichever way it was given.
+/// What is defined while rules hold counts after a moment, and code counts wherever it is called from.
+#[tokio::test]
+async fn code_is_found_behind_types_operators_and_policies() {
+    const NO_CODE: &str = "\n[app.policy]\nversion = 2\n\n[[app.policy.rule]]\nname = \"reads\"\n\
+        classes = [\"write\", \"code\"]\nroles = [\"app\"]\ndisposition = \"refuse\"\n";
+    let mut installation = Installation::start("cells-code");
+    let mut admin = installation.connect().await;
+    let set_up = "CREATE ROLE app LOGIN; CREATE TABLE log (n int); CREATE TABLE t (n int); INSERT INTO t VALUES (1); \
+        GRANT ALL ON log, t TO app; CREATE EXTENSION tablefunc; CREATE EXTENSION xml2; \
+        CREATE FUNCTION writes(int) RETURNS bool LANGUAGE sql AS 'INSERT INTO log VALUES ($1); SELECT true'";
+    run(&mut admin, set_up).await;
+    installation.reconfigure(|text| {
+        text.replacen("\n[[app.cell]]", &format!("{NO_CODE}\n[[app.cell]]"), 1)
+    });
+    let mut app = connect(installation.facts.port, "app", None).await.unwrap();
+    run(&mut app, "SELECT n FROM t").await;
+    let mut admin = installation.connect().await;
+    for sql in [
+        "CREATE DOMAIN d1 AS int CHECK (writes(VALUE))",
+        "CREATE DOMAIN d2 AS d1",
+        "CREATE TYPE comp AS (n d2)",
+        "CREATE TYPE my AS (n int)",
+        "CREATE FUNCTION my_ge(my, my) RETURNS bool LANGUAGE sql AS 'INSERT INTO log VALUES (2); SELECT true'",
+        "CREATE OPERATOR >= (LEFTARG = my, RIGHTARG = my, FUNCTION = my_ge)",
+        "CREATE TABLE m (v my)",
+        "INSERT INTO m VALUES (ROW(1))",
+        "CREATE TABLE rls (n int)",
+        "INSERT INTO rls VALUES (1)",
+        "ALTER TABLE rls ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY p ON rls USING (writes(n))",
+        "GRANT ALL ON m, rls TO app",
+        "CREATE VIEW seems AS SELECT n, writes(3) FROM t",
+        "GRANT ALL ON seems TO app",
+    ] {
+        run(&mut admin, sql).await;
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while app.query("SELECT * FROM seems").await.is_ok() {
+        assert!(std::time::Instant::now() < deadline);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let count = "SELECT count(*) FROM log";
+    let before = value(&mut admin, count).await;
+    for sql in [
+        "SELECT * FROM seems",
+        "SELECT 1::d1",
+        "SELECT 1::d2",
+        "SELECT '{1}'::_d1",
+        "SELECT '{1}'::d2[]",
+        "SELECT '(1)'::comp",
+        "SELECT json_populate_record(NULL::comp, '{\"n\":1}')",
+        "SELECT * FROM jsonb_to_recordset('[{\"a\":1}]') AS x (a d2)",
+        "SELECT v BETWEEN ROW(1)::my AND ROW(2)::my FROM m",
+        "SELECT v >= v FROM m",
+        "SELECT * FROM rls",
+        "SELECT * FROM crosstab('SELECT n::text, writes(4)::text, n::text FROM t') AS ct (a text, b text)",
+        "SELECT * FROM xpath_table('n', 'n::text', 't; INSERT INTO log VALUES (5); SELECT n, n::text FROM t', '/', 'true') AS x (n int)",
+    ] {
+        app.query(sql).await.map(drop).expect_err(sql);
+        assert_eq!(value(&mut admin, count).await, before, "{sql}");
+    }
+    run(&mut app, "SELECT CASE n WHEN 1 THEN 2 END FROM t JOIN t u USING (n)").await;
+}
+
 #[tokio::test]
 async fn no_rule_is_passed_by_a_name_or_by_another_command() {
     const NO_WRITES: &str = "\n[app.policy]\nversion = 2\n\n[[app.policy.rule]]\nname = \"reads\"\n\

@@ -237,25 +237,41 @@ pub const QUESTION: &str = "\
             a.aggdeserialfn, a.aggmtransfn, a.aggminvtransfn, a.aggmfinalfn]::pg_catalog.oid[]) \
         WHERE p.provolatile OPERATOR(pg_catalog.=) 'v'), \
     proc AS (SELECT p.oid, p.proname, p.provolatile OPERATOR(pg_catalog.<>) 'v' \
-            AND p.proname OPERATOR(pg_catalog.!~) '_to_xml' AND NOT p.oid OPERATOR(pg_catalog.=) ANY (SELECT oid FROM components) \
+            AND p.proname OPERATOR(pg_catalog.!~) '_to_xml' AND NOT (l.lanname OPERATOR(pg_catalog.=) 'c' \
+                AND p.prosrc OPERATOR(pg_catalog.~) '^(crosstab|connectby|xpath_table|dblink)') AND NOT p.oid OPERATOR(pg_catalog.=) ANY (SELECT oid FROM components) \
             OR (p.pronamespace OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace \
                 AND p.proname OPERATOR(pg_catalog.=) ANY (SELECT name FROM harmless)) AS reads \
-        FROM pg_catalog.pg_proc p WHERE p.prokind OPERATOR(pg_catalog.<>) 'p'), \
+        FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid OPERATOR(pg_catalog.=) p.prolang \
+        WHERE p.prokind OPERATOR(pg_catalog.<>) 'p'), \
     functions AS (SELECT proname, pg_catalog.bool_and(reads) AS reads FROM proc GROUP BY proname), \
     rewritten AS (SELECT r.ev_class, pg_catalog.regexp_matches(r.ev_action::pg_catalog.text, \
             ':(funcid|opfuncid|aggfnoid|winfnoid|opno|relid|resulttype) ([0-9]+)', 'g') AS found \
         FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) r.ev_class \
         WHERE c.relkind OPERATOR(pg_catalog.=) 'v' AND r.ev_type OPERATOR(pg_catalog.=) '1'), \
     parts AS (SELECT DISTINCT ev_class, found[1] AS kind, found[2]::pg_catalog.oid AS oid FROM rewritten), \
-    domains AS (SELECT t.oid, t.typname FROM pg_catalog.pg_type t \
-        WHERE t.typtype OPERATOR(pg_catalog.=) 'd' AND t.oid OPERATOR(pg_catalog.>=) 16384 AND EXISTS (SELECT FROM \
-            pg_catalog.pg_constraint k WHERE k.contypid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c')), \
+    domains AS (WITH RECURSIVE within (oid) AS (SELECT t.oid FROM pg_catalog.pg_type t \
+            WHERE t.typtype OPERATOR(pg_catalog.=) 'd' AND t.oid OPERATOR(pg_catalog.>=) 16384 AND EXISTS (SELECT FROM \
+                pg_catalog.pg_constraint k WHERE k.contypid OPERATOR(pg_catalog.=) t.oid AND k.contype OPERATOR(pg_catalog.=) 'c') \
+        UNION SELECT over.oid FROM within JOIN (SELECT t.typbasetype AS of, t.oid FROM pg_catalog.pg_type t \
+                WHERE t.typbasetype OPERATOR(pg_catalog.<>) 0 \
+            UNION ALL SELECT t.typelem, t.oid FROM pg_catalog.pg_type t WHERE t.typelem OPERATOR(pg_catalog.<>) 0 \
+            UNION ALL SELECT g.rngsubtype, g.rngtypid FROM pg_catalog.pg_range g \
+            UNION ALL SELECT g.rngtypid, g.rngmultitypid FROM pg_catalog.pg_range g \
+            UNION ALL SELECT a.atttypid, c.reltype FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c \
+                ON c.oid OPERATOR(pg_catalog.=) a.attrelid WHERE a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped \
+                AND c.reltype OPERATOR(pg_catalog.<>) 0) over ON over.of OPERATOR(pg_catalog.=) within.oid) \
+        SELECT t.oid, t.typname FROM within JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) within.oid), \
+    guarded AS (SELECT p.polrelid, found[1]::pg_catalog.text AS kind, found[2]::pg_catalog.oid AS oid FROM pg_catalog.pg_policy p, \
+        pg_catalog.regexp_matches(pg_catalog.concat(p.polqual, p.polwithcheck), ':(funcid|opfuncid|opno) ([0-9]+)', 'g') AS found), \
     risky AS (SELECT ev_class AS oid FROM parts p JOIN proc f ON f.oid OPERATOR(pg_catalog.=) p.oid \
             WHERE p.kind OPERATOR(pg_catalog.=) ANY (ARRAY['funcid', 'opfuncid', 'aggfnoid', 'winfnoid']) AND NOT f.reads \
         UNION SELECT ev_class FROM parts p JOIN pg_catalog.pg_operator o ON o.oid OPERATOR(pg_catalog.=) p.oid \
             JOIN proc f ON f.oid OPERATOR(pg_catalog.=) o.oprcode WHERE p.kind OPERATOR(pg_catalog.=) 'opno' AND NOT f.reads \
         UNION SELECT ev_class FROM parts p JOIN domains d ON d.oid OPERATOR(pg_catalog.=) p.oid \
-            WHERE p.kind OPERATOR(pg_catalog.=) 'resulttype') \
+            WHERE p.kind OPERATOR(pg_catalog.=) 'resulttype' \
+        UNION SELECT polrelid FROM guarded g LEFT JOIN pg_catalog.pg_operator o \
+            ON g.kind OPERATOR(pg_catalog.=) 'opno' AND o.oid OPERATOR(pg_catalog.=) g.oid JOIN proc f \
+            ON f.oid OPERATOR(pg_catalog.=) COALESCE(o.oprcode::pg_catalog.oid, g.oid) WHERE NOT f.reads) \
     SELECT 'function', proname::pg_catalog.text FROM functions WHERE reads \
     UNION ALL SELECT DISTINCT 'attribute', proname::pg_catalog.text FROM proc WHERE oid OPERATOR(pg_catalog.>=) 16384 AND NOT reads \
     UNION ALL SELECT DISTINCT 'operator', o.oprname::pg_catalog.text FROM pg_catalog.pg_operator o \

@@ -2,6 +2,7 @@
 //!
 //! - here: what is enforced now, and what is known of a session for it.
 //! - [`texts`]: which commands a text holds.
+//! - `keeping`: what names stand for, as long as somebody may define others.
 //! - `messages`: the messages of a client, one by one; `judging`: what becomes of them.
 //!
 //! The decision is `model::policy`. It is taken in the state that holds when a message is to be passed, not when its
@@ -22,6 +23,7 @@ use crate::app::App;
 use crate::config::PolicyConfig;
 
 mod judging;
+pub(crate) mod keeping;
 mod messages;
 pub(crate) mod texts;
 
