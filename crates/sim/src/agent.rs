@@ -47,8 +47,18 @@ pub struct Disk {
     pub lease: Option<Moment>,
 }
 
+/// An agent ends in the midst of what it is told next: what it writes is on disk, and nobody is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Torn {
+    /// And nothing of it is done.
+    Written,
+    /// And it is done.
+    Done,
+}
+
 #[derive(Debug)]
 pub struct Agent {
+    pub torn: Option<Torn>,
     pub server: Server,
     /// It takes no writes, whatever it is; said in its files.
     pub is_fenced: bool,
@@ -81,6 +91,7 @@ impl Agent {
         let terms = Terms { length: Duration::ZERO };
         let (seen, pledger) = (Epoch(0), Pledger::default());
         Agent {
+            torn: None,
             server: if is_primary { Server::PRIMARY } else { Server::STANDBY },
             is_fenced: false,
             timeline: 1,
@@ -103,6 +114,7 @@ impl Agent {
     }
 
     pub fn start(&mut self, now: Moment) {
+        self.torn = None;
         self.holder = Some(Holder::new(self.disk.seen));
         self.pledger = self.disk.pledger.after_start(now, self.disk.pledged);
         (self.heard, self.tenure, self.asked, self.plea) = (None, Tenure::default(), None, None);
@@ -250,6 +262,21 @@ impl World {
     }
 
     pub(crate) fn agent_hears(&mut self, cell: usize, message: Message) {
+        let Some(torn) = self.agents[cell].torn.take() else {
+            return self.agent_hears_all(cell, message);
+        };
+        let Agent { server, run, is_fenced, .. } = self.agents[cell];
+        self.silent = Some(Place::Agent(cell));
+        self.agent_hears_all(cell, message);
+        self.silent = None;
+        let agent = &mut self.agents[cell];
+        if torn == Torn::Written {
+            (agent.server, agent.run, agent.is_fenced) = (server, run, is_fenced);
+        }
+        agent.holder = None;
+    }
+
+    fn agent_hears_all(&mut self, cell: usize, message: Message) {
         let (now, planted) = (self.clock(cell), self.planted);
         let agent = &mut self.agents[cell];
         let Some(holder) = agent.holder else { return };

@@ -1,5 +1,5 @@
 //! A seeded world for what the model decides of leases, pledges, seats, epochs and proxies: hosts whose clocks differ and drift, that
-//! freeze, crash and are booted again; messages that are late, lost, doubled or cut off; a store that is gone or loses answers.
+//! freeze, crash, also in the midst of what they do and write, and are booted again; messages that are late, lost, doubled or cut off; a store that is gone or loses answers.
 //!
 //! # Layout, in reading order
 //! - [`chance`]: what happens, by a seed.

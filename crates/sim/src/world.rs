@@ -10,7 +10,7 @@ use model::proxies::{Answer, Order, Route};
 use model::seat::{Sight, Tenure};
 
 use crate::Summary;
-use crate::agent::{Agent, Server, Task};
+use crate::agent::{Agent, Server, Task, Torn};
 use crate::chance::Chance;
 use crate::invariants::{self, Violation};
 use crate::node::Node;
@@ -267,6 +267,8 @@ pub struct World {
     is_stormy: bool,
     /// Somebody asks for a switchover.
     pub(crate) is_asked: bool,
+    /// Who ends just now: what it says is heard by nobody.
+    pub(crate) silent: Option<Place>,
 }
 
 impl World {
@@ -313,6 +315,7 @@ impl World {
             cuts: Vec::new(),
             is_stormy: false,
             is_asked: false,
+            silent: None,
         };
         for cell in 0..CELLS {
             let now = world.clock(cell);
@@ -416,7 +419,7 @@ impl World {
     }
 
     pub(crate) fn send(&mut self, from: Place, to: Place, message: Message) {
-        if !self.reaches(from, to) {
+        if !self.reaches(from, to) || self.silent == Some(from) {
             return;
         }
         let is_rough = self.is_stormy && self.weather != Weather::ControlOnly;
@@ -596,7 +599,11 @@ impl World {
             // The agent's process; its guard and server go on.
             4 => {
                 if self.agents[cell].holder.is_some() {
-                    self.agents[cell].holder = None;
+                    match self.chance.between(0, 4) {
+                        0 => self.agents[cell].torn = Some(Torn::Written),
+                        1 => self.agents[cell].torn = Some(Torn::Done),
+                        _ => self.agents[cell].holder = None,
+                    }
                 } else {
                     let now = self.clock(cell);
                     self.agents[cell].start(now);
