@@ -281,8 +281,38 @@ async fn has_strayed(
 ) -> Result<Option<(Position, Astray)>, String> {
     // In this order: what it has was written before.
     let position = position(standby).await?;
-    let history = history(&mut admin(primary).await?).await?;
-    Ok(history.check(position).err().map(|astray| (position, astray)))
+    let mut primary = admin(primary).await?;
+    let history = history(&mut primary).await?;
+    if let Err(astray) = history.check(position) {
+        return Ok(Some((position, astray)));
+    }
+    let lacks = lacks_log(standby, &mut primary, position).await?;
+    let why = lacks.then(|| {
+        let Position { has, .. } = position;
+        format!("it has up to {has}, and the active one has removed its log from there on")
+    });
+    Ok(why.map(|why| (position, Astray { why, is_ahead: false })))
+}
+
+/// A standby that does not stream asks for log that is not there any more, and has no archive where that could be.
+async fn lacks_log(
+    standby: &mut Admin,
+    primary: &mut Admin,
+    Position { has, .. }: Position,
+) -> Result<bool, String> {
+    let asked = "SELECT (current_setting('restore_command') = '' AND current_setting('primary_conninfo') <> '' \
+        AND NOT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'))::text";
+    let is_alone = standby.value(asked).await.map_err(|error| model::chain(&error))?;
+    if is_alone.as_deref() != Some("true") {
+        return Ok(false);
+    }
+    // From the begin of a segment on, of whichever timeline (`RequestXLogStreaming`).
+    let asked = format!(
+        "SELECT (NOT EXISTS (SELECT FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{{24}}$' \
+        AND substr(name, 9) = substr(pg_walfile_name('{has}'::pg_lsn + 1), 9)))::text"
+    );
+    let is_gone = primary.value(&asked).await.map_err(|error| model::chain(&error))?;
+    Ok(is_gone.as_deref() == Some("true"))
 }
 
 /// Why the standby of a cell will not follow the active one's server, if so.

@@ -423,3 +423,35 @@ async fn a_standby_that_was_not_recorded_takes_the_place() {
     run(&mut client, "INSERT INTO t VALUES (1)").await;
     wait_protected(&installation).await;
 }
+
+/// It could never follow again by itself.
+#[tokio::test]
+async fn a_standby_whose_log_was_removed_is_copied_anew() {
+    let installation = Installation::start_with_agents("three-removed");
+    let mut client = installation.connect().await;
+    run(&mut client, "CREATE TABLE written (n int)").await;
+    wait_active(&installation, "a").await;
+    signal(installation.agent("b"), "STOP");
+    installation.signal_server("b", "KILL");
+    let mut direct = installation.direct("a").await;
+    run(&mut direct, "ALTER SYSTEM SET min_wal_size = '32MB'").await;
+    run(&mut direct, "ALTER SYSTEM SET max_wal_size = '32MB'").await;
+    run(&mut direct, "SELECT pg_reload_conf()").await;
+    let first = "SELECT min(name) FROM pg_ls_waldir() WHERE length(name) = 24";
+    let needed = "SELECT pg_walfile_name(pg_current_wal_flush_lsn())";
+    let needed = value(&mut direct, needed).await;
+    while value(&mut direct, first).await <= needed {
+        run(&mut direct, "INSERT INTO written VALUES (1)").await;
+        run(&mut direct, "SELECT pg_switch_wal()").await;
+        run(&mut direct, "CHECKPOINT").await;
+    }
+    signal(installation.agent("b"), "CONT");
+    let log = async || shown(&installation.holdfast(&["executions", "1"]));
+    wait_until("the copy", async || log().await.contains("completed")).await;
+    wait_active(&installation, "a").await;
+    let log = log().await;
+    assert!(log.contains("copied anew") && log.contains("completed"), "{log}");
+    let count = "SELECT count(*) FROM written";
+    let expected = value(&mut direct, count).await;
+    assert_eq!(value(&mut installation.direct("b").await, count).await, expected);
+}

@@ -584,6 +584,9 @@ pub(super) async fn keep_tail(
     // Of the same number it may be another, of two servers that were promoted apart.
     let Some(fork) = history.left(timeline) else {
         let now = history.timeline;
+        if timeline == now && execution.kind == Kind::Rejoin {
+            return Err("it was on the same timeline, and nobody can compare what it had".into());
+        }
         return Err(format!("it was on timeline {timeline}, which {now} has not left"));
     };
     let around = tail_around(lost, timeline, fork).await?;
