@@ -14,13 +14,13 @@ use axum::extract::State as Extract;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use link::{Client, Controls};
+use link::{Client, ClientError, Controls};
 use model::barrier::{Order as Barrier, Report};
 use model::cell::CellState;
 use model::lease::{Moment, Terms};
 use model::proxies::{
-    Action, Bye, Contact, Fetch, Fetched, Finished, Follower, Open, Order, Renew, Renewed,
-    SESSIONS_OF_ONE, Sender,
+    Action, Bye, CANCEL_MAX, Cancel, Contact, Fetch, FetchCancels, Fetched, FetchedCancels,
+    Finished, Follower, Open, Order, Renew, Renewed, SESSIONS_OF_ONE, Sender, Stray,
 };
 use model::seat::Tenure;
 use pg::Address;
@@ -136,6 +136,8 @@ impl Remote {
         tasks.spawn(following.clone().obey(incoming, finished));
         tasks.spawn(following.clone().say(to_say));
         tasks.spawn(following.clone().watch());
+        tasks.spawn(following.clone().pass_cancels_on(following.proxy.strays()));
+        tasks.spawn(following.clone().hear_cancels());
         for app in apps {
             tasks.spawn(following.clone().ask_server(app));
         }
@@ -342,6 +344,39 @@ impl Following {
                     }
                 }
                 // It is said where it is asked what to serve.
+                Err(_) => sleep(RETRY_PAUSE).await,
+            }
+        }
+    }
+
+    /// Cancel requests for none of our sessions go to control, which tells the other proxies.
+    async fn pass_cancels_on(self: Arc<Self>, mut strays: mpsc::Receiver<Cancel>) {
+        let mut client = self.client();
+        while let Some(cancel) = strays.recv().await {
+            let stray = Stray { sender: self.sender.clone(), cancel };
+            let told = client.post::<_, Heard>("/v1/proxies/cancel", &stray, CANCEL_MAX).await;
+            if let Err(error) = told {
+                tracing::debug!(error = model::chain(&error), "a cancel request is lost");
+            }
+        }
+        std::future::pending().await
+    }
+
+    async fn hear_cancels(self: Arc<Self>) {
+        let mut client = self.client();
+        loop {
+            let terms = self.state().contact.terms();
+            let limit = terms.map_or(FIRST_MAX, |terms| terms.renew_every() * 2);
+            let question = FetchCancels { sender: self.sender.clone() };
+            let asked = client.post::<_, FetchedCancels>("/v1/proxies/cancels", &question, limit);
+            match asked.await {
+                Ok(FetchedCancels { cancels }) => {
+                    for cancel in &cancels {
+                        self.proxy.cancel(cancel).await;
+                    }
+                }
+                // An earlier control knows nothing of it.
+                Err(ClientError::Refused(_)) => sleep(SAY_EVERY).await,
                 Err(_) => sleep(RETRY_PAUSE).await,
             }
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use control::{Ask, Control, ControlError, Seated};
 use model::audit::Asking;
+use model::proxies::CANCELS_MAX;
 use proxy::{Proxy, StartError};
 use store::StoreError;
 use store::embedded::EmbeddedStore;
@@ -68,6 +69,7 @@ impl Running {
         let proxy = Arc::new(Proxy::start(config.proxy.clone(), &nobody).await?);
         let mut tasks = JoinSet::new();
         tasks.spawn(carry_orders(proxy.clone(), incoming));
+        tasks.spawn(pass_cancels_on(proxy.clone(), control.clone()));
         take_up(&control, config.agents, &mut tasks).await?;
         let address = config.api.listen;
         let listener =
@@ -95,6 +97,23 @@ impl Running {
         self.proxy.stop(GRACE).await;
         self.tasks.shutdown().await;
     }
+}
+
+/// Cancel requests go to the proxy of their session, whichever they have come to.
+async fn pass_cancels_on(proxy: Arc<Proxy>, control: Arc<Control>) {
+    let mut strays = proxy.strays();
+    let there = async {
+        while let Some(cancel) = strays.recv().await {
+            control.cancel_elsewhere(cancel);
+        }
+    };
+    let (told, mut cancels) = mpsc::channel(CANCELS_MAX);
+    let here = async {
+        while let Some(cancel) = cancels.recv().await {
+            proxy.cancel(&cancel).await;
+        }
+    };
+    tokio::join!(there, here, control.hear_cancels(told));
 }
 
 /// Serves agents and proxies, and brings to its end what was cut off, before clients get in.

@@ -8,9 +8,10 @@ use model::cell::Application;
 use model::persisted::Execution;
 use model::switchover::{Kind, Stage};
 use store::Store;
-use tokio::sync::{Mutex, MutexGuard, Notify, watch};
+use tokio::sync::{Mutex, MutexGuard, Notify, broadcast, watch};
 
 use crate::Proxies;
+use crate::cancels;
 use crate::config::{AppServers, ControlConfig};
 use crate::member::Member;
 use crate::proxies::Remote;
@@ -37,6 +38,8 @@ pub struct Control {
     /// The proxy of this process.
     pub(crate) proxies: Proxies,
     pub(crate) remotes: std::sync::Mutex<BTreeMap<String, Arc<Remote>>>,
+    /// Cancel requests that another proxy may know.
+    pub(crate) cancels: broadcast::Sender<cancels::Told>,
     /// Applications of which proxies wait for orders.
     pub(crate) changing: std::sync::Mutex<BTreeSet<String>>,
     /// One execution an application at a time; the store says so as well, across processes.
@@ -101,10 +104,12 @@ impl Control {
                 }
             }
         }
+        let cancels = cancels::channel();
         let mut remotes = BTreeMap::new();
         if let Some(terms) = config.terms {
             for (name, registered) in records::proxies(&*store)? {
-                let remote = Arc::new(Remote::new(&name, terms, registered));
+                let hearing = cancels::Hearing::of(&cancels);
+                let remote = Arc::new(Remote::new(&name, terms, registered, hearing));
                 remotes.insert(name, remote);
             }
         }
@@ -123,6 +128,7 @@ impl Control {
             store,
             proxies,
             remotes,
+            cancels,
             changing,
             running,
             seen,

@@ -6,6 +6,7 @@
 //! - [`agents`]: what control knows of those beside servers elsewhere.
 //! - `mailbox`: orders for another process, and what became of them.
 //! - [`proxies`]: orders for all proxies, those of other processes too.
+//! - [`cancels`]: cancel requests that have come to another proxy than that of their session.
 //! - [`seat`]: what makes one of several nodes control.
 //! - [`audit`]: what was done, by whom and why.
 //! - [`records`]: the application and its executions in the store.
@@ -32,6 +33,7 @@ mod actions;
 pub mod agents;
 pub mod alarms;
 pub mod audit;
+pub mod cancels;
 pub mod config;
 pub mod control;
 mod durability;

@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::Ask;
+use crate::cancels::Hearing;
 use crate::control::Control;
 use crate::mailbox::{Identity, Mailbox, Posted};
 use crate::records;
@@ -39,6 +40,7 @@ const LATE_MAX: Duration = Duration::from_secs(15);
 pub(crate) struct Remote {
     name: String,
     mailbox: Mailbox<Order, Report>,
+    cancels: Hearing,
     state: Mutex<State>,
 }
 
@@ -74,13 +76,27 @@ fn identity(sender: &Sender) -> Identity {
 }
 
 impl Remote {
-    pub(crate) fn new(name: &str, terms: Terms, registered: Registered) -> Remote {
+    pub(crate) fn new(
+        name: &str,
+        terms: Terms,
+        registered: Registered,
+        cancels: Hearing,
+    ) -> Remote {
         let (peer, sessions, holds, is_late) = Default::default();
         Remote {
             name: name.into(),
             mailbox: Mailbox::new(format!("proxy `{name}`"), terms.length),
+            cancels,
             state: Mutex::new(State { registered, peer, sessions, holds, is_late }),
         }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn cancels(&self) -> &Hearing {
+        &self.cancels
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -332,7 +348,7 @@ impl Control {
         Ok(())
     }
 
-    fn remote(&self, sender: &Sender) -> Result<Arc<Remote>, ControlError> {
+    pub(crate) fn remote(&self, sender: &Sender) -> Result<Arc<Remote>, ControlError> {
         let unknown =
             || ControlError::Refused(format!("proxy `{}` has not said what it is", sender.name));
         self.remotes().get(&sender.name).cloned().ok_or_else(unknown)
@@ -368,7 +384,8 @@ impl Control {
         let registered = Registered { number, host: sender.host, ..Registered::default() };
         // What is not recorded is not counted on after a crash.
         records::put(&*self.store, &proxy_key(&sender.name), &registered)?;
-        let remote = Arc::new(Remote::new(&sender.name, terms, registered));
+        let cancels = Hearing::of(&self.cancels);
+        let remote = Arc::new(Remote::new(&sender.name, terms, registered, cancels));
         remotes.insert(sender.name.clone(), remote.clone());
         tracing::info!(proxy = sender.name, number, "a proxy is new");
         Ok(remote)

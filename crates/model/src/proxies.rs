@@ -106,6 +106,44 @@ pub struct Finished {
     pub report: Report,
 }
 
+/// Cancel requests that wait to be fetched; more at once are nobody's.
+pub const CANCELS_MAX: usize = 64;
+/// Later, a session may run something else than whoever wanted it cancelled has seen.
+pub const CANCEL_MAX: Duration = Duration::from_secs(2);
+
+/// A cancel request, by the key of a session, whosever that is.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cancel {
+    pub pid: i32,
+    pub secret: Vec<u8>,
+}
+
+/// The secret is nobody's business.
+impl std::fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cancel").field("pid", &self.pid).finish_non_exhaustive()
+    }
+}
+
+/// A cancel request for none of the proxy's own sessions: some other's may be meant, as a load balancer sends each connection
+/// anywhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stray {
+    pub sender: Sender,
+    pub cancel: Cancel,
+}
+
+/// Asks for those of others, and waits a while for one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchCancels {
+    pub sender: Sender,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchedCancels {
+    pub cancels: Vec<Cancel>,
+}
+
 /// The proxy ends, and its sessions have ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bye {

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use model::proxies::Cancel;
 use pg::connect::{ConnectError, Login};
 use pg::connection::Connection;
 use pg::stream::Stream;
@@ -224,7 +225,13 @@ async fn first_packet(client: &mut Client, shared: &Arc<Shared>) -> Outcome<Vec<
                 }
                 Ok(Some((First::Cancel { pid, secret }, _))) => {
                     let secret = secret.to_vec();
-                    cancel(shared, pid, &secret).await;
+                    let asked = Cancel { pid, secret };
+                    if !cancel(shared, &asked).await
+                        && let Some(strays) = shared.strays.get()
+                    {
+                        // It may be lost, as any.
+                        let _ = strays.try_send(asked);
+                    }
                     return Err(Refused);
                 }
                 Ok(Some((First::Ssl, len))) => {
@@ -290,16 +297,18 @@ async fn negotiate_version(client: &mut Client, startup: &Startup<'_>) -> Outcom
     client.send(&out).await
 }
 
-async fn cancel(shared: &Arc<Shared>, pid: i32, secret: &[u8]) {
-    let Some((id, engine)) = shared.session_of_key(pid, secret) else { return };
+/// Gives whether it is for one of our sessions.
+pub(crate) async fn cancel(shared: &Arc<Shared>, Cancel { pid, secret }: &Cancel) -> bool {
+    let Some((id, engine)) = shared.session_of_key(*pid, secret) else { return false };
     let (tx, rx) = oneshot::channel();
     engine.send(Command::Cancel(id, tx));
-    let Ok(Some(to)) = rx.await else { return };
+    let Ok(Some(to)) = rx.await else { return true };
     shared.metrics.cancels.fetch_add(1, Ordering::Relaxed);
     if let Err(error) = to.cell.target.cancel(to.pid, &to.secret).await {
         tracing::warn!(session = id, %error, "cancel request cannot be forwarded");
     }
     to.under_way.fetch_sub(1, Ordering::AcqRel);
+    true
 }
 
 /// Checks the client, and gives what it is to be logged in with.

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::barrier::SessionView;
+use model::proxies::{CANCELS_MAX, Cancel};
 use pg::admin::Admin;
 use ring::rand::{SecureRandom, SystemRandom};
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use wire::backend::Report;
 use wire::sqlstate::SqlState;
@@ -21,6 +22,7 @@ use crate::config::{PolicyConfig, ProxyConfig};
 use crate::confine::keeping;
 use crate::engine::{Clock, Command, EngineHandle, PoolView, Want};
 use crate::listener;
+use crate::login;
 use crate::metrics::{Metrics, write_metric};
 use crate::mover::Mover;
 use crate::pool::keeper;
@@ -42,6 +44,8 @@ pub(crate) struct Shared {
     clients: AtomicUsize,
     keys: Mutex<HashMap<Key, (u64, usize)>>,
     pub(crate) rereads: OnceLock<Rereads>,
+    /// Where cancel requests go that are for none of our sessions.
+    pub(crate) strays: OnceLock<mpsc::Sender<Cancel>>,
 }
 
 /// What the configuration file says of an application's rules now.
@@ -247,6 +251,7 @@ impl Proxy {
             clients: AtomicUsize::new(0),
             keys: Mutex::default(),
             rereads: OnceLock::new(),
+            strays: OnceLock::new(),
             config,
         });
         let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
@@ -256,7 +261,7 @@ impl Proxy {
             addresses.extend(listener.local_addr());
             listeners.push(tokio::spawn(listener::run(listener, shared.clone())));
         }
-        let (jobs, incoming) = tokio::sync::mpsc::unbounded_channel();
+        let (jobs, incoming) = mpsc::unbounded_channel();
         for engine in &shared.engines {
             engine.set_keeper(jobs.clone());
         }
@@ -290,6 +295,19 @@ impl Proxy {
     /// Where clients may connect.
     pub fn addresses(&self) -> &[std::net::SocketAddr] {
         &self.addresses
+    }
+
+    /// Cancel requests that are for none of our sessions, from now on. Who takes them too slowly misses some.
+    pub fn strays(&self) -> mpsc::Receiver<Cancel> {
+        let (strays, taken) = mpsc::channel(CANCELS_MAX);
+        // Whoever asks first has them.
+        let _ = self.shared.strays.set(strays);
+        taken
+    }
+
+    /// Carries out a cancel request that has come to another proxy, if it is for one of our sessions.
+    pub async fn cancel(&self, cancel: &Cancel) {
+        let _ = login::cancel(&self.shared, cancel).await;
     }
 
     pub fn mover(&self) -> Mover {
@@ -416,7 +434,7 @@ impl Proxy {
         )
         .detail("the proxy is shutting down");
         let deadline = Instant::now() + grace;
-        let (out, mut incoming) = tokio::sync::mpsc::unbounded_channel();
+        let (out, mut incoming) = mpsc::unbounded_channel();
         for app in &self.shared.apps {
             app.hold();
             for engine in &self.shared.engines {

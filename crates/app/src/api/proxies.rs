@@ -6,7 +6,9 @@ use axum::Router;
 use axum::extract::{ConnectInfo, Json, State as Extract};
 use axum::routing::post;
 use control::Control;
-use model::proxies::{Bye, Fetch, Fetched, Finished, Renew, Renewed, Sender};
+use model::proxies::{
+    Bye, Fetch, FetchCancels, Fetched, FetchedCancels, Finished, Renew, Renewed, Sender, Stray,
+};
 use serde_json::json;
 
 use super::ApiError;
@@ -19,6 +21,8 @@ pub(super) fn routes() -> Router<Arc<Control>> {
         .route("/v1/proxies/renew", post(renew))
         .route("/v1/proxies/orders", post(orders))
         .route("/v1/proxies/finished", post(finished))
+        .route("/v1/proxies/cancel", post(cancel))
+        .route("/v1/proxies/cancels", post(cancels))
         .route("/v1/proxies/bye", post(bye))
 }
 
@@ -53,6 +57,25 @@ async fn finished(
     check(&who, &finished.sender)?;
     control.proxy_finished(finished)?;
     Ok(Json(json!({})))
+}
+
+async fn cancel(
+    Extract(control): Extract<Arc<Control>>,
+    ConnectInfo(who): ConnectInfo<Who>,
+    Json(stray): Json<Stray>,
+) -> Result<Heard, ApiError> {
+    check(&who, &stray.sender)?;
+    control.cancel_strayed(stray)?;
+    Ok(Json(json!({})))
+}
+
+async fn cancels(
+    Extract(control): Extract<Arc<Control>>,
+    ConnectInfo(who): ConnectInfo<Who>,
+    Json(asked): Json<FetchCancels>,
+) -> Result<Json<FetchedCancels>, ApiError> {
+    check(&who, &asked.sender)?;
+    Ok(Json(control.cancels_for_proxy(&asked).await?))
 }
 
 async fn bye(

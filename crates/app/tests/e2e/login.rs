@@ -10,7 +10,9 @@ use tls::{ClientTls, SslMode};
 use wire::frontend;
 use wire::sqlstate::SqlState;
 
-use crate::support::{HOLDFAST, Installation, Second, connect, extended, login, run, shown, value};
+use crate::support::{
+    HOLDFAST, Installation, Second, cancel, connect, extended, login, run, shown, value,
+};
 
 /// A second proxy before the same servers, with a configuration of its own.
 fn second(installation: &Installation, name: &str, proxy: &str, app: &str) -> Second {
@@ -221,27 +223,18 @@ async fn a_cancel_request_reaches_its_query_and_no_other() {
     let installation = Installation::start("cancel");
     let mut session = installation.connect().await;
     let (pid, secret) = (session.pid, session.secret.clone());
-    let cancel = |secret: Vec<u8>| {
-        let port = installation.facts.port;
-        async move {
-            let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
-            let address = pg::Address { host: "127.0.0.1".into(), port };
-            let timeout = Duration::from_secs(20);
-            let target = pg::Target { address, tls, keepalive: Default::default(), timeout };
-            target.cancel(pid, &secret).await.unwrap();
-        }
-    };
+    let cancel = async |secret: &[u8]| cancel(installation.facts.port, pid, secret).await;
     for cell in ["a", "b"] {
         if cell == "b" {
             installation.switch_to("b");
         }
         // With nothing running, and with a wrong secret, nothing happens.
-        cancel(secret.clone()).await;
-        cancel(vec![0; 4]).await;
+        cancel(&secret).await;
+        cancel(&[0; 4]).await;
         assert_eq!(value(&mut session, "SELECT 1").await, "1");
         let asked = async {
             tokio::time::sleep(Duration::from_millis(300)).await;
-            cancel(secret.clone()).await;
+            cancel(&secret).await;
         };
         let (result, ()) = tokio::join!(session.query("SELECT pg_sleep(60)"), asked);
         assert_eq!(result.unwrap_err().sqlstate(), Some(SqlState::QUERY_CANCELED), "on {cell}");

@@ -7,7 +7,7 @@ use wire::frontend::{self, Target};
 
 use crate::kinds::{KINDS, ROLES};
 use crate::support::{
-    Installation, connect, console, extended, named, run, shown, there_and_back, value,
+    Installation, cancel, connect, console, extended, named, run, shown, there_and_back, value,
 };
 
 const PID: &str = "SELECT pg_backend_pid()";
@@ -421,19 +421,12 @@ async fn cancel_requests_reach_their_own() {
     for _ in 0..6 {
         sessions.push(installation.connect().await);
     }
-    let address = pg::Address { host: "127.0.0.1".into(), port: installation.facts.port };
-    let tls = tls::ClientTls::load(tls::SslMode::Disable, None, None).unwrap();
-    let target = pg::Target {
-        address,
-        tls,
-        keepalive: pg::stream::Keepalive::default(),
-        timeout: Duration::from_secs(20),
-    };
+    let port = installation.facts.port;
     for round in 0..30 {
         let mut one = sessions.remove(0);
         let (pid, secret) = (one.pid, one.secret.clone());
         // Idle, it has nothing to cancel, whoever runs something meanwhile.
-        target.cancel(pid, &secret).await.unwrap();
+        cancel(port, pid, &secret).await;
         for other in &mut sessions {
             assert_eq!(value(other, "SELECT 1").await, "1");
         }
@@ -444,7 +437,7 @@ async fn cancel_requests_reach_their_own() {
         let (cancelled, others) = tokio::join!(
             async {
                 loop {
-                    target.cancel(pid, &secret).await.unwrap();
+                    cancel(port, pid, &secret).await;
                     let answer = one.answers();
                     if let Ok(answer) =
                         tokio::time::timeout(Duration::from_millis(200), answer).await

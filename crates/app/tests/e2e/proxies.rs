@@ -11,7 +11,7 @@ use wire::sqlstate::SqlState;
 
 use crate::agents::{switch_to, wait_until};
 use crate::failover::{begin, end, wait_active};
-use crate::support::{HOLDFAST, Installation, http_get, run, shown, signal, value};
+use crate::support::{HOLDFAST, Installation, cancel, http_get, run, shown, signal, value};
 
 /// Longer than a lease, and than it takes to be waited for.
 const LEASE_AND_MORE: Duration = Duration::from_secs(4);
@@ -22,6 +22,35 @@ async fn wait_serves(installation: &Installation) {
         shown(&installation.holdfast(&["status", "shop"])).contains("p2     serves")
     })
     .await;
+}
+
+/// Behind a load balancer a cancel request comes to any of them.
+#[tokio::test]
+async fn a_cancel_request_reaches_its_session_by_any_proxy() {
+    let installation = Installation::start_proxied("proxies-cancel", &["--no-failover"]);
+    wait_serves(&installation).await;
+    let (here, there) = (installation.connect().await, installation.connect_elsewhere().await);
+    let ports = [installation.facts.port, installation.facts.proxies[0].0];
+    for (mut session, port) in [(here, ports[1]), (there, ports[0])] {
+        let (pid, secret) = (session.pid, session.secret.clone());
+        let sleeps = tokio::spawn(async move {
+            let ended = session.query("SELECT pg_sleep(60)").await.map(drop).unwrap_err();
+            (session, ended.sqlstate())
+        });
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !sleeps.is_finished() {
+            assert!(Instant::now() < deadline, "it is not cancelled");
+            // One that is not its own does nothing.
+            cancel(port, pid, &[7; 4]).await;
+            cancel(port, pid, &secret).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        let (mut session, ended) = sleeps.await.unwrap();
+        assert_eq!(ended, Some(SqlState::QUERY_CANCELED));
+        // Late ones may hit what runs now.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(value(&mut session, "SELECT 7").await, "7");
+    }
 }
 
 #[tokio::test]

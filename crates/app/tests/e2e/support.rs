@@ -402,6 +402,15 @@ impl Drop for Installation {
 }
 
 /// Logs in to a port of this machine.
+/// Sends a cancel request, as a client does.
+pub(crate) async fn cancel(port: u16, pid: i32, secret: &[u8]) {
+    let tls = ClientTls::load(SslMode::Disable, None, None).unwrap();
+    let address = Address { host: "127.0.0.1".into(), port };
+    let timeout = Duration::from_secs(20);
+    let target = Target { address, tls, keepalive: Keepalive::default(), timeout };
+    target.cancel(pid, secret).await.unwrap();
+}
+
 pub(crate) async fn connect(
     port: u16,
     user: &str,
