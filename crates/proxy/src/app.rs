@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::barrier::Reason;
@@ -14,6 +14,7 @@ use pg::Target;
 use pg::admin::{Admin, AdminLogin};
 use pg::clock;
 use pg::connect::ConnectError;
+use pg::connection::Connection;
 use tokio::sync::watch;
 use wire::sqlstate::SqlState;
 
@@ -91,6 +92,8 @@ pub struct App {
     pub sessions: AtomicUsize,
     /// Sessions attached beforehand to another cell.
     prepared: Mutex<HashMap<u64, Prepared>>,
+    /// Copies that wait on the servers of sessions.
+    stages: Mutex<HashMap<u64, Connection>>,
     /// What was learned of servers and databases since the last preparation, by cell and database.
     facts: Mutex<HashMap<(String, String), Learned>>,
     params: Mutex<BTreeSet<Params>>,
@@ -128,6 +131,7 @@ impl App {
             lost: Mutex::default(),
             sessions: AtomicUsize::new(0),
             prepared: Mutex::default(),
+            stages: Mutex::default(),
             facts: Mutex::default(),
             params: Mutex::default(),
         }
@@ -498,6 +502,23 @@ impl App {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(&session)
     }
 
+    fn stages(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn keep_stage(&self, session: u64, stage: Connection) {
+        self.stages().insert(session, stage);
+    }
+
+    pub(crate) fn take_stage(&self, session: u64) -> Option<Connection> {
+        self.stages().remove(&session)
+    }
+
+    /// Processes of servers that are ours besides those of sessions.
+    pub(crate) fn stage_pids(&self) -> Vec<i32> {
+        self.stages().values().map(|stage| stage.pid).collect()
+    }
+
     pub(crate) fn keep_prepared(&self, session: u64, copy: Prepared) {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).insert(session, copy);
     }
@@ -505,6 +526,7 @@ impl App {
     /// Forgets copies of sessions and what was learned of servers.
     pub fn forget(&self) {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.stages().clear();
         self.facts.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 

@@ -659,8 +659,8 @@ async fn a_fenced_cell_hands_over_to_another() {
             None => Installation::start("cells-residual"),
             Some(size) => Installation::start_pooled("cells-residual-pool", size),
         };
-        let roles =
-            "CREATE ROLE reader LOGIN; ALTER ROLE reader SET default_transaction_read_only = on";
+        let roles = "CREATE ROLE app LOGIN; CREATE ROLE reader LOGIN; \
+            ALTER ROLE reader SET default_transaction_read_only = on";
         run(&mut installation.direct("a").await, roles).await;
         let mut client = installation.connect().await;
         run(&mut client, "CREATE TABLE t (n int); INSERT INTO t VALUES (1)").await;
@@ -681,6 +681,10 @@ async fn a_fenced_cell_hands_over_to_another() {
         for reader in &mut readers {
             run(reader, "SET work_mem = '8MB'").await;
         }
+        // Whoever is not the administrator cannot log in while it hands over.
+        let mut app = connect(port, "app", None).await.unwrap();
+        run(&mut app, "CREATE TEMP TABLE own AS SELECT 43 AS n").await;
+        run(&mut app, "PREPARE q AS SELECT n FROM own").await;
         // By then one that shares servers stands on none.
         tokio::time::sleep(std::time::Duration::from_secs(2)).await;
         holdfast(&installation, &["fence", "shop", "a"]);
@@ -703,8 +707,9 @@ async fn a_fenced_cell_hands_over_to_another() {
         run(&mut busy, "COMMIT").await;
         for (to, rows) in [("b", "2"), ("a", "3")] {
             let text = holdfast(&installation, &["switchover", "shop", "--to", to]);
-            assert!(text.contains("7 of 7 sessions moved"), "{text}");
+            assert!(text.contains("8 of 8 sessions moved"), "{text}");
             assert_eq!(installation.active(), to);
+            assert_eq!(value(&mut app, "EXECUTE q").await, "43");
             for session in [&mut client, &mut busy] {
                 assert_eq!(value(session, "SHOW default_transaction_read_only").await, "off");
             }

@@ -26,7 +26,7 @@ pub(crate) use attaching::{attach, attach_live};
 pub(crate) use belongings::{Carried, put_back, take};
 pub(crate) use reading::{capture, fresh, hear_out, look};
 pub(crate) use restoring::{
-    Model, Prepared, ensure, login_as_before, prepare, prove_settings, rehearse,
+    Model, Prepared, ensure, login_as_before, prepare, prove_settings, rehearse, stage,
 };
 
 use restoring::run_steps;

@@ -148,13 +148,28 @@ async fn look(
     Ok(captured.beforehand().without_settings_of_server(snapshot, model.here, model.there))
 }
 
+/// A copy that waits on the session's own server for [`rehearse`], where nobody can log in by then. None if nothing of the session
+/// is rehearsed.
+pub(crate) async fn stage(
+    model: &Model<'_>,
+    snapshot: &Snapshot,
+    cell: &Cell,
+) -> Result<Option<Connection>, Reason> {
+    match snapshot.temporary.is_empty() {
+        true => Ok(None),
+        false => copy(model, snapshot, cell, Vec::new()).await.map(Some),
+    }
+}
+
 /// Proves that temporary objects, and what is prepared on them, can be made again, on the session's own server: its
-/// standby can make none of them. It is done with the rows that are there, as a constraint may refuse one by now.
+/// standby can make none of them. It is done with the rows that are there, as a constraint may refuse one by now; on a `stage`,
+/// if there is one, whatever the session has set since.
 pub(crate) async fn rehearse(
     model: &Model<'_>,
     carried: &Carried,
     cell: &Cell,
     prepared: &mut Prepared,
+    stage: Option<Connection>,
 ) -> Result<(), Reason> {
     if carried.snapshot.temporary.is_empty()
         || (carried.belongings.is_empty() && prepared.rehearsed.as_ref() == Some(&carried.snapshot))
@@ -162,7 +177,10 @@ pub(crate) async fn rehearse(
         return Ok(());
     }
     let here = Model { there: model.here, ..*model };
-    let mut connection = copy(&here, &carried.snapshot, cell, Vec::new()).await?;
+    let mut connection = match stage {
+        Some(connection) => connection,
+        None => copy(&here, &carried.snapshot, cell, Vec::new()).await?,
+    };
     make(&mut connection, &here, carried).await?;
     prepared.rehearsed = Some(carried.snapshot.clone());
     Ok(())
@@ -404,7 +422,7 @@ pub(super) async fn parse_unnamed(
 pub(crate) async fn ensure(
     session: &Session,
     carried: &Carried,
-    prepared: Option<Prepared>,
+    (prepared, stage): (Option<Prepared>, Option<Connection>),
     cell: &Cell,
     model: &Model<'_>,
     may_fail: bool,
@@ -422,7 +440,7 @@ pub(crate) async fn ensure(
         parse_unnamed(connection, unnamed, session).await?;
         make(connection, model, carried).await?;
     } else if !may_fail {
-        rehearse(model, carried, &session.cell, &mut prepared).await?;
+        rehearse(model, carried, &session.cell, &mut prepared, stage).await?;
     }
     Ok(prepared)
 }

@@ -84,7 +84,8 @@ pub(super) async fn capture_one(
         here: &here,
         there: &there,
     };
-    match carry::ensure(session, &carried, prepared, cell, &model, false).await {
+    let copies = (prepared, app.take_stage(session.id));
+    match carry::ensure(session, &carried, copies, cell, &model, false).await {
         Ok(copy) => app.keep_prepared(session.id, copy),
         Err(reason) => {
             carry::put_back(session, &carried).await;

@@ -324,6 +324,9 @@ impl Mover {
         let lost = holding.settle().await?;
         let attached = holding.sessions.iter().filter(|held| !held.session.is_detached());
         report.backends = attached.map(|held| held.session.backend_pid).collect();
+        if let Some(app) = self.shared.app(app) {
+            report.backends.extend(app.stage_pids());
+        }
         self.end_lost(lost, &mut report);
         Ok(report)
     }

@@ -158,10 +158,11 @@ async fn swap_one(session: &mut Session, app: &App, cell: Arc<Cell>) -> Result<(
         there: &there,
     };
     let prepared = app.take_prepared(session.id);
-    let attached = match carry::ensure(session, &carried, prepared, &cell, &model, true).await {
-        Ok(prepared) => carry::attach_live(session, &carried, prepared, &model).await,
-        Err(reason) => Err(reason),
-    };
+    let attached =
+        match carry::ensure(session, &carried, (prepared, None), &cell, &model, true).await {
+            Ok(prepared) => carry::attach_live(session, &carried, prepared, &model).await,
+            Err(reason) => Err(reason),
+        };
     let attached = match attached {
         Ok(attached) => attached,
         Err(reason) => {

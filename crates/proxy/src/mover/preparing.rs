@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::barrier::{Blocker, Reason};
+use model::cell::CellState;
 use model::session::Snapshot;
 use tokio::task::JoinSet;
 
@@ -63,7 +64,23 @@ pub(super) async fn prepare_one(
     shared.give(session);
     let reasons = match captured {
         Ok(captured) if captured.pins.is_empty() => match to {
-            None => return Ok(()),
+            None => {
+                // Its logins are closed while it hands over.
+                if app.regime_now().state == CellState::Fenced
+                    && let Ok(here) = &here
+                {
+                    let (identity, custom, limits) = (&identity, &custom, app.moves);
+                    let model = Model { identity, custom, limits, here, there: here };
+                    match carry::stage(&model, &captured.snapshot, &from).await {
+                        Ok(Some(stage)) => app.keep_stage(id, stage),
+                        Ok(None) => (),
+                        Err(reason) => {
+                            return Err(Some(Blocker { session: named, reasons: vec![reason] }));
+                        }
+                    }
+                }
+                return Ok(());
+            }
             Some(cell) => {
                 let snapshot = captured.snapshot;
                 match copy_of(app, &identity, &custom, &from, snapshot, cell).await {
@@ -96,7 +113,7 @@ async fn copy_of(
     let mut prepared = carry::prepare(&model, &snapshot, cell).await?;
     if from.name != cell.name {
         let carried = Carried { snapshot, ..Carried::default() };
-        carry::rehearse(&model, &carried, from, &mut prepared).await?;
+        carry::rehearse(&model, &carried, from, &mut prepared, None).await?;
     }
     Ok(prepared)
 }
