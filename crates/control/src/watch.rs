@@ -33,6 +33,8 @@ const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 /// Between two tries of what did not succeed, which double each time, and the longest. After that it is new.
 const TRY_PAUSE: Duration = Duration::from_secs(5);
 const TRY_PAUSE_MAX: Duration = Duration::from_secs(300);
+/// A server that is to be a primary may be a standby for so long, as when somebody promotes it.
+const IN_RECOVERY_MAX: Duration = Duration::from_secs(5);
 /// After a failover that did not come about, until the next is tried.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -64,6 +66,7 @@ pub async fn run(control: Arc<Control>, app: String) {
     let mut reverts = Patience::default();
     let mut forwards = Patience::default();
     let mut orphans = Patience::default();
+    let mut recoveries = Patience::default();
     let mut keeping: Option<JoinHandle<()>> = None;
     let mut following: Option<JoinHandle<Followers>> = None;
     let mut followers = Followers::default();
@@ -181,6 +184,22 @@ pub async fn run(control: Arc<Control>, app: String) {
                 }
                 followers
             }));
+        }
+        if analysis == Analysis::PrimaryInRecovery
+            && control.seen(&app).is_some_and(|seen| seen.since.elapsed() >= IN_RECOVERY_MAX)
+            && is_supervised(servers, &cell)
+            && recoveries.may_try(Instant::now())
+            && let Some(member) = servers.cells.get(&cell).and_then(|one| one.member.as_ref())
+        {
+            recoveries.tries(Instant::now());
+            // Somebody has started what was to be started as the primary that it was, and by control.
+            let started = control.start_again(&app, &cell, member).await;
+            match &started {
+                Ok(()) => tracing::warn!(app, cell, "the server was in recovery, and is a primary"),
+                Err(error) => tracing::error!(app, cell, error, "the server stays in recovery"),
+            }
+            control.note_seen(&app, |seen| seen.blocked = started.err());
+            continue;
         }
         if !analysis.calls_for_failover() {
             if analysis == Analysis::NoProblem

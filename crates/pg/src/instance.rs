@@ -340,17 +340,17 @@ impl Instance {
         if started.is_some_and(|started| signal < started) {
             return false;
         }
-        // One that has not come to write that yet finds the other (`PostmasterMain` changes directory first).
-        let is_beginning = (0..BEGIN_LOOKS).any(|look| {
-            if look > 0 {
-                std::thread::sleep(BEGIN_PAUSE);
+        let mut written = changed("postmaster.pid");
+        for _ in 0..BEGIN_LOOKS {
+            // One that is at work has written it, or is about to (`PostmasterMain` changes directory first).
+            if written.is_some() || !self.is_at_work() {
+                break;
             }
-            changed("postmaster.pid").is_some() || !self.is_at_work()
-        });
-        match changed("postmaster.pid") {
-            Some(written) => written.elapsed().ok().is_none_or(|age| age >= STANDBY_START_MAX),
-            None => !is_beginning,
+            std::thread::sleep(BEGIN_PAUSE);
+            written = changed("postmaster.pid");
         }
+        let age = written.and_then(|written| written.elapsed().ok());
+        age.is_none_or(|age| age >= STANDBY_START_MAX)
     }
 
     /// Makes a new data directory.

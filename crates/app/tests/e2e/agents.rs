@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::failover::{begin, end, wait_active};
-use crate::support::{Installation, run, shown, signal, value};
+use crate::support::{Installation, connect, run, shown, signal, value};
 
 const POLL: Duration = Duration::from_millis(20);
 
@@ -75,8 +75,7 @@ async fn a_server_that_crashes_is_started_again_by_its_agent() {
     let writers = begin(&installation).await;
     installation.signal_server("a", "KILL");
     wait_until("the primary", async || {
-        let Ok(mut client) =
-            crate::support::connect(installation.facts.servers["a"], "postgres", None).await
+        let Ok(mut client) = connect(installation.facts.servers["a"], "postgres", None).await
         else {
             return false;
         };
@@ -136,7 +135,7 @@ async fn wait_active_on(installation: &Installation, cell: &str) {
     .await;
     let port = installation.facts.servers[cell];
     wait_until("the promotion", async || {
-        let Ok(mut client) = crate::support::connect(port, "postgres", None).await else {
+        let Ok(mut client) = connect(port, "postgres", None).await else {
             return false;
         };
         client.value("SELECT pg_is_in_recovery()").await.is_ok_and(|v| v.as_deref() == Some("f"))
@@ -275,7 +274,7 @@ async fn agents_and_control_know_each_other_by_their_certificates() {
     show("b", "a");
     installation.start_agent("b");
     wait_until("the end of the server", async || {
-        crate::support::connect(installation.facts.servers["b"], "postgres", None).await.is_err()
+        connect(installation.facts.servers["b"], "postgres", None).await.is_err()
     })
     .await;
     signal(installation.agent("b"), "KILL");
@@ -337,7 +336,7 @@ async fn two_agents_of_a_cell_do_not_hold_its_lease_together() {
         .spawn()
         .unwrap();
     wait_until("the end of the second primary", async || {
-        crate::support::connect(installation.facts.servers["b"], "postgres", None).await.is_err()
+        connect(installation.facts.servers["b"], "postgres", None).await.is_err()
     })
     .await;
     // Nobody has noticed anything of it who works with the first.
@@ -382,7 +381,7 @@ async fn commits_that_would_not_wait_are_not_relied_on() {
     drop(standby);
     installation.signal_server("b", "KILL");
     wait_until("the standby", async || {
-        crate::support::connect(installation.facts.servers["b"], "postgres", None).await.is_ok()
+        connect(installation.facts.servers["b"], "postgres", None).await.is_ok()
     })
     .await;
     wait_protected(&installation).await;
@@ -473,10 +472,8 @@ async fn an_older_copy_is_not_started_as_the_primary() {
     signal(installation.agent("a"), "KILL");
     signal(guard, "KILL");
     installation.signal_server("a", "KILL");
-    wait_until("the end of the server", async || {
-        crate::support::connect(port, "postgres", None).await.is_err()
-    })
-    .await;
+    wait_until("the end of the server", async || connect(port, "postgres", None).await.is_err())
+        .await;
     std::fs::rename(&data, installation.dir.join("gone")).unwrap();
     // What makes a copy a standby is not in one that a person has taken.
     let _ = std::fs::remove_file(copy.join("standby.signal"));
@@ -488,7 +485,7 @@ async fn an_older_copy_is_not_started_as_the_primary() {
     .await;
     let mut standby = installation.direct("b").await;
     assert_eq!(value(&mut standby, "SELECT count(*) FROM written").await, "10000");
-    assert!(crate::support::connect(port, "postgres", None).await.is_err());
+    assert!(connect(port, "postgres", None).await.is_err());
 }
 
 /// Control is gone for longer than a lease: agents promise each other that nothing changes, and clients of another proxy notice
@@ -529,11 +526,46 @@ async fn without_control_and_pledges_a_server_is_ended() {
     wait_until("the guard", async || installation.guard("a").is_some()).await;
     signal(installation.pid(), "STOP");
     signal(installation.agent("b"), "STOP");
-    wait_until("the end of the server", async || {
-        crate::support::connect(port, "postgres", None).await.is_err()
-    })
-    .await;
+    wait_until("the end of the server", async || connect(port, "postgres", None).await.is_err())
+        .await;
     signal(installation.agent("b"), "CONT");
     signal(installation.pid(), "CONT");
+    wait_active(&installation, "a").await;
+}
+
+/// A server that has ended as a primary is a standby for whoever starts it but control.
+#[tokio::test]
+async fn a_server_that_somebody_has_started_is_a_primary_again() {
+    let mut installation = Installation::start_with_agents("agents-started");
+    installation.reconfigure(|text| text.replace("automatic = true", "automatic = false"));
+    run(&mut installation.connect().await, "CREATE TABLE written (n int)").await;
+    wait_active(&installation, "a").await;
+    signal(installation.agent("a"), "STOP");
+    installation.signal_server("a", "KILL");
+    std::fs::write(installation.dir.join("a/standby.signal"), "").unwrap();
+    installation.start_server("a").await;
+    assert_eq!(value(&mut installation.direct("a").await, "SELECT pg_is_in_recovery()").await, "t");
+    signal(installation.agent("a"), "CONT");
+    wait_active(&installation, "a").await;
+    run(&mut installation.connect().await, "INSERT INTO written VALUES (1)").await;
+}
+
+/// Whoever boots with a server that has crashed as a primary leaves it to control.
+#[tokio::test]
+async fn an_agent_starts_no_primary_that_has_crashed() {
+    let mut installation = Installation::start_with_agents("agents-crashed");
+    installation.reconfigure(|text| text.replace("automatic = true", "automatic = false"));
+    wait_active(&installation, "a").await;
+    // One that has just been started may be a standby that says of itself what it was.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    signal(installation.pid(), "STOP");
+    signal(installation.agent("a"), "KILL");
+    installation.signal_server("a", "KILL");
+    std::fs::write(installation.dir.join("a/standby.signal"), "").unwrap();
+    installation.start_agent("a");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let runs = connect(installation.facts.servers["a"], "postgres", None).await.is_ok();
+    signal(installation.pid(), "CONT");
+    assert!(!runs);
     wait_active(&installation, "a").await;
 }
