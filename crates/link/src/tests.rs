@@ -54,7 +54,9 @@ impl Answering {
             async move {
                 assert_eq!(who.peer, Peer::Named("somebody".into()));
                 match &*text {
-                    br#""together""# => drop(barrier.wait().await),
+                    br#""together""# => {
+                        let _ = barrier.wait().await;
+                    }
                     br#""never""# => std::future::pending().await,
                     _ => (),
                 }
