@@ -13,9 +13,12 @@ use tokio::time::timeout;
 
 use crate::actions::{Doing, check};
 use crate::control::{Control, now_ms};
+use crate::plans::By;
 
 /// Between two looks whether a check is due.
 const LOOK: Duration = Duration::from_millis(100);
+/// Between two looks whether a plan begins by what is red.
+const TRIGGER_PAUSE: Duration = Duration::from_secs(1);
 /// After an action's own limit.
 const LATE: Duration = Duration::from_secs(5);
 
@@ -68,6 +71,7 @@ impl Seen {
 pub async fn run(control: Arc<Control>, app: String) {
     // One for each alarm at most.
     let mut checks = JoinSet::new();
+    let mut triggered = Instant::now();
     loop {
         for (alarm, number) in control.due_alarms(&app) {
             let (control, app) = (control.clone(), app.clone());
@@ -79,6 +83,10 @@ pub async fn run(control: Arc<Control>, app: String) {
                 let checked = timeout(limit + LATE, checked).await.unwrap_or_else(|_| late());
                 control.hear_alarm(&app, &alarm, checked);
             });
+        }
+        if triggered.elapsed() >= TRIGGER_PAUSE {
+            triggered = Instant::now();
+            control.trigger_plans(&app, By::Alarms);
         }
         tokio::time::sleep(LOOK).await;
         while checks.try_join_next().is_some() {}
@@ -98,11 +106,11 @@ impl Control {
         })
     }
 
-    /// For how long an alarm has been red, if it is.
-    pub(crate) fn red_ms(&self, app: &str, name: &str) -> Option<u64> {
+    /// For how long an alarm has been red, if it is, and is still this one.
+    pub(crate) fn red_ms(&self, app: &str, alarm: &Alarm) -> Option<u64> {
         self.with_alarms(|all| {
-            let seen = all.get(&(app.to_owned(), name.to_owned()))?;
-            let is_red = seen.colour() == Colour::Red;
+            let seen = all.get(&(app.to_owned(), alarm.name.clone()))?;
+            let is_red = seen.colour() == Colour::Red && seen.alarm == *alarm;
             is_red.then(|| u64::try_from(seen.held().as_millis()).unwrap_or(u64::MAX))
         })
     }

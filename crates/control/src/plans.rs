@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use model::audit::{Asking, Draft};
+use model::failover::Analysis;
+use model::plan::alarm::Alarm;
 use model::plan::run::{
     Deed, Event, Foreseen, Found, Outcome, PlanEnding, PlanExecution, StepState,
 };
@@ -22,13 +24,20 @@ use crate::actions::{self, Doing};
 use crate::control::{Control, EXECUTIONS_SHOWN_MAX, now_ms};
 use crate::records::{self, RecordError};
 use crate::requests::{ControlError, SwitchoverRequest};
-use crate::watch::Seen;
 
 /// Between two looks at an execution that goes on, and at an application without one.
 const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_IDLE: Duration = Duration::from_secs(2);
 /// Between two tries to record what was done.
 const RECORD_PAUSE: Duration = Duration::from_secs(1);
+
+/// What plans begin by, by themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    /// What is the matter with the active cell.
+    Analysis,
+    Alarms,
+}
 
 /// Which plan is to be carried out, and how.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -323,12 +332,19 @@ impl Control {
         Ok(execution)
     }
 
-    /// Begins plans that are for what is the matter with the active cell.
-    pub(crate) fn trigger_plans(&self, app: &str) {
-        let (Some(seen), Ok(servers)) = (self.seen(app), self.servers(app)) else { return };
-        for plan in servers.now().plans.values() {
-            for trigger in &plan.triggers {
-                if let Err(error) = self.trigger_plan(app, plan, trigger, &seen) {
+    /// Begins plans that are for what is the matter. Those that are by alarms alone begin also where no cell is active.
+    pub(crate) fn trigger_plans(&self, app: &str, by: By) {
+        let Ok(servers) = self.servers(app) else { return };
+        let now = servers.now();
+        let seen = match (self.seen(app), by) {
+            (Some(seen), _) => (seen.analysis, seen.since.elapsed()),
+            (None, By::Alarms) => (Analysis::NoProblem, Duration::ZERO),
+            (None, By::Analysis) => return,
+        };
+        let is_by = |trigger: &&Trigger| trigger.on.is_empty() == (by == By::Alarms);
+        for plan in now.plans.values() {
+            for trigger in plan.triggers.iter().filter(is_by) {
+                if let Err(error) = self.trigger_plan(app, (plan, trigger), &now.alarms, seen) {
                     let error = model::chain(&error);
                     tracing::warn!(app, plan = plan.name, error, "a plan does not begin");
                 }
@@ -339,14 +355,19 @@ impl Control {
     fn trigger_plan(
         &self,
         app: &str,
-        plan: &Plan,
-        trigger: &Trigger,
-        seen: &Seen,
+        (plan, trigger): (&Plan, &Trigger),
+        alarms: &BTreeMap<String, Alarm>,
+        (analysis, held): (Analysis, Duration),
     ) -> Result<(), ControlError> {
-        let analysis = seen.analysis;
-        let held_ms = u64::try_from(seen.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let held_ms = trigger.held_ms((analysis, held_ms), |alarm| self.red_ms(app, alarm));
+        let held_ms = u64::try_from(held.as_millis()).unwrap_or(u64::MAX);
+        let red_ms = |name: &str| self.red_ms(app, alarms.get(name)?);
+        let held_ms = trigger.held_ms((analysis, held_ms), red_ms);
         if trigger.fires(held_ms, &[], now_ms()) == Fires::No {
+            let begins = format!("plan `{}` ", plan.name);
+            let is_its = |text: &String| text.starts_with(&begins) && plan.triggers.len() == 1;
+            if self.seen(app).and_then(|seen| seen.held_back).is_some_and(|text| is_its(&text)) {
+                self.note_seen(app, |seen| seen.held_back = None);
+            }
             return Ok(());
         }
         if self.application(app)?.plan.is_some() {

@@ -21,6 +21,7 @@ use crate::control::{Control, now_ms};
 use crate::durability;
 use crate::following;
 use crate::member::Member;
+use crate::plans::By;
 use crate::requests::{ControlError, FailoverRequest};
 use crate::stages;
 
@@ -141,7 +142,7 @@ pub async fn run(control: Arc<Control>, app: String) {
         }
         let Ok(servers) = control.servers(&app) else { continue };
         let (analysis, admin) = look(&control, servers, &app, &cell, &mut detector).await;
-        control.trigger_plans(&app);
+        control.trigger_plans(&app, By::Analysis);
         if let Some(mut admin) = admin
             && keeping.as_ref().is_none_or(JoinHandle::is_finished)
         {
@@ -573,7 +574,8 @@ impl Control {
             return Err(format!("`{cell}` is not the active cell any more"));
         }
         let servers = self.servers(app).map_err(|error| model::chain(&error))?;
-        stages::check_is_newest(self, servers, (app, cell), member).await?;
+        let newest = stages::check_is_newest(self, servers, (app, cell), member).await;
+        newest.map_err(|doubt| doubt.why)?;
         member.start_again(application.epoch).await
     }
 }

@@ -162,13 +162,12 @@ impl Admin {
         Ok(text.as_deref().and_then(Postmaster::read))
     }
 
-    /// The end of the WAL that is flushed: what a standby must have.
+    /// The end of the WAL that is flushed: it is on the disk, whatever becomes of the server, and nothing behind it was acknowledged.
     ///
     /// # Errors
     /// As [`Admin::rows`], or the server answers with no position.
     pub async fn flush_lsn(&mut self) -> Result<Lsn, QueryError> {
-        // The insert position is behind everything that any session has written, committed or not.
-        let text = self.value("SELECT pg_current_wal_insert_lsn()").await?;
+        let text = self.value("SELECT pg_current_wal_flush_lsn()").await?;
         text.as_deref().and_then(Lsn::read).ok_or(QueryError::Unexpected(b'D'))
     }
 

@@ -14,7 +14,7 @@ use model::lost::{LostRows, LostTable, TABLES_MAX, Tail};
 
 use crate::instance::{Instance, InstanceError, Limit, STALL_MAX};
 use crate::touched::{Changes, File, Touched};
-use crate::wal::{create_kept, end_of_files, make_kept_dir, segments, write_kept};
+use crate::wal::{create_kept, files_from, make_kept_dir, segments, write_kept};
 
 /// Before the tail, log is read for what transactions had done that committed in it.
 const BEFORE_MAX: u64 = 64 << 20;
@@ -172,21 +172,23 @@ fn begin_before(instance: &Instance, tail: &Tail) -> Lsn {
 
 async fn read_log(instance: &Instance, tail: &Tail, from: Lsn) -> Result<Touched, String> {
     let dir = instance.data_dir.join("pg_wal");
-    let (timeline, start) = (tail.timeline.to_string(), from.to_string());
-    let end = end_of_files(&instance.data_dir, tail.timeline, from);
-    let mut args = vec![
+    let ([first, last], end) = files_from(&instance.data_dir, tail.timeline, from)
+        .ok_or_else(|| format!("no file of timeline {} has {from}", tail.timeline))?;
+    let start = from.to_string();
+    let args = [
         "-p",
         dir.to_str().unwrap_or_default(),
-        "-t",
-        &timeline,
         "-s",
         &start,
+        "-e",
+        &end,
         "--rmgr=Heap",
         "--rmgr=Heap2",
         "--rmgr=Transaction",
         "--rmgr=Standby",
+        &first,
+        &last,
     ];
-    args.extend(end.iter().flat_map(|end| ["-e", end]));
     let ran = instance.run_into_file("pg_waldump", &args, None, Limit::Whole(READ_MAX)).await;
     let (_, mut output) = ran.map_err(chain)?;
     let io = |error: std::io::Error| format!("what pg_waldump says cannot be read: {error}");

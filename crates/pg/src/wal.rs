@@ -14,6 +14,35 @@ use crate::instance::{Instance, InstanceError, Limit};
 const READ_MAX: Duration = Duration::from_secs(60);
 /// Lines that are kept of it.
 const LINES_MAX: usize = 10_000;
+/// Files before a position in which the record is looked for that reaches over it.
+const FILES_BEFORE_MAX: usize = 16;
+/// All records but those in which anybody who may log in can have any text shown, line breaks and all (`logicalmsg_desc`).
+const SHOWN: [&str; 21] = [
+    "--rmgr=XLOG",
+    "--rmgr=Transaction",
+    "--rmgr=Storage",
+    "--rmgr=CLOG",
+    "--rmgr=Database",
+    "--rmgr=Tablespace",
+    "--rmgr=MultiXact",
+    "--rmgr=RelMap",
+    "--rmgr=Standby",
+    "--rmgr=Heap2",
+    "--rmgr=Heap",
+    "--rmgr=Btree",
+    "--rmgr=Hash",
+    "--rmgr=Gin",
+    "--rmgr=Gist",
+    "--rmgr=Sequence",
+    "--rmgr=SPGist",
+    "--rmgr=BRIN",
+    "--rmgr=CommitTs",
+    "--rmgr=ReplicationOrigin",
+    "--rmgr=Generic",
+];
+
+/// The last record that could be read is named behind it.
+const FAILED_AT: &str = "pg_waldump: error: error in WAL record at ";
 
 /// What the program says.
 #[derive(Debug, Default)]
@@ -28,7 +57,7 @@ struct Reading {
 impl Reading {
     fn read(&mut self, line: &str) {
         let tail = &mut self.tail;
-        if let Some((_, rest)) = line.split_once(" lsn: ") {
+        if let Some((_, rest)) = line.split_once(" lsn: ").filter(|_| line.starts_with("rmgr: ")) {
             let lsn = rest.split(',').next().and_then(Lsn::read);
             tail.last = lsn.max(tail.last);
             let len = line.split_once("len (rec/tot):").and_then(|(_, len)| len.split_once('/'));
@@ -40,7 +69,7 @@ impl Reading {
             if line.contains("rmgr: Transaction") && self.shown.len() < LINES_MAX {
                 self.shown.push(line.to_owned());
             }
-        } else if let Some((_, rest)) = line.split_once("error in WAL record at ") {
+        } else if let Some(rest) = line.strip_prefix(FAILED_AT) {
             // The last record that could be read, of whatever kind.
             let lsn = rest.split(':').next().and_then(Lsn::read);
             tail.last = lsn.max(tail.last);
@@ -81,7 +110,8 @@ impl Instance {
         timelines.max().ok_or_else(|| error(std::io::ErrorKind::NotFound.into()))
     }
 
-    /// What the log of this server, which must have ended, holds from `from` on.
+    /// What the log of this server, which must have ended, holds from `from` on. Where no record begins there, it is that of the
+    /// files before, in which one may begin that is longer.
     ///
     /// # Errors
     /// It cannot be read, which says nothing of what it holds.
@@ -90,17 +120,37 @@ impl Instance {
         timeline: u64,
         from: Lsn,
     ) -> Result<(WalTail, Vec<String>), InstanceError> {
+        let mut found = self.wal_tail_at(timeline, from).await?;
+        let mut all = segments(&self.data_dir).unwrap_or_default();
+        all.retain(|one| one.timeline == timeline && one.begin < from);
+        all.sort_by_key(|one| std::cmp::Reverse(one.begin));
+        for before in all.iter().take(FILES_BEFORE_MAX) {
+            if found.0.last.is_some() {
+                break;
+            }
+            found = self.wal_tail_at(timeline, before.begin).await?;
+        }
+        Ok(found)
+    }
+
+    async fn wal_tail_at(
+        &self,
+        timeline: u64,
+        from: Lsn,
+    ) -> Result<(WalTail, Vec<String>), InstanceError> {
         let dir = self.data_dir.join("pg_wal");
         let dir = dir.to_str().unwrap_or_default();
-        let Some(end) = end_of_files(&self.data_dir, timeline, from) else {
+        let Some((files, end)) = files_from(&self.data_dir, timeline, from) else {
             let source = std::io::Error::new(
                 std::io::ErrorKind::NotFound,
                 format!("no file of timeline {timeline} has {from}"),
             );
             return Err(InstanceError::File { path: dir.into(), what: "read", source });
         };
-        let (timeline, start) = (timeline.to_string(), from.to_string());
-        let args = ["-p", dir, "-t", &timeline, "-s", &start, "-e", &end];
+        let start = from.to_string();
+        let mut args = vec!["-p", dir, "-s", &start, "-e", &end];
+        args.extend(SHOWN);
+        args.extend(files.iter().map(String::as_str));
         let (status, mut output) =
             self.run_into_file("pg_waldump", &args, None, Limit::Whole(READ_MAX)).await?;
         let run = |source| InstanceError::Run { program: "pg_waldump".into(), source };
@@ -110,9 +160,10 @@ impl Instance {
             let line = line.map_err(run)?;
             reading.read(&line);
             // A log that ends with a segment has no next one.
-            is_understood |= line.contains("error in WAL record at ")
-                || line.contains("could not find a valid record after ")
-                || (reading.tail.last.is_some() && line.contains("could not find file "));
+            is_understood |= line.starts_with(FAILED_AT)
+                || line.starts_with("pg_waldump: error: could not find a valid record after ")
+                || (reading.tail.last.is_some()
+                    && line.starts_with("pg_waldump: error: could not find file "));
             last = line;
         }
         // It ends with an error, where no more can be read, or at the end of the files.
@@ -155,9 +206,11 @@ impl Instance {
         let all = segments(&self.data_dir).map_err(error(&self.data_dir))?;
         let (tail, shown) = self.wal_tail(timeline, from).await?;
         let end = tail.end.max(tail.last).unwrap_or(from);
-        // The one that has `from` in it is wanted, too. Files behind the end are there to be written later.
-        let wanted =
-            |one: &&Segment| one.timeline == timeline && one.end > from && one.begin <= end;
+        // The one that has `from` in it is wanted, too. Files behind the end are there to be written later, unless they were:
+        // what is in front of them may be a bad page.
+        let wanted = |one: &&Segment| {
+            one.timeline == timeline && one.end > from && (one.begin <= end || one.is_written())
+        };
         for one in all.iter().filter(wanted) {
             let to = dir.join(one.name());
             std::fs::copy(&one.path, &to).map_err(error(&to))?;
@@ -197,6 +250,15 @@ impl Segment {
         (self.begin..self.end).contains(&at)
     }
 
+    /// Its first page is of this place, and not of the one that the file had before (`XLogPageHeaderData`).
+    fn is_written(&self) -> bool {
+        let mut header = [0; 16];
+        let read = std::fs::File::open(&self.path)
+            .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut header));
+        let [_, _, _, _, _, _, _, _, place @ ..] = header;
+        read.is_ok() && u64::from_ne_bytes(place) == self.begin.0
+    }
+
     pub(crate) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
@@ -216,21 +278,26 @@ pub(crate) fn segments(data_dir: &Path) -> std::io::Result<Vec<Segment>> {
         .collect())
 }
 
-/// Where the files of a timeline end that follow each other from a position on: for one that is not there, pg_waldump waits
-/// five seconds (`WALDumpOpenSegment`).
-pub(crate) fn end_of_files(data_dir: &Path, timeline: u64, from: Lsn) -> Option<String> {
+/// The files of a timeline that follow each other from a position on: the first and the last, by which pg_waldump knows how large
+/// they are, and where they end, as it waits for five seconds for one that is not there (`search_directory`, `WALDumpOpenSegment`).
+pub(crate) fn files_from(
+    data_dir: &Path,
+    timeline: u64,
+    from: Lsn,
+) -> Option<([String; 2], String)> {
     let mut all = segments(data_dir).ok()?;
     all.retain(|one| one.timeline == timeline);
     all.sort_by_key(|one| one.begin);
-    let first = all.iter().position(|one| one.holds(from))?;
-    let mut end = all.get(first)?.end;
-    for one in all.get(first + 1..)? {
-        if one.begin != end {
+    let at = all.iter().position(|one| one.holds(from))?;
+    let first = all.get(at)?;
+    let mut last = first;
+    for one in all.get(at + 1..)? {
+        if one.begin != last.end {
             break;
         }
-        end = one.end;
+        last = one;
     }
-    Some(end.to_string())
+    Some(([first.name(), last.name()], last.end.to_string()))
 }
 
 /// Where the segment with this name ends, if it is one of `len` bytes.

@@ -8,7 +8,7 @@ use pg::connection::Connection;
 use tls::{ClientTls, SslMode};
 
 use crate::failover::{files_elsewhere, stop_receiving, wait_active};
-use crate::support::{Installation, login, run, shown, value};
+use crate::support::{Installation, connect, login, run, shown, value};
 
 /// Every way in which rows are written, in transactions that end in every way; also in one that began while the standby followed.
 #[tokio::test]
@@ -221,4 +221,55 @@ async fn what_was_received_is_replayed_before_a_disk_is_read() {
     let mut client = installation.connect().await;
     assert_eq!(value(&mut client, "SELECT count(*) FROM written").await, "40000");
     drop(failover);
+}
+
+/// What ends with a switch to the next file, or with a record that is longer than whatever is read at a time, ends no later than
+/// it was seen to.
+#[tokio::test]
+async fn a_server_is_started_again_wherever_its_log_ends() {
+    let mut installation = Installation::start_with_agents("lost-ends");
+    installation.reconfigure(|text| text.replacen("automatic = true", "automatic = false", 1));
+    for sql in [
+        "SELECT pg_switch_wal()",
+        "SELECT pg_logical_emit_message(true, 'x', repeat('a', 300000))",
+        "SELECT pg_logical_emit_message(false, E'\\nrmgr: XLOG len (rec/tot): 34/ 34, tx: 0, lsn: FFFF/00000028, prev 0/0, desc: NOOP', 'x')",
+        "BEGIN; CREATE TABLE gone AS SELECT repeat('x', 100) FROM generate_series(1, 10000); ROLLBACK",
+    ] {
+        wait_active(&installation, "a").await;
+        let mut direct = installation.direct("a").await;
+        for sql in sql.split("; ") {
+            run(&mut direct, sql).await;
+        }
+        // Until control has looked.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        installation.signal_server("a", "KILL");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let port = installation.facts.servers["a"];
+        while connect(port, "postgres", None).await.is_err() {
+            let status = shown(&installation.holdfast(&["status", "shop"]));
+            assert!(Instant::now() < deadline, "{sql}: {status}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+/// The same where somebody asks for a failover.
+#[tokio::test]
+async fn nothing_is_lost_wherever_the_log_ends() {
+    for sql in [
+        "SELECT pg_switch_wal()",
+        "SELECT pg_logical_emit_message(true, 'x', repeat('a', 300000))",
+        "SELECT pg_logical_emit_message(true, E'\\nrmgr: XLOG len (rec/tot): 34/ 34, tx: 0, lsn: FFFF/00000028, prev 0/0, desc: NOOP', 'x')",
+    ] {
+        let installation = Installation::start("lost-ends-failover");
+        run(&mut installation.direct("a").await, sql).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        installation.signal_server("a", "KILL");
+        let failover = ["failover", "shop", "--to", "b"];
+        let text = shown(&installation.holdfast_in_background(&failover).await.unwrap());
+        assert!(
+            text.contains("lost: 0 bytes") && text.contains("rewound, streams"),
+            "{sql}: {text}"
+        );
+    }
 }

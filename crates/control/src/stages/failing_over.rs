@@ -480,6 +480,13 @@ pub(super) async fn recruit(
 const RENAMED_MAX: Duration = Duration::from_secs(2);
 const RENAMED_PAUSE: Duration = Duration::from_millis(50);
 
+/// Why a server may not be the newest.
+pub(crate) struct Doubt {
+    pub(crate) why: String,
+    /// Its log was read, and is shorter than what was seen.
+    is_proven: bool,
+}
+
 /// What a server that has ended has on its disk is as much as was seen of it, and as others have: not that of a machine
 /// that was made from an older copy.
 pub(crate) async fn check_is_newest(
@@ -487,28 +494,31 @@ pub(crate) async fn check_is_newest(
     servers: &AppServers,
     (app, cell): (&str, &str),
     member: &Member,
-) -> Result<(), String> {
-    let condition = member.look().await?;
-    let timeline = condition.timeline.ok_or("of its log nothing can be read")?;
+) -> Result<(), Doubt> {
+    let doubt = |why: String| Doubt { why, is_proven: false };
+    let condition = member.look().await.map_err(doubt)?;
+    let timeline = condition.timeline;
+    let timeline = timeline.ok_or_else(|| doubt("of its log nothing can be read".into()))?;
     let others = candidates(servers, cell).await;
     if let Some(other) = others.iter().find(|other| other.timeline > timeline) {
         let Candidate { cell: other, timeline: theirs, .. } = other;
-        return Err(format!("it is on timeline {timeline}, and `{other}` on {theirs}"));
+        return Err(doubt(format!("it is on timeline {timeline}, and `{other}` on {theirs}")));
     }
     let same = others.iter().filter(|other| other.timeline == timeline);
     let seen = same.map(|other| other.received).chain(control.last_seen(app)).max();
     let Some(seen) = seen.filter(|_| condition.reads_wal) else { return Ok(()) };
-    let ends = match tail_around(member, timeline, seen).await {
+    let (ends, is_proven) = match tail_around(member, timeline, seen).await {
         Ok(tail) if tail.reaches(seen) => return Ok(()),
         Ok(tail) => match tail.end.max(tail.last) {
-            Some(end) => format!("ends at {end}"),
-            None => "ends before".to_owned(),
+            Some(end) => (format!("ends at {end}"), true),
+            None => ("ends before".to_owned(), false),
         },
-        Err(error) => format!("cannot be read there ({error})"),
+        Err(error) => (format!("cannot be read there ({error})"), false),
     };
-    Err(format!(
+    let why = format!(
         "{seen} was seen, and its log {ends}: it may be an older copy; start it by hand, without `standby.signal`, if it is what you want"
-    ))
+    );
+    Err(Doubt { why, is_proven })
 }
 
 /// The lost server takes up its work again, if it can; whoever waits for it goes on waiting.
@@ -523,8 +533,8 @@ pub(super) async fn revert(
             let servers = control.servers(&execution.app).map_err(chain)?;
             let at = (&*execution.app, &*execution.from);
             match check_is_newest(control, servers, at, member).await {
-                Ok(()) => member.start_again(execution.epoch).await,
-                Err(why) => Err(why),
+                Err(Doubt { why, is_proven: true }) => Err(why),
+                _ => member.start_again(execution.epoch).await,
             }
         }
         None => Ok(()),

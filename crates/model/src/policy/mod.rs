@@ -261,7 +261,8 @@ pub const QUESTION: &str = "\
                 ON c.oid OPERATOR(pg_catalog.=) a.attrelid WHERE a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped \
                 AND c.reltype OPERATOR(pg_catalog.<>) 0) over ON over.of OPERATOR(pg_catalog.=) within.oid) \
         SELECT t.oid, t.typname FROM within JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) within.oid), \
-    guarded AS (SELECT p.polrelid, found[1]::pg_catalog.text AS kind, found[2]::pg_catalog.oid AS oid FROM pg_catalog.pg_policy p, \
+    guarded AS (SELECT p.polrelid, found[1]::pg_catalog.text AS kind, found[2]::pg_catalog.oid AS oid FROM pg_catalog.pg_policy p JOIN pg_catalog.pg_class c \
+        ON c.oid OPERATOR(pg_catalog.=) p.polrelid AND c.relrowsecurity, \
         pg_catalog.regexp_matches(pg_catalog.concat(p.polqual, p.polwithcheck), ':(funcid|opfuncid|opno) ([0-9]+)', 'g') AS found), \
     risky AS (SELECT ev_class AS oid FROM parts p JOIN proc f ON f.oid OPERATOR(pg_catalog.=) p.oid \
             WHERE p.kind OPERATOR(pg_catalog.=) ANY (ARRAY['funcid', 'opfuncid', 'aggfnoid', 'winfnoid']) AND NOT f.reads \

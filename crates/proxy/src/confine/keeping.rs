@@ -14,12 +14,15 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Asking is this part of the time at most.
 const ASKING_PART: u32 = 10;
 
-/// What is known of a database.
+/// After a database could not be asked, as one that was dropped.
+const FAILED_PAUSE: Duration = Duration::from_secs(30);
+
+/// What is known of a database. No connection to it is kept: it may be dropped.
 #[derive(Default)]
 struct Kept {
-    admin: Option<Admin>,
     /// What was learned was so when this was said.
     mark: Option<String>,
+    failed: Option<Instant>,
 }
 
 /// Runs until the task is dropped.
@@ -43,10 +46,14 @@ pub(crate) async fn watch(app: Arc<App>) {
         kept.retain(|database, _| regime.catalogs.contains_key(database));
         for database in regime.catalogs.keys() {
             let known = kept.entry(database.clone()).or_default();
-            let mark = timeout(app.moves.answer_timeout, mark(&app, &cell, database, known)).await;
+            if known.failed.is_some_and(|at| at.elapsed() < FAILED_PAUSE) {
+                continue;
+            }
+            let mark = timeout(app.moves.answer_timeout, mark(&app, &cell, database)).await;
+            known.failed = None;
             let Ok(Ok(mark)) = mark else {
                 // It goes by what was learned before.
-                known.admin = None;
+                known.failed = Some(Instant::now());
                 continue;
             };
             if known.mark.as_ref() != Some(&mark)
@@ -60,16 +67,11 @@ pub(crate) async fn watch(app: Arc<App>) {
 }
 
 /// Changes with whatever is defined in a database.
-async fn mark(app: &App, cell: &Cell, database: &str, known: &mut Kept) -> Result<String, String> {
-    let mut admin = match known.admin.take() {
-        Some(admin) => admin,
-        None => {
-            let login = AdminLogin { database: database.to_owned(), ..app.admin.clone() };
-            Admin::connect(&cell.target, &login).await.map_err(|error| model::chain(&error))?
-        }
-    };
+async fn mark(app: &App, cell: &Cell, database: &str) -> Result<String, String> {
+    let login = AdminLogin { database: database.to_owned(), ..app.admin.clone() };
+    let admin = Admin::connect(&cell.target, &login).await;
+    let mut admin = admin.map_err(|error| model::chain(&error))?;
     let rows = admin.rows(landscape::CHANGED_QUESTION).await;
     let rows = rows.map_err(|error| model::chain(&error))?;
-    known.admin = Some(admin);
     Ok(rows.into_iter().flatten().flatten().next().unwrap_or_default())
 }
