@@ -375,8 +375,8 @@ impl Following {
                         self.proxy.cancel(cancel).await;
                     }
                 }
-                // An earlier control knows nothing of it.
-                Err(ClientError::Refused(_)) => sleep(SAY_EVERY).await,
+                // One of before knows nothing of it, and one that is none any more says so.
+                Err(ClientError::Refused(_)) => sleep(FIRST_MAX).await,
                 Err(_) => sleep(RETRY_PAUSE).await,
             }
         }

@@ -574,6 +574,11 @@ impl Control {
             return Err(format!("`{cell}` is not the active cell any more"));
         }
         let servers = self.servers(app).map_err(|error| model::chain(&error))?;
+        for (other, server) in servers.cells.iter().filter(|(other, _)| *other != cell) {
+            if stages::is_primary(server).await {
+                return Err(format!("the server of `{other}` is a primary, too: stop one of them"));
+            }
+        }
         let newest = stages::check_is_newest(self, servers, (app, cell), member).await;
         newest.map_err(|doubt| doubt.why)?;
         member.start_again(application.epoch).await

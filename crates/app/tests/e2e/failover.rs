@@ -113,8 +113,8 @@ pub(crate) async fn end(installation: &Installation, writers: Vec<Writer>) {
 async fn a_killed_server_is_replaced_and_clients_stay() {
     let installation = Installation::start_failing_over("failover");
     let mut idle = installation.connect().await;
-    let writers = begin(&installation).await;
     run(&mut idle, "SET work_mem = '7MB'").await;
+    let writers = begin(&installation).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     installation.signal_server("a", "KILL");
     wait_active(&installation, "b").await;

@@ -46,8 +46,9 @@ fn start_node(installation: &Installation, at: usize, env: &[(&str, &str)]) -> C
 async fn a_killed_control_is_replaced_by_another_node() {
     let installation = Installation::start_nodes("nodes-kill", &["--acks", "1"]);
     let mut idle = installation.connect_elsewhere().await;
-    let writers = begin(&installation).await;
+    // Whoever runs something while a definition is looked at keeps its server, and is lost with that.
     run(&mut idle, "SET work_mem = '7MB'").await;
+    let writers = begin(&installation).await;
     wait_active(&installation, "a").await;
     let first = wait_for_control(&installation).await;
     signal(installation.facts.controls[first], "KILL");
@@ -113,8 +114,8 @@ async fn a_plan_outlives_the_node_that_carries_it_out() {
 async fn a_control_that_stood_still_does_nothing_more() {
     let installation = Installation::start_nodes("nodes-stop", &["--no-failover"]);
     let mut idle = installation.connect().await;
-    let writers = begin(&installation).await;
     run(&mut idle, "SET work_mem = '7MB'").await;
+    let writers = begin(&installation).await;
     wait_active(&installation, "a").await;
     for cell in ["b", "a"] {
         let first = wait_for_control(&installation).await;
@@ -156,8 +157,8 @@ async fn a_store_that_is_gone_costs_nobody_anything() {
     let installation = Installation::start_nodes("nodes-store", &["--acks", "1"]);
     let etcd = installation.facts.etcd.unwrap();
     let mut idle = installation.connect_elsewhere().await;
-    let writers = begin(&installation).await;
     run(&mut idle, "SET work_mem = '7MB'").await;
+    let writers = begin(&installation).await;
     wait_active(&installation, "a").await;
     signal(etcd, "STOP");
     wait_until("nobody is control", async || control_of(&installation).is_none()).await;
