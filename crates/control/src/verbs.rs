@@ -10,6 +10,7 @@ use model::following::Astray;
 use model::objectives::{Measured, Objectives};
 use model::persisted::Execution;
 use model::switchover::{Ending, Kind, OnTimeout, Stage, resume};
+use tokio::time::timeout;
 
 use crate::control::{Control, now_ms};
 use crate::following;
@@ -83,6 +84,8 @@ impl Asked {
 
 /// Between two looks at an execution that somebody else waits for.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long it may take to see that a standby follows.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
 
 impl Control {
     /// Does what is asked, or waits for what became of it if it was asked before with the same key, of whichever control.
@@ -348,9 +351,9 @@ impl Control {
         let states = application.cells.iter();
         for (cell, _) in states.filter(|(_, state)| **state == CellState::Recovering) {
             let Some(server) = servers.cells.get(cell) else { continue };
-            if application.timeline == 0
-                || !stages::follows_timeline(server, application.timeline).await
-            {
+            // Whoever is beside it may be at work on it for long, and clients wait for who follows already.
+            let follows = stages::follows_timeline(server, application.timeline);
+            if application.timeline == 0 || timeout(SETTLE_MAX, follows).await != Ok(true) {
                 continue;
             }
             let _writing = self.write_alone();
